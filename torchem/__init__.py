@@ -1,0 +1,57 @@
+"""torchem: Expectation–Maximization on PyTorch.
+
+Models are ``nn.Module``s made of factors; `fit` runs EM on them, on CPU or CUDA; everything is differentiable.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torchem import errors, factors
+from torchem.accumulate import FullBatch
+from torchem.batch import Batch
+from torchem.evaluate import Criteria, criteria
+from torchem.factor import Conjugate, ExponentialFamily, Factor
+from torchem.model import DiscreteModel, LatentModel, em_map
+from torchem.models import GaussianMixture, Mixture
+from torchem.stats import Stats
+from torchem.trainer import Result, Trainer, fit
+
+if TYPE_CHECKING:
+    from torchem import plot
+    from torchem.files import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Conjugate",
+    "Criteria",
+    "DiscreteModel",
+    "ExponentialFamily",
+    "Factor",
+    "FullBatch",
+    "GaussianMixture",
+    "LatentModel",
+    "Mixture",
+    "Result",
+    "Stats",
+    "Trainer",
+    "criteria",
+    "em_map",
+    "errors",
+    "factors",
+    "fit",
+    "load",
+    "plot",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # What most programs never touch is imported when it is first named.
+    from importlib import import_module
+
+    if name in ("load", "save"):
+        return getattr(import_module("torchem.files"), name)
+    if name in ("plot",):
+        return import_module("torchem.plot")
+    raise AttributeError(f"module 'torchem' has no attribute {name!r}")

@@ -1,0 +1,86 @@
+"""Exceptions, warnings and the one form in which torchem complains about input.
+
+Every message names the argument, says what was expected, what came instead, and one thing to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TorchemError(Exception):
+    """Base of every exception that torchem raises on purpose."""
+
+
+class InvalidArgument(TorchemError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class InvalidType(TorchemError, TypeError):
+    """An argument is of a kind that cannot be used."""
+
+
+class InvalidFile(TorchemError, ValueError):
+    """A file is missing, malformed or foreign."""
+
+
+class MissingExtra(TorchemError, ImportError):
+    """A feature needs a package of one of torchem's extras."""
+
+
+class DegenerateComponent(TorchemError, RuntimeError):
+    """A component died or collapsed and the policy was to raise."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A fit stopped while its objective was still climbing, or for a reason that is not convergence."""
+
+
+class SymmetryWarning(UserWarning):
+    """Components that start identical stay identical: EM cannot tell them apart."""
+
+
+def describe(argument: str, expected: str, got: object, remedy: str) -> str:
+    """Compose the message of the house: ``argument: expected …, got …; remedy.``"""
+    return f"{argument}: expected {expected}, got {got}; {remedy}."
+
+
+def invalid(argument: str, expected: str, got: object, remedy: str) -> InvalidArgument:
+    """An `InvalidArgument` in the form of the house, to be raised by the caller."""
+    return InvalidArgument(describe(argument, expected, got, remedy))
+
+
+def wrong_type(argument: str, expected: str, got: object, remedy: str) -> InvalidType:
+    """An `InvalidType` in the form of the house, to be raised by the caller."""
+    return InvalidType(describe(argument, expected, f"{type(got).__name__}", remedy))
+
+
+def one_of(argument: str, value: object, options: Iterable[str]) -> None:
+    """Check that an option is one of those offered, naming the nearest where it is misspelt.
+
+    Raises:
+        InvalidArgument: If ``value`` is none of ``options``.
+    """
+    names = list(options)
+    if value in names:
+        return
+    near = get_close_matches(str(value), names, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else "choose one of them"
+    raise InvalidArgument(
+        describe(argument, "one of " + ", ".join(map(repr, names)), repr(value), remedy).replace("?.", "?")
+    )
+
+
+def require(module: str, extra: str) -> object:
+    """Import an optional package, or say which extra brings it.
+
+    Raises:
+        MissingExtra: If the package is not installed.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{module}: this feature needs a package that is not installed; run pip install 'torchem[{extra}]'."
+        ) from error

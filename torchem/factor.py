@@ -1,0 +1,471 @@
+"""The contract of a factor: one conditional distribution of a latent-variable model.
+
+A factor turns a batch into log-potentials indexed by latent configurations, and expectations of those configurations
+into sufficient statistics. Its M-step, `Factor.maximize`, is pure: it returns new parameter values and assigns nothing.
+
+Shapes: ``*n`` observation axes, ``K`` latent states, and an optional leading replica axis ``*r`` on parameters,
+statistics and everything computed from them, through which many restarts run as one.
+"""
+
+import functools
+import inspect
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchem.batch import Batch
+from torchem.errors import invalid, one_of
+from torchem.ops.dispatch import rows_per_piece
+from torchem.stats import Stats
+
+
+class Kernel(ABC):
+    """One pass of a factor, at its current parameters, over the pieces of a batch.
+
+    What depends on parameters alone is computed once, in the constructor; what a piece's potentials and statistics
+    share (the features of x) is computed once per piece; and the sum over pieces stays in the kernel's own layout
+    until `stats` unpacks it.
+    """
+
+    @abstractmethod
+    def log_potential(self, batch: Batch) -> Tensor:
+        """Log-potentials ``[*r, *n, K]`` of a piece; work that `collect` needs again is remembered."""
+
+    @abstractmethod
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        """Add the statistics of the piece last given to `log_potential`, under weighted expectations."""
+
+    @abstractmethod
+    def stats(self) -> Stats:
+        """The statistics collected so far."""
+
+    @abstractmethod
+    def inner(self) -> Tensor:
+        """Q(θ; S) of the statistics collected, at the parameters of the pass, ``[*r]``."""
+
+
+class _Streamed(Kernel):
+    """The kernel that every factor has: its own methods, piece by piece."""
+
+    def __init__(self, factor: "Factor"):
+        self.factor = factor
+        self.total: Stats | None = None
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        return self.factor.log_potential(batch)
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        stats = self.factor.stats(batch, expected)
+        self.total = stats if self.total is None else self.total + stats
+
+    def stats(self) -> Stats:
+        if self.total is None:
+            raise RuntimeError("a kernel has no statistics before its first piece")
+        return self.total
+
+    def inner(self) -> Tensor:
+        return self.factor.expected_log_prob(self.stats())
+
+
+class Moments(Protocol):
+    """What a data source tells a factor before the first E-step: weighted mean and variance of each column."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Factor(nn.Module, ABC):
+    """One conditional distribution, with unconstrained parameters and a pure M-step.
+
+    An observed child writes `log_prob`; a latent child (mixing weights, a transition) writes `log_table`. Every
+    parameter is made with `new_parameter`, so that replicas, freezing and files know it. Constructor arguments are
+    kept as attributes of the same name: that is all that saving needs.
+    """
+
+    #: False where the expected log-density is no function of additive statistics (networks, GLMs).
+    sufficient: ClassVar[bool] = True
+    #: Whether NaN entries of x are handled as missing at random.
+    handles_missing: ClassVar[bool] = False
+    #: How components are told apart at the start when ``init="auto"``.
+    default_init: ClassVar[str] = "random"
+    #: Public constrained views and the parameter behind each, for `freeze`.
+    views: ClassVar[Mapping[str, str]] = {}
+    #: Parameters that all components share.
+    shared_parameters: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rank: dict[str, int] = {}
+
+    # ---- parameters -------------------------------------------------------------------------------------------
+
+    def new_parameter(self, name: str, value: Tensor) -> None:
+        """Register an unconstrained parameter of one (unreplicated) model."""
+        self._rank[name] = value.dim()
+        self.register_parameter(name, nn.Parameter(value))
+
+    def new_buffer(self, name: str, value: Tensor) -> None:
+        """Register a constant that may differ between replicas."""
+        self._rank[name] = value.dim()
+        self.register_buffer(name, value)
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """``()`` for one model, ``(R,)`` when a leading axis holds R replicas."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                return tuple(parameter.shape[: parameter.dim() - self._rank[name]])
+        return ()
+
+    def _first(self) -> Tensor:
+        # Not through parameters(): that walks the module tree, many times per iteration of a small fit.
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                return parameter
+        return next(iter(self.parameters()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return self._first().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self._first().device
+
+    def replicate(self, replicas: int) -> None:
+        """Give parameters (and constants that may differ) a leading axis of ``replicas`` equal copies, in place."""
+        for name in self._rank:
+            tensor = getattr(self, name)
+            self._set(name, tensor.detach().expand(replicas, *tensor.shape).clone())
+
+    def take_replicas(self, index: Tensor | int) -> None:
+        """Keep some replicas, or one and drop the axis, in place."""
+        for name, rank in self._rank.items():
+            tensor = getattr(self, name)
+            if tensor.dim() > rank:
+                self._set(name, tensor.detach()[index].clone())
+
+    def _set(self, name: str, value: Tensor) -> None:
+        if name in self._parameters:
+            getattr(self, name).data = value
+        else:
+            setattr(self, name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Constants may come in another shape than the constructor's (an origin per component), masks at all.
+        for key, value in state_dict.items():
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and (name in self._buffers or name.startswith("frozen_")):
+                self.register_buffer(name, torch.empty_like(value, device=self.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring what is derived from buffers up to date after they were loaded."""
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    @property
+    def n_components(self) -> int | None:
+        """Number of latent states that index this factor as an observed child, if it is one."""
+        return None
+
+    @property
+    def n_features(self) -> int | None:
+        """Number of columns of x that the factor reads, if fixed."""
+        return None
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Observations in the type that the factor computes with."""
+        return x.to(self.dtype)
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch that the factor cannot read; called once, at the edge.
+
+        Raises:
+            InvalidArgument: If the number of columns differs from `n_features`.
+        """
+        if self.n_features is not None and batch.x.shape[-1] != self.n_features:
+            raise invalid(
+                "data", f"{self.n_features} features", f"{batch.x.shape[-1]}", "select the columns the model was built for"
+            )  # fmt: skip
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        """Normalised log-density ``[*r, *n, K]`` of each observation under each state."""
+        raise NotImplementedError(f"{type(self).__name__} cannot stand as an observed child: it has no log_prob")
+
+    def log_table(self, batch: Batch) -> Tensor:
+        """Log-probabilities ``[*r, *n or 1s, *parents, child]`` of a latent child."""
+        raise NotImplementedError(f"{type(self).__name__} cannot stand as a latent child: it has no log_table")
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        """What inference is fed: `log_prob`, unless a wrapper changes it."""
+        return self.log_prob(batch)
+
+    def kernel(self) -> Kernel:
+        """One pass over the data at the current parameters, as an observed child."""
+        return _Streamed(self)
+
+    def row_size(self) -> int:
+        """Numbers held per observation while a piece is processed; decides how many rows a piece has."""
+        return 4 * (self.n_components or 1)
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """Statistics, additive in observations, under expectations ``[*r, *n, K]`` that carry the weights."""
+
+    def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """Statistics of a latent child under expectations in the shape of its `log_table`, weights included."""
+        raise NotImplementedError(f"{type(self).__name__} cannot stand as a latent child: it has no table_stats")
+
+    @abstractmethod
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        """New values of the parameters: the maximiser of `expected_log_prob` given what is frozen. Pure."""
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        """Q(θ; S) at the current parameters, differentiable in them; terms free of θ may be left out."""
+        raise NotImplementedError(f"{type(self).__name__} declares sufficient = False: it has no Q of statistics")
+
+    def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameter values from responsibilities ``[*r, *n, K]``; by default an M-step."""
+        return self.maximize(self.gather(batch, expected))
+
+    def gather(self, batch: Batch, expected: Tensor) -> Stats:
+        """`stats` of a batch of rows, piece by piece, so that memory stays bounded."""
+        width = torch.finfo(self.dtype).bits // 8 * max(1, *self.replicas, 1)
+        rows = rows_per_piece(self.row_size() * width, self.device)
+        starts = range(0, max(1, len(batch)), rows)
+        parts = (self.stats(batch[i : i + rows], expected[..., i : i + rows, :]) for i in starts)
+        return functools.reduce(operator.add, parts)
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
+        """First parameter values with component k at observation ``index[…, k]``; by default a mixture of the
+        data's own fit and the point."""
+        size, k = len(batch), index.shape[-1]
+        expected = torch.full((*index.shape[:-1], size, k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
+        expected = expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
+        return self.maximize(self.gather(batch, expected))
+
+    def prepare(self, moments: Moments) -> None:
+        """Learn the scale of the data before the first E-step of a fit, in place."""
+
+    def project(self) -> None:
+        """Move the parameters into the feasible set (a covariance floor), in place; called once, at the start."""
+
+    def tune(self, rows: int) -> Callable[[Stats], Stats] | None:
+        """Adapt numerics to the current parameters between M-steps, in place.
+
+        Args:
+            rows: Number of observations in a pass.
+
+        Returns:
+            A map that carries older statistics into the new coordinates, if these changed.
+        """
+        return None
+
+    def forbid(self, states: Tensor) -> None:
+        """Take states ``[*r, K]`` out of a latent child's support, in place; never the last one."""
+        raise NotImplementedError(f"{type(self).__name__} cannot lose a state; define forbid")
+
+    def replace_components(self, which: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``values`` for the components ``which [*r, K]``, the current parameters for the others.
+
+        Parameters without a component axis (named in `shared_parameters`) stay as they are.
+        """
+        merged = {}
+        for name, new in values.items():
+            old = getattr(self, name)
+            mask = which.reshape(*which.shape, *[1] * (old.dim() - which.dim()))
+            merged[name] = old if name in self.shared_parameters else torch.where(mask, new, old)
+        return merged
+
+    def degenerate(self) -> Tensor | None:
+        """``[*r, K]`` Boolean, True where a component sits at the bounds of its family (a floored covariance)."""
+        return None
+
+    def freeze(self, *names: str, mask: Tensor | None = None) -> "Factor":
+        """Keep parameters, or the entries of one where ``mask`` is True, through every M-step.
+
+        Args:
+            names: Public views (``"means"``); all of them when empty.
+            mask: Boolean, component-first, for exactly one name.
+
+        Raises:
+            InvalidArgument: For a name that is not a view, or a mask that does not fit it.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.GaussianMixture(2, 3)
+            >>> _ = m.component.freeze("means")
+        """
+        for name in names:
+            one_of("freeze", name, self.views)
+        if mask is not None and len(names) != 1:
+            raise invalid("mask", "exactly one name to apply to", f"{len(names)} names", "freeze them one by one")
+        for name in names or tuple(self.views):
+            parameter = self.views[name]
+            rule = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask, dtype=torch.bool)
+            self.check_mask(name, rule)
+            self.register_buffer(f"frozen_{parameter}", rule.to(self.device))
+        return self
+
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        """Refuse a freezing mask that the family's M-step cannot honour; by default whole components.
+
+        Raises:
+            InvalidArgument: If the mask's shape does not fit.
+        """
+        if mask.dim() and (mask.shape != (self.n_components,)):
+            raise invalid("mask", f"shape [{self.n_components}] (components)", list(mask.shape), "freeze whole components")
+
+    def unfreeze(self, *names: str) -> "Factor":
+        """Let the M-step move these views (all of them when empty) again."""
+        for name in names:
+            one_of("unfreeze", name, self.views)
+        for name in names or tuple(self.views):
+            self._buffers.pop(f"frozen_{self.views[name]}", None)
+        return self
+
+    def frozen(self, parameter: str) -> Tensor | None:
+        """The mask of what is kept of a parameter, if anything is."""
+        return self._buffers.get(f"frozen_{parameter}")
+
+    def keep_frozen(self, parameter: str, value: Tensor) -> Tensor:
+        """``value`` with the frozen entries of the parameter put back."""
+        mask = self.frozen(parameter)
+        if mask is None:
+            return value
+        event = self._rank[parameter] - mask.dim()
+        return torch.where(mask.reshape(*mask.shape, *[1] * event), getattr(self, parameter), value)
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def n_parameters(self) -> int:
+        """Number of free parameters of one model, for AIC and BIC."""
+        raise NotImplementedError(f"{type(self).__name__} does not count its parameters; define n_parameters")
+
+    def select(self, keep: Tensor) -> "Factor":
+        """A factor with only the components ``keep``, for pruning."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be pruned; define select")
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one observation ``[n, D]`` for each latent state in ``z [n]``."""
+        raise NotImplementedError(f"{type(self).__name__} cannot sample; define sample")
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, by the convention that each is kept as an attribute of its name."""
+        return constructor_arguments(self)
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> tuple["Factor", Batch]:
+        """A small factor and a batch that it can read: what the laws run on."""
+
+
+def constructor_arguments(module: nn.Module) -> dict[str, Any]:
+    """Read the arguments that rebuild a module from its attributes of the same names."""
+    names = list(inspect.signature(type(module).__init__).parameters)[1:]
+    return {name: getattr(module, name) for name in names}
+
+
+def outside(weights: Tensor, x: Tensor) -> Tensor:
+    """``Σ_n weights[…, n, k] x[n, f]`` as ``[…, K, F]``: one matrix product for all replicas."""
+    return weights.mT @ x
+
+
+class ExponentialFamily(Factor):
+    """A whole family in three methods: log p(x | k) = ⟨t(x), η_k⟩ − a_k + h(x).
+
+    Write `features` (t), `natural` (η and a) and `maximize`; potentials, statistics, Q, replicas and streaming follow.
+    The statistics are ``count [*r, K]`` and ``features [*r, K, F]``.
+
+    Source: M. J. Wainwright, M. I. Jordan (2008), section 3.
+    """
+
+    @abstractmethod
+    def features(self, batch: Batch) -> Tensor:
+        """Sufficient statistics t(x), ``[*n, F]``."""
+
+    @abstractmethod
+    def natural(self) -> tuple[Tensor, Tensor]:
+        """Natural parameters η ``[*r, K, F]`` and log-normalisers a ``[*r, K]``."""
+
+    def base_measure(self, batch: Batch) -> Tensor | None:
+        """h(x), ``[*n]``, or None for zero."""
+        return None
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        return self.kernel().log_potential(batch)
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        kernel = self.kernel()
+        kernel.log_potential(batch)
+        kernel.collect(batch, expected)
+        return kernel.stats()
+
+    def kernel(self) -> Kernel:
+        return _FamilyKernel(self)
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        eta, normalizer = self.natural()
+        inner = (stats["features"] * eta.to(torch.float64)).sum((-2, -1))
+        return inner - (stats["count"] * normalizer.to(torch.float64)).sum(-1)
+
+
+class _FamilyKernel(Kernel):
+    """One product of features and natural parameters for all components and replicas."""
+
+    def __init__(self, family: ExponentialFamily):
+        self.family = family
+        self.eta, self.normalizer = family.natural()
+        self.count: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        features = self.family.features(batch)
+        self.axes = features.shape[:-1]
+        self.t = features.reshape(-1, features.shape[-1])
+        # State-major in memory, so that reductions over states run along contiguous observations.
+        value = (self.eta @ self.t.mT - self.normalizer.unsqueeze(-1)).mT
+        base = self.family.base_measure(batch)
+        if base is not None:
+            value = value + base.reshape(-1, 1)
+        return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        k = expected.shape[-1]
+        flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, k)
+        self.total = self.total + outside(flat, self.t).to(torch.float64)
+        self.count = self.count + flat.sum(-2, dtype=torch.float64)
+
+    def stats(self) -> Stats:
+        return Stats(count=self.count, features=self.total)
+
+    def inner(self) -> Tensor:
+        return self.family.expected_log_prob(self.stats())
+
+
+class Conjugate(ABC):
+    """What a family adds to buy variational Bayes: its conjugate prior, in the coordinates of the statistics.
+
+    A posterior is ``prior.posterior_stats() + S``. Both methods are functions of such a vector; the expected natural
+    parameters are the gradient of the log-normaliser with respect to it, which is the law that tests hold them to.
+
+    Source: P. Diaconis, D. Ylvisaker (1979).
+    """
+
+    @abstractmethod
+    def log_normalizer(self, posterior: Stats) -> Tensor:
+        """log ∫ exp⟨posterior, (η, −a)⟩ dη, ``[*r]``."""
+
+    @abstractmethod
+    def expected_natural(self, posterior: Stats) -> Stats:
+        """Expected coefficients of each statistic under the posterior: what potentials are built from."""

@@ -1,0 +1,207 @@
+"""Probability tables: mixing weights, initial and transition laws, discrete emissions."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.errors import invalid
+from torchem.factor import Conjugate, Factor
+from torchem.stats import Stats
+
+
+class Categorical(Factor, Conjugate):
+    """A table of probabilities whose last axis sums to one.
+
+    log p(x = j | parents = i) = log softmax_j(logits_i + log support_ij).
+
+    ``Categorical(K)`` holds mixing weights or initial probabilities, ``Categorical(K, K)`` a transition matrix,
+    ``Categorical(K, M)`` an emission of M categories. It starts uniform. Zeros that a user assigns to `probs` are
+    structural: no M-step revives them. A zero that EM reaches is a finite, tiny probability.
+
+    Args:
+        *shape: Sizes of the parents' axes, then of the child's.
+
+    Raises:
+        InvalidArgument: If a size is less than one or none is given.
+
+    Source: A. P. Dempster, N. M. Laird, D. B. Rubin (1977), section 4.3.
+
+    Example:
+        >>> table = Categorical(2, 3)
+        >>> table.probs = [[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]
+        >>> table.n_parameters()
+        3
+    """
+
+    views: ClassVar = {"probs": "logits"}
+
+    logits: Tensor
+    support: Tensor
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+            raise invalid("shape", "one or more positive sizes", shape, "give (K,) for weights or (K, M) for a table")
+        self.shape = tuple(shape)
+        self.new_parameter("logits", torch.zeros(shape))
+        self.new_buffer("support", torch.ones(shape, dtype=torch.bool))
+        #: Whether any cell is outside the support; spares the masks of the common case.
+        self.restricted = False
+
+    def refresh(self) -> None:
+        self.restricted = not bool(self.support.all())
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities ``[*r, *parents, child]``; assignable, rows must sum to one."""
+        return self.log_probs().exp()
+
+    @probs.setter
+    def probs(self, value: Any) -> None:
+        table = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if table.shape != self.logits.shape:
+            raise invalid("probs", f"shape {list(self.logits.shape)}", list(table.shape), "give one entry per cell")
+        if not bool(((table >= 0) & table.isfinite()).all()):
+            raise invalid("probs", "finite probabilities of at least zero", "a negative or non-finite entry", "correct it")
+        gap = float((table.sum(-1) - 1).abs().max())
+        if gap > 1e-4:
+            raise invalid("probs", "rows that sum to one", f"a row that is off by {gap:.3g}", "divide each row by its sum")
+        self.support.copy_(table > 0)
+        self.restricted = bool((table == 0).any())
+        with torch.no_grad():
+            self.logits.copy_(torch.where(table > 0, table, 1.0).log())
+
+    def log_probs(self) -> Tensor:
+        """Normalised log-probabilities; −inf where the support is empty."""
+        logits = self.logits.masked_fill(~self.support, -torch.inf) if self.restricted else self.logits
+        return logits.log_softmax(-1)
+
+    @property
+    def n_components(self) -> int | None:
+        return self.shape[0] if len(self.shape) > 1 else None
+
+    # ---- as a latent child ------------------------------------------------------------------------------------
+
+    def log_table(self, batch: Batch) -> Tensor:
+        """``[*r, 1, *parents, child]``: the same for every observation."""
+        return self.log_probs().unsqueeze(-1 - len(self.shape))
+
+    # ---- as an observed child ---------------------------------------------------------------------------------
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x.to(torch.long)
+
+    def check(self, batch: Batch) -> None:
+        if batch.x.shape[-1] != 1:
+            raise invalid("data", "one column of categories", f"{batch.x.shape[-1]} columns", "use one factor per column")
+        if batch.x.numel() == 0:
+            return
+        categories = self.shape[-1]
+        x = batch.x.detach()
+        low, high = float(x.amin()), float(x.amax())
+        if low < 0 or high >= categories or (x.is_floating_point() and bool((x != x.round()).any())):
+            raise invalid(
+                "data", f"whole numbers from 0 to {categories - 1}", f"values from {low:g} to {high:g}",
+                "recode the categories",
+            )  # fmt: skip
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        return self.log_probs()[..., batch.x[..., 0]].movedim(len(self.replicas), -1)
+
+    def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        lead = len(self.replicas)
+        return Stats(counts=expected.flatten(lead, -1 - len(self.shape)).sum(lead, dtype=torch.float64))
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``counts [*r, K, M]`` of observed categories."""
+        category = batch.x[..., 0].reshape(-1)
+        flat = expected.reshape(*self.replicas, len(category), self.shape[0]).mT.to(torch.float64)
+        counts = flat.new_zeros(*self.replicas, *self.shape)
+        return Stats(counts=counts.index_add(-1, category, flat))
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        counts = self._supported(stats["counts"])
+        mask = self.frozen("logits")
+        if mask is None:
+            probs = self._normalized(counts)
+        else:
+            # Fixed cells keep their probability; the rest of the row is shared in proportion to the counts.
+            kept = torch.where(mask, self.probs.to(torch.float64), 0.0)
+            counts = torch.where(mask, 0.0, counts)
+            probs = kept + (1 - kept.sum(-1, keepdim=True)) * self._normalized(counts)
+        logits = self._supported(probs.clamp(min=torch.finfo(self.dtype).tiny).log()).to(self.dtype)
+        return {"logits": torch.where(counts.sum(-1, keepdim=True) > 0, logits, self.logits)}
+
+    def _supported(self, value: Tensor) -> Tensor:
+        return torch.where(self.support, value, 0.0) if self.restricted else value
+
+    @staticmethod
+    def _normalized(counts: Tensor) -> Tensor:
+        return counts / counts.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
+
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        if mask.dim() and mask.shape != self.shape:
+            raise invalid("mask", f"shape {list(self.shape)}", list(mask.shape), "mark single cells of the table")
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        log_probs = self._supported(self.log_probs())
+        return (self._supported(stats["counts"]) * log_probs).sum(tuple(range(-len(self.shape), 0)))
+
+    def log_normalizer(self, posterior: Stats) -> Tensor:
+        """Dirichlet: Σ log Γ(α_j) − log Γ(Σ α_j) over the support, summed over rows."""
+        alpha = torch.where(self.support, posterior["counts"], 1.0)
+        total = torch.where(self.support, posterior["counts"], 0.0).sum(-1)
+        rows = torch.where(self.support, alpha.lgamma(), 0.0).sum(-1) - total.lgamma()
+        return rows.flatten(len(self.replicas)).sum(-1) if rows.dim() > len(self.replicas) else rows
+
+    def expected_natural(self, posterior: Stats) -> Stats:
+        """E[log p_j] = ψ(α_j) − ψ(Σ α), zero off the support."""
+        alpha = torch.where(self.support, posterior["counts"], 1.0)
+        total = torch.where(self.support, posterior["counts"], 0.0).sum(-1, keepdim=True)
+        return Stats(counts=torch.where(self.support, alpha.digamma() - total.digamma(), 0.0))
+
+    def forbid(self, states: Tensor) -> None:
+        last = torch.where(states.all(-1, keepdim=True), False, states)
+        self.support, self.restricted = self.support & ~last, True
+
+    def n_parameters(self) -> int:
+        free = self.support
+        mask = self.frozen("logits")
+        if mask is not None:
+            free = free & ~mask
+        return int((free.sum(-1) - 1).clamp(min=0).sum())
+
+    def select(self, keep: Tensor) -> "Categorical":
+        """Keep some categories of the last axis (as weights) or some parents (as an emission)."""
+        axis = 0 if len(self.shape) == 2 else -1
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        shape = list(self.shape)
+        shape[axis] = len(index)
+        small = Categorical(*shape).to(self.device, self.dtype)
+        probs = self.probs.detach().to(torch.float64).index_select(axis, index)
+        small.probs = probs / probs.sum(-1, keepdim=True)
+        return small
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        return torch.multinomial(self.probs[z], 1, generator=generator)
+
+    def config(self) -> dict[str, Any]:
+        return {"shape": list(self.shape)}
+
+    @classmethod
+    def rebuild(cls, shape: list[int]) -> "Categorical":
+        """The table of a saved configuration."""
+        return cls(*shape)
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        generator = torch.Generator().manual_seed(0)
+        table = cls(3, 4).double()
+        table.probs = torch.rand(3, 4, generator=generator, dtype=torch.float64).softmax(-1)
+        return table, Batch(torch.randint(0, 4, (12, 1), generator=generator))

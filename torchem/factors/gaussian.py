@@ -1,0 +1,369 @@
+"""Multivariate normal components with full, tied, diagonal or spherical covariances."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.errors import invalid, one_of
+from torchem.factor import Conjugate, Factor, Kernel, Moments
+from torchem.ops import gaussian as ops
+from torchem.stats import Stats
+
+CovarianceType = Literal["full", "tied", "diag", "spherical"]
+FloorType = Literal["relative", "absolute", "additive"]
+
+#: Largest rounding error of a log-density, in nats, at which moments about one origin are used.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+#: A mean further than this many standard deviations from its origin asks for a new one.
+_REACH = 30.0
+#: Observations × components × features up to which differences cost no more than one product.
+_SMALL = 1 << 16
+#: Mass below which a component keeps its parameters.
+_EMPTY = 1e-30
+
+
+class Gaussian(Factor, Conjugate):
+    """Multivariate normal components.
+
+    log N(x | μ_k, Σ_k) = −½ [(x − μ_k)ᵀ Σ_k⁻¹ (x − μ_k) + log |Σ_k| + D log 2π].
+
+    Args:
+        n_components: K, the number of states.
+        n_features: D, the number of columns.
+        covariance_type: ``"full"`` [K, D, D], ``"tied"`` [D, D], ``"diag"`` [K, D] or ``"spherical"`` [K].
+        covariance_floor: Smallest variance that the M-step allows.
+        floor_type: ``"relative"``: eigenvalues of Δ^−½ Σ Δ^−½ are clipped at the floor, Δ the data's variance per
+            column, which is the exact maximiser under that constraint and independent of units; ``"absolute"``:
+            eigenvalues of Σ are clipped; ``"additive"``: the floor is added to every variance, scikit-learn's
+            ``reg_covar`` (not exactly monotone).
+
+    Raises:
+        InvalidArgument: For sizes below one, an unknown option or a negative floor.
+
+    Source: C. M. Bishop (2006), section 9.2; for the clip, M. Ingrassia (2004).
+
+    Example:
+        >>> g = Gaussian(2, 3, covariance_type="diag")
+        >>> g.covariances = torch.ones(2, 3)
+        >>> g.log_prob(Batch(torch.zeros(5, 3))).shape
+        torch.Size([5, 2])
+    """
+
+    views: ClassVar = {"means": "mean", "covariances": "scale"}
+    default_init: ClassVar[str] = "kmeans"
+
+    mean: Tensor
+    scale: Tensor
+    origin: Tensor
+    unit: Tensor
+
+    def __init__(
+        self,
+        n_components: int,
+        n_features: int,
+        covariance_type: CovarianceType = "full",
+        covariance_floor: float = 1e-6,
+        floor_type: FloorType = "relative",
+    ):
+        super().__init__()
+        for name, size in (("n_components", n_components), ("n_features", n_features)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise invalid(name, "a positive whole number", repr(size), "give at least 1")
+        one_of("covariance_type", covariance_type, ops.STRUCTURES)
+        one_of("floor_type", floor_type, ("relative", "absolute", "additive"))
+        if not (isinstance(covariance_floor, (int, float)) and 0 <= covariance_floor < math.inf):
+            raise invalid("covariance_floor", "a finite number of at least 0", covariance_floor, "use the default 1e-6")
+        self._k, self._d = n_components, n_features
+        self.covariance_type = covariance_type
+        self.covariance_floor = float(covariance_floor)
+        self.floor_type = floor_type
+        self.structure = ops.STRUCTURES[covariance_type]
+        self.shared_parameters = frozenset({"scale"} if self.structure.shared else ())
+        self.new_parameter("mean", torch.zeros(n_components, n_features))
+        self.new_parameter("scale", torch.zeros(self.structure.shape(n_components, n_features)))
+        self.new_buffer("origin", torch.zeros(1, n_features))
+        self.register_buffer("unit", torch.ones(n_features))
+        #: Whether potentials go through features about one origin (fast) or differences (always exact).
+        self.direct = True
+        #: Counts the changes of origin; statistics of different versions do not add.
+        self.version = 0
+
+    def replicate(self, replicas: int) -> None:
+        # A common origin stays common: all replicas then share one set of features.
+        origin = self.origin
+        super().replicate(replicas)
+        if origin.shape[-2] == 1:
+            self.origin = origin
+
+    def refresh(self) -> None:
+        self.direct, self.version = True, self.version + 1
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_components(self) -> int:
+        return self._k
+
+    @property
+    def n_features(self) -> int:
+        return self._d
+
+    @property
+    def means(self) -> Tensor:
+        """Means ``[*r, K, D]``; assignable."""
+        return self.mean
+
+    @means.setter
+    def means(self, value: Any) -> None:
+        means = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if means.shape != self.mean.shape:
+            raise invalid("means", f"shape {list(self.mean.shape)}", list(means.shape), "give one row per component")
+        if not bool(means.isfinite().all()):
+            raise invalid("means", "finite numbers", "NaN or infinity", "correct that entry")
+        with torch.no_grad():
+            self.mean.copy_(means)
+            self.origin = means.reshape(-1, self._d).mean(0, keepdim=True).to(self.dtype)
+        self.direct, self.version = True, self.version + 1
+
+    @property
+    def covariances(self) -> Tensor:
+        """Covariances in scikit-learn's shapes; assignable, must be symmetric and positive definite."""
+        return self.structure.covariances(self.scale)
+
+    @covariances.setter
+    def covariances(self, value: Any) -> None:
+        covariances = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if covariances.shape != self.scale.shape:
+            raise invalid(
+                "covariances", f"shape {list(self.scale.shape)} ({self.covariance_type})", list(covariances.shape),
+                "see covariance_type for the shape",
+            )  # fmt: skip
+        if self.covariance_type in ("full", "tied"):
+            size = covariances.abs().amax() + torch.finfo(torch.float64).tiny
+            if bool(((covariances - covariances.mT).abs() > 1e-5 * size).any()):
+                raise invalid("covariances", "symmetric matrices", "an asymmetric one", "pass (C + C.mT) / 2")
+            covariances = (covariances + covariances.mT) / 2
+        raw = self.structure.raw(covariances)
+        if not bool(raw.isfinite().all()):
+            raise invalid("covariances", "positive definite matrices", "one that is not", "add a small multiple of I")
+        with torch.no_grad():
+            self.scale.copy_(raw)
+        self.direct = True
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        x = batch.x
+        value = ops.DirectPass(self.structure, self.mean, self.scale, self.origin).log_prob(x.reshape(-1, self._d))
+        return value.mT.unflatten(-2, x.shape[:-1])
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``count``, ``dof`` [*r, K], ``first`` [*r, K, D] and ``second`` about the origin."""
+        sweep = ops.DirectPass(self.structure, self.mean, self.scale, self.origin)
+        sweep.x = batch.x.reshape(-1, self._d)
+        sweep.collect(expected.reshape(*self.replicas, -1, self._k).mT)
+        return self._stats(*sweep.moments())
+
+    def _stats(self, count: Tensor, first: Tensor, second: Tensor) -> Stats:
+        # Two counts, for the mean and for the log-determinant: a normal–inverse-Wishart prior differs in them.
+        return Stats(
+            count=count, dof=count, first=first, second=second, shared=self.structure.shared, version=self.version
+        )
+
+    def kernel(self) -> Kernel:
+        return _GaussianKernel(self)
+
+    def row_size(self) -> int:
+        if self.direct:
+            return 3 * self._k * self._d + 4 * self._k
+        return self.structure.n_features(self._d) + 2 * self._d + 4 * self._k
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        count, dof = stats["count"], stats["dof"]
+        origin = self.origin.to(torch.float64)
+        mean = origin + stats["first"] / count.clamp(min=_EMPTY).unsqueeze(-1)
+        mean = torch.where((count > _EMPTY).unsqueeze(-1), mean, self.mean.to(torch.float64))
+        mean = self.keep_frozen("mean", mean).to(torch.float64)
+        scatter = self.structure.scatter(count, stats["first"], stats["second"], mean - origin)
+        covariances = self.structure.estimate(scatter, dof.clamp(min=_EMPTY), self._d)
+        raw = self.structure.raw(self._floored(covariances))
+        # One covariance for all is estimated as long as any component has mass.
+        enough = dof.sum(-1) > _EMPTY if self.structure.shared else dof > _EMPTY
+        event = raw.dim() - enough.dim()
+        raw = torch.where(enough.reshape(*enough.shape, *[1] * event), raw.to(self.dtype), self.scale)
+        return {"mean": mean.to(self.dtype), "scale": self.keep_frozen("scale", raw)}
+
+    def _unit(self) -> Tensor:
+        unit = self.unit.to(torch.float64)
+        return unit if self.floor_type == "relative" else torch.ones_like(unit)
+
+    def _floored(self, covariances: Tensor) -> Tensor:
+        if self.floor_type == "additive":
+            return self.structure.add(covariances, self.covariance_floor)
+        # Even without a floor the M-step stays inside the floating-point cone of positive definite matrices.
+        return self.structure.clip(covariances, self._unit(), max(self.covariance_floor, 1e-15))
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        delta = (self.mean - self.origin).to(torch.float64)
+        raw = self.scale.to(torch.float64)
+        scatter = self.structure.scatter(stats["count"], stats["first"], stats["second"], delta)
+        log_det = self.structure.log_det(raw, self._k, self._d)
+        constant = (stats["dof"] * (log_det + self._d * ops.LOG_2PI)).sum(-1)
+        return -0.5 * (constant + self.structure.trace(raw, scatter))
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
+        """Means at the chosen observations, covariances of the whole data."""
+        size = len(batch)
+        even = torch.full((*index.shape[:-1], size, self._k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
+        if batch.weight is not None:
+            even = even * batch.weight.unsqueeze(-1).to(even)
+        values = self.maximize(self.gather(batch, even))
+        return {**values, "mean": self.keep_frozen("mean", batch.x.to(self.dtype)[index])}
+
+    def prepare(self, moments: Moments) -> None:
+        mean, variance = moments.mean, moments.variance
+        if mean.shape != (self._d,):
+            return
+        # A constant column has no scale of its own; it takes that of the others, or of its value, or one.
+        spread = variance[variance > 0]
+        fallback = spread.mean() if spread.numel() else (mean.square().amax() * 1e-12).clamp(min=1e-12)
+        noise = (mean.abs() * torch.finfo(self.dtype).eps).square()
+        with torch.no_grad():
+            self.unit = torch.where(variance > noise, variance, fallback).to(self.unit)
+            self.origin = mean.to(self.origin).unsqueeze(0)
+        self.direct, self.version = True, self.version + 1
+
+    def project(self) -> None:
+        if self.floor_type == "additive" or self.frozen("scale") is not None:
+            return
+        with torch.no_grad():
+            covariances = self.covariances.to(torch.float64)
+            clipped = self._floored(covariances)
+            changed = (clipped - covariances).abs() > 1e-9 * covariances.abs().amax()
+            if bool(changed.any()):
+                self.scale.data = self.structure.raw(clipped).to(self.scale)
+
+    @torch.no_grad()
+    def tune(self, rows: int) -> Callable[[Stats], Stats] | None:
+        if rows * self._k * self._d <= _SMALL:
+            self.direct = True
+        elif self.origin.shape[-2] == 1:
+            error = float(ops.rounding(self.structure, self.mean, self.scale, self.origin))
+            self.direct = not error <= _TOLERANCE.get(self.dtype, 0.0)
+        if not self.direct or not float(ops.spread(self.structure, self.mean, self.scale, self.origin)) > _REACH:
+            return None
+        old, new = self.origin, self.mean.detach().clone()
+        if not bool(new.isfinite().all()):
+            return None
+        self.origin, self.version = new, self.version + 1
+        return lambda stats: self._translated(stats, (new - old).to(torch.float64))
+
+    def _translated(self, stats: Stats, delta: Tensor) -> Stats:
+        """Statistics about an origin moved by ``delta``: t − nδ, tt − tδᵀ − δtᵀ + nδδᵀ."""
+        count, first = stats["count"], stats["first"]
+        second = self.structure.scatter(count, first, stats["second"], delta.expand_as(first))
+        out = stats.like({**stats, "first": first - count.unsqueeze(-1) * delta, "second": second})
+        out.version = self.version
+        return out
+
+    def degenerate(self) -> Tensor | None:
+        least = self.structure.smallest(self.covariances.detach().to(torch.float64), self._unit(), self._k)
+        return least <= max(self.covariance_floor, 1e-15) * 1.001
+
+    # ---- conjugate prior: normal–inverse-Wishart and its diagonal kin ------------------------------------------
+
+    def log_normalizer(self, posterior: Stats) -> Tensor:
+        """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k(second − first μᵀ − μ firstᵀ + count μμᵀ)) dμ dΛ.
+
+        The prior is natural in the coordinates of the statistics: κ = count and, for full covariances, ν = dof + D.
+        """
+        count, dof = posterior["count"], posterior["dof"]
+        delta = posterior["first"] / count.unsqueeze(-1)
+        scatter = self.structure.scatter(count, posterior["first"], posterior["second"], delta)
+        return self.structure.log_marginal(count, dof, scatter, self._d)
+
+    def expected_natural(self, posterior: Stats) -> Stats:
+        """Gradient of `log_normalizer`: what multiplies each statistic in the expected log-density."""
+        leaves = dict(posterior)
+        return posterior.like(torch.func.grad(lambda v: self.log_normalizer(posterior.like(v)).sum())(leaves))
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def n_parameters(self) -> int:
+        k, d = self._k, self._d
+        total = 0
+        for name, size in (("mean", k * d), ("scale", self.structure.n_parameters(k, d))):
+            mask = self.frozen(name)
+            kept = 0.0 if mask is None else float(mask.double().mean())
+            total += round(size * (1 - kept))
+        return total
+
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        if name == "covariances" and self.covariance_type == "tied" and mask.dim():
+            raise invalid("mask", "no mask (one covariance serves all components)", list(mask.shape), "freeze it whole")
+        super().check_mask(name, mask)
+
+    def select(self, keep: Tensor) -> "Gaussian":
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        small = Gaussian(len(index), self._d, self.covariance_type, self.covariance_floor, self.floor_type)
+        small = small.to(self.device, self.dtype)
+        with torch.no_grad():
+            small.mean.copy_(self.mean[index])
+            small.scale.copy_(self.scale if self.covariance_type == "tied" else self.scale[index])
+        small.origin = self.origin if self.origin.shape[0] == 1 else self.origin[index]
+        small.unit, small.direct = self.unit, self.direct
+        return small
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        factors = self.structure.dense(self.scale, self._k, self._d)
+        noise = torch.randn(len(z), self._d, dtype=self.dtype, device=self.device, generator=generator)
+        draws = torch.empty_like(noise)
+        for k in range(self._k):
+            chosen = z == k
+            draws[chosen] = self.mean[k] + noise[chosen] @ factors[k].mT
+        return draws
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        return _example("full")
+
+
+def _example(covariance_type: CovarianceType) -> tuple[Gaussian, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    g = Gaussian(3, 2, covariance_type).double()
+    g.means = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        g.scale.copy_(0.3 * torch.randn(g.scale.shape, generator=generator, dtype=torch.float64).tril())
+    return g, Batch(torch.randn(20, 2, generator=generator, dtype=torch.float64))
+
+
+class _GaussianKernel(Kernel):
+    """A pass by the route that `Gaussian.tune` chose."""
+
+    def __init__(self, factor: Gaussian):
+        self.factor = factor
+        route = ops.DirectPass if factor.direct else ops.FeaturesPass
+        self.sweep = route(factor.structure, factor.mean, factor.scale, factor.origin)
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        x = batch.x
+        if x.dim() == 2:
+            return self.sweep.log_prob(x).mT
+        return self.sweep.log_prob(x.reshape(-1, x.shape[-1])).mT.unflatten(-2, x.shape[:-1])
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        if batch.x.dim() != 2:
+            expected = expected.flatten(-1 - (batch.x.dim() - 1), -2)
+        self.sweep.collect(expected.mT)
+
+    def stats(self) -> Stats:
+        return self.factor._stats(*self.sweep.moments())
+
+    def inner(self) -> Tensor:
+        return self.sweep.inner()

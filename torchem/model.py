@@ -1,0 +1,365 @@
+"""The contract of a latent-variable model: factors in slots, and inference over their potentials.
+
+A model with discrete latents is one method, `DiscreteModel.log_partition`: expectations of latent configurations are
+the gradient of log Z with respect to the potentials, and with its reduction swapped for a maximum the same method
+gives the most likely configuration.
+"""
+
+import copy
+import functools
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from torchem.batch import Batch, as_batch
+from torchem.factor import Factor, Kernel, Moments, constructor_arguments
+from torchem.ops import reduce
+from torchem.ops.dispatch import rows_per_piece
+from torchem.stats import Stats
+
+Reduction = Callable[[Tensor, int], Tensor]
+
+
+class LatentModel(nn.Module, ABC):
+    """A joint distribution of data and latents, built from factors.
+
+    `e_step` is additive in the data; `m_step` maximises every factor; together they are one EM iteration. All else
+    (`bound`, replicas, files, the pure EM map) is inherited.
+    """
+
+    #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
+    memory_budget: int | None = None
+
+    @abstractmethod
+    def slots(self) -> tuple[tuple[str, Factor], ...]:
+        """Module paths and factors; one factor may stand in two slots and is then one parameter."""
+
+    @abstractmethod
+    def e_step(self, batch: Batch) -> Stats:
+        """Expected statistics of a batch: ``{slot: Stats, …, entropy, log_likelihood, count}``, all additive."""
+
+    @abstractmethod
+    def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
+        """Draw ``n`` observations, with their latent states on request."""
+
+    def factors(self) -> dict[Factor, list[str]]:
+        """Each distinct factor with the slots that it stands in."""
+        found: dict[Factor, list[str]] = {}
+        for slot, factor in self.slots():
+            found.setdefault(factor, []).append(slot)
+        return found
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch) -> Batch:
+        """Refuse a batch that the model cannot read; returns it."""
+        return batch
+
+    def batch(self, data: Any, **fields: Any) -> Batch:
+        """Validate data for this model."""
+        missing = all(f.handles_missing for f in self.factors())
+        return self.check(as_batch(data, allow_missing=missing, **fields))
+
+    def cast(self, batch: Batch) -> Batch:
+        """A piece in the types that the factors compute with."""
+        return batch
+
+    def row_size(self) -> int:
+        """Numbers held per observation while a piece is processed."""
+        return sum(factor.row_size() for _, factor in self.slots()) * max(1, *self.replicas, 1)
+
+    def stream(self, batch: Batch) -> Iterator[Batch]:
+        """The batch in pieces that fit the cache (CPU) or the budget (CUDA), on the model's device and in its types.
+
+        The size of a piece is a function of shapes, dtype and device type alone, never of free memory, so results
+        repeat. Data that live on the host are copied to an accelerator through pinned memory, piece by piece.
+        """
+        width = torch.finfo(self.dtype).bits // 8
+        rows = rows_per_piece(self.row_size() * width, self.device, self.memory_budget)
+        if batch.x.device == self.device:
+            yield from map(self.cast, batch.split(rows))
+            return
+        for piece in batch.split(rows):
+            if self.device.type == "cuda":
+                piece = piece.map(Tensor.pin_memory)
+            yield self.cast(piece.to(self.device))
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        """New values of all parameters, by their names in the model: the pure half of an M-step."""
+        values: dict[str, Tensor] = {}
+        for factor, slots in self.factors().items():
+            total = stats[slots[0]]
+            for slot in slots[1:]:
+                total = total + stats[slot]
+            values |= {f"{slots[0]}.{name}": value for name, value in factor.maximize(total).items()}
+        return values
+
+    def assign(self, values: dict[str, Tensor]) -> None:
+        """Set parameters by name: the one place where a fit writes. The old tensors are left untouched."""
+        for path, value in values.items():
+            self.get_parameter(path).data = value.detach()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The current parameters by name, to `assign` again."""
+        return {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def m_step(self, stats: Stats) -> None:
+        """Maximise every factor and assign the result."""
+        self.assign(self.maximize(stats))
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        """Σ_f Q_f(θ; S): the part of the bound that parameters move."""
+        return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
+
+    def bound(self, stats: Stats) -> Tensor:
+        """The evidence lower bound Σ_f Q_f(θ; S) + entropy, at the current θ and the posteriors behind S.
+
+        Source: R. M. Neal, G. E. Hinton (1998), equation 7.
+        """
+        return self.expected_log_prob(stats) + stats["entropy"]
+
+    # ---- starts -----------------------------------------------------------------------------------------------
+
+    @property
+    def default_init(self) -> str:
+        """The start that ``init="auto"`` stands for."""
+        return "random"
+
+    @abstractmethod
+    def initialize(self, batch: Batch, expected: Tensor) -> None:
+        """First parameters from responsibilities ``[*r, N, K]`` of a sample, in place."""
+
+    @abstractmethod
+    def initialize_at(self, batch: Batch, index: Tensor) -> None:
+        """First parameters with state k at observation ``index [*r, K]`` of a sample, in place."""
+
+    # ---- health -----------------------------------------------------------------------------------------------
+
+    def occupancy(self, stats: Stats) -> Tensor | None:
+        """Expected number of observations of each latent state, ``[*r, K]``, if there is one set of states."""
+        return None
+
+    def degenerate(self) -> Tensor | None:
+        """``[*r, K]`` Boolean, True where a component sits at the bounds of its family."""
+        return None
+
+    def twins(self, batch: Batch) -> list[tuple[int, int]]:
+        """Pairs of states that the potentials of a sample cannot tell apart: EM would keep them equal for ever."""
+        return []
+
+    # ---- use --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def log_prob(self, data: Any) -> Tensor:
+        """log p(x) of each row or sequence, ``[N]``, latents summed out, differentiable in parameters and data."""
+
+    @abstractmethod
+    def posterior(self, data: Any) -> Any:
+        """The posterior of the latents."""
+
+    @abstractmethod
+    def most_likely(self, data: Any) -> Tensor:
+        """The most probable configuration of the latents."""
+
+    def forward(self, data: Any) -> Tensor:
+        return self.log_prob(data)
+
+    # ---- replicas, numerics -----------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return self.slots()[0][1].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.slots()[0][1].device
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """``()`` for one model, ``(R,)`` for R replicas run as one."""
+        return self.slots()[0][1].replicas
+
+    def replicate(self, replicas: int) -> Self:
+        """A copy whose parameters carry a leading axis of equal replicas."""
+        twin = copy.deepcopy(self)
+        for factor in _all_factors(twin):
+            factor.replicate(replicas)
+        return twin
+
+    def take_replicas(self, index: Tensor | int) -> Self:
+        """A copy with some of the replicas, or with one and no replica axis."""
+        twin = copy.deepcopy(self)
+        for factor in _all_factors(twin):
+            factor.take_replicas(index)
+        return twin
+
+    def load_from(self, other: "LatentModel") -> None:
+        """Take over parameters and numerical state of a model of the same structure, in place."""
+        for mine, theirs in zip(_all_factors(self), _all_factors(other), strict=True):
+            for name, value in theirs.named_parameters(recurse=False):
+                getattr(mine, name).data = value.detach().clone()
+            for name, value in theirs.named_buffers(recurse=False):
+                mine.register_buffer(name, value.detach().clone())
+            mine.__dict__.update({k: v for k, v in theirs.__dict__.items() if isinstance(v, (bool, int))})
+
+    def prepare(self, moments: Moments) -> None:
+        """Tell every factor the scale of the data."""
+        for factor in _all_factors(self):
+            factor.prepare(moments)
+
+    def project(self) -> None:
+        """Move every factor into its feasible set."""
+        for factor in _all_factors(self):
+            factor.project()
+
+    def tune(self, rows: int) -> Callable[[Stats], Stats] | None:
+        """Let every factor adapt its numerics; returns the map for statistics gathered before, if any is needed."""
+        moves = {slot: move for slot, move in ((s, f.tune(rows)) for s, f in self.slots()) if move is not None}
+        if not moves:
+            return None
+        return lambda stats: stats.like({k: moves[k](v) if k in moves else v for k, v in stats.items()})
+
+    def n_parameters(self) -> int:
+        """Number of free parameters."""
+        return sum(factor.n_parameters() for factor in self.factors())
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, by the convention that each is kept as an attribute of its name."""
+        return constructor_arguments(self)
+
+
+def _all_factors(model: nn.Module) -> list[Factor]:
+    return [module for module in model.modules() if isinstance(module, Factor)]
+
+
+class DiscreteModel(LatentModel):
+    """A model whose latents are discrete: write `log_partition`, inherit inference.
+
+    Example:
+        >>> import torchem
+        >>> model = torchem.GaussianMixture(2, 1)
+        >>> stats = model.e_step(model.batch([[0.0], [1.0]]))
+        >>> float(stats["count"])
+        2.0
+    """
+
+    @abstractmethod
+    def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
+        """log Σ_z exp Σ potentials, ``[*r, N]``; with ``plus=reduce.maximum`` the value of the best configuration."""
+
+    def table_slots(self) -> frozenset[str]:
+        """Slots that hold a latent child and are asked for `Factor.log_table`."""
+        return frozenset()
+
+    def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """log Z per row, and weighted expectations in the shape of each potential.
+
+        This default differentiates `log_partition`: the reference that every faster override must equal.
+
+        Source: M. J. Wainwright, M. I. Jordan (2008), proposition 3.1.
+        """
+        log_z, pull = torch.func.vjp(lambda p: self.log_partition(p, batch), potentials)
+        weight = torch.ones_like(log_z) if batch.weight is None else batch.weight.to(log_z).expand_as(log_z)
+        return log_z, pull(weight)[0]
+
+    def e_step(self, batch: Batch) -> Stats:
+        tables = self.table_slots()
+        kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+        log_likelihood: Tensor | None = None
+        for piece in self.stream(batch):
+            potentials = {slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}
+            log_z, expected = self.infer(potentials, piece)
+            for slot, kernel in kernels.items():
+                kernel.collect(piece, expected[slot])
+            if piece.weight is not None:
+                log_z = torch.where(piece.weight > 0, log_z, 0.0) * piece.weight
+            subtotal = log_z.sum(-1, dtype=torch.float64)
+            log_likelihood = subtotal if log_likelihood is None else log_likelihood + subtotal
+        assert log_likelihood is not None
+        stats = Stats({slot: kernel.stats() for slot, kernel in kernels.items()})
+        # ≡ Σ w log Z − Q at this θ: the entropy of the posteriors plus all that Q leaves out (base measures).
+        stats["entropy"] = log_likelihood - sum(kernel.inner() for kernel in kernels.values())
+        stats["log_likelihood"] = log_likelihood
+        if batch.weight is None:
+            stats["count"] = torch.full_like(log_likelihood, len(batch))
+        else:
+            stats["count"] = batch.total_weight().to(self.device).expand_as(log_likelihood)
+        return stats
+
+    def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Tensor]) -> Tensor:
+        """Apply a function of potentials to the data piece by piece and join the results along the rows."""
+        batch = data if isinstance(data, Batch) else self.batch(data)
+        tables = self.table_slots()
+        kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+        parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(self.replicas))
+
+    def log_prob(self, data: Any) -> Tensor:
+        return self._each(data, self.log_partition)
+
+
+class _TablePass(Kernel):
+    """A latent child's pass over the pieces: its table once, its counts summed."""
+
+    def __init__(self, factor: Factor):
+        self.factor = factor
+        self.total: Stats | None = None
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        return self.factor.log_table(batch)
+
+    def inner(self) -> Tensor:
+        return self.factor.expected_log_prob(self.stats())
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        stats = self.factor.table_stats(batch, expected)
+        self.total = stats if self.total is None else self.total + stats
+
+    def stats(self) -> Stats:
+        assert self.total is not None
+        return self.total
+
+
+class _Map(nn.Module):
+    """An EM iteration as a forward pass, so that `functional_call` can put other parameters in."""
+
+    def __init__(self, model: LatentModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        new = dict(self.model.named_parameters())
+        return new | self.model.maximize(self.model.e_step(batch))
+
+
+def em_map(model: LatentModel) -> Callable[[dict[str, Tensor], Batch], dict[str, Tensor]]:
+    """The EM iteration θ → θ′ as a pure function of unconstrained parameters and a batch.
+
+    It assigns nothing and detaches nothing: differentiate it, batch it with ``torch.func.vmap``, extrapolate it.
+
+    Returns:
+        A function of ``dict(model.named_parameters())`` and a `Batch` that returns new parameters of the same names.
+
+    Example:
+        >>> import torchem
+        >>> model = torchem.GaussianMixture(2, 1)
+        >>> model.means = [[-1.0], [1.0]]
+        >>> step = em_map(model)
+        >>> new = step(dict(model.named_parameters()), model.batch([[-1.0], [2.0], [3.0]]))
+        >>> sorted(new)
+        ['component.mean', 'component.scale', 'mixing.logits']
+    """
+    wrapped = _Map(model)
+
+    def step(params: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        return torch.func.functional_call(wrapped, {f"model.{k}": v for k, v in params.items()}, (batch,))
+
+    return step

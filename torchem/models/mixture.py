@@ -1,0 +1,245 @@
+"""Finite mixtures: one discrete latent per observation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.errors import invalid
+from torchem.factor import Factor
+from torchem.factors import Categorical, Gaussian
+from torchem.factors.gaussian import CovarianceType, FloorType
+from torchem.model import DiscreteModel, Reduction
+from torchem.ops import reduce
+from torchem.stats import Stats
+
+
+class Mixture(DiscreteModel):
+    """p(x) = Σ_k p(z = k | u) p(x | z = k): any factor in either slot.
+
+    E-step: γ_nk ∝ p(z = k) p(x_n | z = k), the responsibilities. M-step: each factor under them. A gate that reads
+    covariates in ``mixing`` makes a mixture of experts.
+
+    Args:
+        mixing: A latent child over K classes, such as ``Categorical(K)``.
+        component: An observed child with K components.
+
+    Raises:
+        InvalidArgument: If the two disagree about K.
+
+    Source: A. P. Dempster, N. M. Laird, D. B. Rubin (1977), section 4.3.
+
+    Example:
+        >>> m = Mixture(Categorical(3), Gaussian(3, 2, "diag"))
+        >>> m.posterior(torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    mixing: Factor
+    component: Factor
+
+    def __init__(self, mixing: Factor, component: Factor):
+        super().__init__()
+        classes = mixing.shape[-1] if isinstance(mixing, Categorical) else component.n_components
+        if component.n_components is not None and classes != component.n_components:
+            raise invalid(
+                "component", f"{classes} components, as many as mixing has classes", component.n_components,
+                "build both with the same K",
+            )  # fmt: skip
+        self.mixing = mixing
+        self.component = component
+
+    def slots(self) -> tuple[tuple[str, Factor], ...]:
+        return ("mixing", self.mixing), ("component", self.component)
+
+    def table_slots(self) -> frozenset[str]:
+        return frozenset({"mixing"})
+
+    @property
+    def n_components(self) -> int:
+        """K, the number of components."""
+        k = self.component.n_components
+        assert k is not None
+        return k
+
+    @property
+    def weights(self) -> Tensor:
+        """Mixing weights ``[*r, K]``; assignable, must sum to one."""
+        return self._table().probs
+
+    @weights.setter
+    def weights(self, value: Any) -> None:
+        self._table().probs = value
+
+    def _table(self) -> Categorical:
+        if not isinstance(self.mixing, Categorical):
+            raise invalid("weights", "mixing weights free of covariates", "a gate", "read model.mixing instead")
+        return self.mixing
+
+    # ---- inference --------------------------------------------------------------------------------------------
+
+    def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
+        return plus(self._joint(potentials, batch), -1)
+
+    def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch))
+        if batch.weight is not None:
+            posterior = posterior * batch.weight.to(posterior.dtype).unsqueeze(-1)
+        mixing = posterior
+        if potentials["mixing"].shape[-2] == 1:
+            mixing = posterior.sum(-2, keepdim=True, dtype=torch.float64)
+        return log_z, {"mixing": mixing, "component": posterior}
+
+    @staticmethod
+    def _joint(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        joint = potentials["mixing"] + potentials["component"]
+        return joint if batch.evidence is None else joint + batch.evidence.to(joint)
+
+    def posterior(self, data: Any) -> Tensor:
+        """Responsibilities ``[N, K]``; rows sum to one, or to zero where an observation is impossible."""
+        return self._each(data, lambda p, b: reduce.responsibilities(self._joint(p, b))[1])
+
+    def most_likely(self, data: Any) -> Tensor:
+        """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
+        return self._each(data, lambda p, b: reduce.first_max(self._joint(p, b).detach()))
+
+    @torch.no_grad()
+    def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
+        """Draw ``n`` observations ``[n, D]``, and their components ``[n]`` when ``latents`` is True."""
+        if not isinstance(n, int) or n < 0:
+            raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
+        table = self.mixing.log_table(Batch(torch.empty(n, 0, device=self.device))).exp()
+        if table.shape[0] == 1:
+            z = torch.multinomial(table[0], n, replacement=True, generator=generator) if n else torch.empty(0).long()
+        else:
+            z = torch.multinomial(table, 1, generator=generator)[:, 0]
+        z = z.to(self.device)
+        x = self.component.sample(z, generator=generator)
+        return (x, z) if latents else x
+
+    # ---- starts and health ------------------------------------------------------------------------------------
+
+    @property
+    def default_init(self) -> str:
+        return self.component.default_init
+
+    def initialize(self, batch: Batch, expected: Tensor) -> None:
+        if batch.weight is not None:
+            expected = expected * batch.weight.unsqueeze(-1).to(expected)
+        tables = self.mixing.maximize(self.mixing.table_stats(batch, expected))
+        self._assign(tables, self.component.initialize(batch, expected))
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> None:
+        self._assign({}, self.component.initialize_at(batch, index))
+
+    def _assign(self, mixing: dict[str, Tensor], component: dict[str, Tensor]) -> None:
+        values = {f"mixing.{k}": v for k, v in mixing.items()}
+        self.assign(values | {f"component.{k}": v for k, v in component.items()})
+
+    def occupancy(self, stats: Stats) -> Tensor | None:
+        return stats["mixing"].get("counts")
+
+    def degenerate(self) -> Tensor | None:
+        return self.component.degenerate()
+
+    def twins(self, batch: Batch) -> list[tuple[int, int]]:
+        values = self.component.log_potential(self.cast(batch))
+        same = (values.unsqueeze(-1) == values.unsqueeze(-2)).all(-3).tril(-1)
+        return [(int(j), int(i)) for i, j in same.nonzero().tolist()] if same.dim() == 2 else []
+
+    def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
+        """Put the components ``which [*r, K]`` at observations ``index [*r, K]``, with an even share of the mass."""
+        component = self.component.initialize_at(batch, index)
+        stats = {"counts": torch.where(which, 1.0 / self.n_components, self._table().probs.to(torch.float64))}
+        mixing = self.mixing.maximize(Stats(stats))
+        self._assign(mixing, self.component.replace_components(which, component))
+
+    # ---- data and numerics ------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch) -> Batch:
+        self.component.check(batch)
+        if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
+            raise invalid(
+                "evidence", f"{self.n_components} columns, one per component", batch.evidence.shape[-1],
+                "give a log-potential for each component",
+            )  # fmt: skip
+        return batch
+
+    def cast(self, batch: Batch) -> Batch:
+        x = self.component.cast(batch.x)
+        return batch if x is batch.x else batch.with_x(x)
+
+    def forbid(self, which: Tensor) -> None:
+        """Take components ``which [*r, K]`` out of the support of the weights, in place; never the last one."""
+        self.mixing.forbid(which)
+
+    def prune(self, keep: Tensor) -> None:
+        """Keep only some components, in place; weights are renormalised."""
+        self.mixing = self.mixing.select(keep)
+        self.component = self.component.select(keep)
+
+
+class GaussianMixture(Mixture):
+    """A mixture of Gaussians, as scikit-learn's but on PyTorch.
+
+    p(x) = Σ_k w_k N(x | μ_k, Σ_k).
+
+    Args:
+        n_components: K.
+        n_features: D.
+        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        covariance_floor: Smallest variance, relative to the data's (see `Gaussian`).
+        floor_type: ``"relative"``, ``"absolute"`` or ``"additive"``.
+
+    Raises:
+        InvalidArgument: For sizes below one or an unknown option.
+
+    Source: C. M. Bishop (2006), section 9.2.
+
+    Example:
+        >>> m = GaussianMixture(2, 1)
+        >>> m.weights, m.means, m.covariances = [0.5, 0.5], [[-1.0], [1.0]], [[[1.0]], [[1.0]]]
+        >>> m.posterior([[0.0]])
+        tensor([[0.5000, 0.5000]], grad_fn=<DivBackward0>)
+    """
+
+    mixing: Categorical
+    component: Gaussian
+
+    def __init__(
+        self,
+        n_components: int,
+        n_features: int,
+        covariance_type: CovarianceType = "full",
+        *,
+        covariance_floor: float = 1e-6,
+        floor_type: FloorType = "relative",
+    ):
+        component = Gaussian(n_components, n_features, covariance_type, covariance_floor, floor_type)
+        super().__init__(Categorical(n_components), component)
+        self.n_features = n_features
+        self.covariance_type = covariance_type
+        self.covariance_floor = covariance_floor
+        self.floor_type = floor_type
+
+    @property
+    def means(self) -> Tensor:
+        """Means ``[*r, K, D]``; assignable."""
+        return self.component.means
+
+    @means.setter
+    def means(self, value: Any) -> None:
+        self.component.means = value
+
+    @property
+    def covariances(self) -> Tensor:
+        """Covariances in scikit-learn's shapes; assignable."""
+        return self.component.covariances
+
+    @covariances.setter
+    def covariances(self, value: Any) -> None:
+        self.component.covariances = value
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "n_components": self.n_components}

@@ -1,0 +1,607 @@
+"""Gaussian log-densities and their moments for four covariance structures, by two routes.
+
+*Features.* About one origin o, with z = (1, x − o), a log-density is linear in the products z_i z_j: potentials of all
+components and replicas are one matrix product ``W @ t`` and moments are its transpose. The products are laid out as
+cyclic shifts, t[s, d] = z_d · z_{d+s mod p}: one strided multiplication, each pair once.
+
+*Direct.* Differences x − μ_k through triangular factors, and moments about an origin per component: exact where
+tight clusters lie far apart, at more memory traffic.
+
+`rounding` bounds the error of the first route, so that a caller can choose between them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from torchem.ops import linalg
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def augment(x: Tensor, origin: Tensor) -> Tensor:
+    """z = (1, x − o) as ``[D + 1, n]``: observations along contiguous memory."""
+    shifted = (x - origin).mT
+    return torch.cat([shifted.new_ones(1, shifted.shape[1]), shifted])
+
+
+@lru_cache(maxsize=64)
+def _pairs(p: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each cyclic product z_d z_{d+s} stands in a symmetric ``p × p`` matrix, how often, and the way back."""
+    shift = torch.arange(p // 2 + 1).unsqueeze(-1)
+    first = torch.arange(p).expand(p // 2 + 1, p)
+    second = (first + shift) % p
+    there = first * p + second
+    # A pair appears once among the shifts, except that s = p/2 meets each twice; off the diagonal it stands for two.
+    twice = torch.where((shift == 0) | (2 * shift == p), 1.0, 2.0).expand_as(there)
+    back = torch.empty(p * p, dtype=torch.long)
+    flat = torch.arange(there.numel())
+    back[(second * p + first).reshape(-1)] = flat
+    back[there.reshape(-1)] = flat
+    return there.reshape(-1).to(device), twice.reshape(-1).to(torch.float64).to(device), back.to(device)
+
+
+class Structure(ABC):
+    """How a covariance is stored, scored, estimated and floored. Stateless; leading axes are replicas."""
+
+    #: Statistics without a component axis.
+    shared: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def shape(self, k: int, d: int) -> tuple[int, ...]:
+        """Shape of `covariances`, and of the unconstrained coordinates."""
+
+    @abstractmethod
+    def n_parameters(self, k: int, d: int) -> int:
+        """Free entries of the covariances."""
+
+    @abstractmethod
+    def raw(self, covariances: Tensor) -> Tensor:
+        """Unconstrained coordinates; NaN where a matrix is not positive definite."""
+
+    @abstractmethod
+    def covariances(self, raw: Tensor) -> Tensor:
+        """Inverse of `raw`."""
+
+    @abstractmethod
+    def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
+        """Lower factors ``[*r, K, D, D]`` of every component, for sampling and export."""
+
+    # -- features route ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def n_features(self, d: int) -> int:
+        """Rows of `features`."""
+
+    @abstractmethod
+    def features(self, z: Tensor) -> Tensor:
+        """``[F, n]`` from the augmented ``z [D + 1, n]``."""
+
+    @abstractmethod
+    def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
+        """``W [*r, K, F]`` with ``W @ features(z)`` the log-densities, but for `common`."""
+
+    @abstractmethod
+    def moments(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count ``[*r, K]``, first ``[*r, K, D]`` and second moments from ``responsibilities @ features(z).T``."""
+
+    def common(self, raw: Tensor) -> Tensor | None:
+        """Inverse factor of a quadratic term that all components share, if there is one."""
+        return None
+
+    # -- direct route --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def root(self, raw: Tensor) -> Tensor:
+        """What `distance` multiplies differences by: inverse factors or inverse standard deviations."""
+
+    @abstractmethod
+    def distance(self, difference: Tensor, root: Tensor) -> Tensor:
+        """Squared Mahalanobis norms ``[*r, K, n]`` of differences ``[*r, K, n, D]``."""
+
+    @abstractmethod
+    def second(self, difference: Tensor, weighted: Tensor) -> Tensor:
+        """Second moments of differences whose weighted copy is ``weighted``."""
+
+    # -- M-step --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def log_det(self, raw: Tensor, k: int, d: int) -> Tensor:
+        """log |Σ_k|, ``[*r, K]`` (or broadcastable)."""
+
+    @abstractmethod
+    def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
+        """Second moments about ``origin + delta`` instead of the origin."""
+
+    @abstractmethod
+    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
+        """Covariances from scatter and degrees of freedom ``[*r, K]``."""
+
+    @abstractmethod
+    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        """Σ tr(Σ⁻¹ · scatter) over components, ``[*r]``."""
+
+    @abstractmethod
+    def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
+        """Nearest in likelihood with Δ^−½ Σ Δ^−½ ⪰ floor, Δ = diag(``unit``)."""
+
+    @abstractmethod
+    def smallest(self, covariances: Tensor, unit: Tensor, k: int) -> Tensor:
+        """Smallest eigenvalue of Δ^−½ Σ_k Δ^−½, ``[*r, K]``."""
+
+    @abstractmethod
+    def add(self, covariances: Tensor, amount: float) -> Tensor:
+        """Covariances with ``amount`` added to every variance."""
+
+    @abstractmethod
+    def variances(self, raw: Tensor, k: int, d: int) -> Tensor:
+        """Marginal variances ``[*r, K, D]``."""
+
+    @abstractmethod
+    def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
+        """|reach|ᵀ |Σ⁻¹| |reach| per component: the size of the terms that the features route adds up."""
+
+    @abstractmethod
+    def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
+        """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k (scatter_k + count_k δδᵀ)) dδ dΛ: the conjugate prior's normaliser."""
+
+
+def _log_wishart(nu: Tensor, scatter: Tensor) -> Tensor:
+    """log ∫ |Λ|^{(ν − D − 1)/2} exp(−½ tr Λ·scatter) dΛ (C. M. Bishop 2006, equation B.79)."""
+    d = scatter.shape[-1]
+    log_det = 2 * linalg.log_cholesky(scatter).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return nu * d / 2 * math.log(2) + (nu / 2).mvlgamma(d) - nu / 2 * log_det
+
+
+def _log_gamma(shape: Tensor, scatter: Tensor) -> Tensor:
+    """log ∫ λ^{shape − 1} exp(−½ λ·scatter) dλ."""
+    return shape.lgamma() - shape * (scatter / 2).log()
+
+
+def _log_means(count: Tensor, d: int) -> Tensor:
+    """The integral over the means, but for the power of the precision that it leaves."""
+    return d / 2 * (LOG_2PI - count.log()).sum(-1)
+
+
+def _precision(raw: Tensor) -> Tensor:
+    root = linalg.inverse_factor(linalg.from_log_cholesky(raw))
+    return root.mT @ root
+
+
+def _shift(second: Tensor, first: Tensor, count: Tensor, delta: Tensor) -> Tensor:
+    cross = first.unsqueeze(-1) * delta.unsqueeze(-2)
+    square = count[..., None, None] * delta.unsqueeze(-1) * delta.unsqueeze(-2)
+    return second - cross - cross.mT + square
+
+
+class Full(Structure):
+    """A covariance matrix per component; raw coordinates are Cholesky factors with logarithmic diagonal."""
+
+    def shape(self, k: int, d: int) -> tuple[int, ...]:
+        return k, d, d
+
+    def n_parameters(self, k: int, d: int) -> int:
+        return k * d * (d + 1) // 2
+
+    def raw(self, covariances: Tensor) -> Tensor:
+        return linalg.log_cholesky(covariances)
+
+    def covariances(self, raw: Tensor) -> Tensor:
+        factor = linalg.from_log_cholesky(raw)
+        return factor @ factor.mT
+
+    def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return linalg.from_log_cholesky(raw)
+
+    def n_features(self, d: int) -> int:
+        return (d + 1) * ((d + 1) // 2 + 1)
+
+    def features(self, z: Tensor) -> Tensor:
+        p, n = z.shape
+        wrapped = torch.cat([z, z[: p // 2]])
+        return (wrapped.unfold(0, p, 1).transpose(1, 2) * z).reshape(-1, n)
+
+    def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
+        root = linalg.inverse_factor(linalg.from_log_cholesky(raw))
+        y = root @ delta.unsqueeze(-1)
+        linear = (root.mT @ y).squeeze(-1)
+        d = delta.shape[-1]
+        constant = -0.5 * (y.square().sum((-2, -1)) + d * LOG_2PI) - raw.diagonal(dim1=-2, dim2=-1).sum(-1)
+        top = torch.cat([constant.unsqueeze(-1), linear / 2], -1).unsqueeze(-2)
+        below = torch.cat([linear.unsqueeze(-1) / 2, root.mT @ root / -2], -1)
+        there, twice, _ = _pairs(d + 1, str(delta.device))
+        return torch.cat([top, below], -2).flatten(-2)[..., there] * twice.to(delta.dtype)
+
+    def moments(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # F = p (⌊p/2⌋ + 1) has one solution p.
+        p = next(p for p in range(1, product.shape[-1] + 1) if p * (p // 2 + 1) == product.shape[-1])
+        gram = product[..., _pairs(p, str(product.device))[2]].unflatten(-1, (p, p))
+        return gram[..., 0, 0], gram[..., 0, 1:], gram[..., 1:, 1:]
+
+    def root(self, raw: Tensor) -> Tensor:
+        return linalg.inverse_factor(linalg.from_log_cholesky(raw))
+
+    def distance(self, difference: Tensor, root: Tensor) -> Tensor:
+        return (difference @ root.mT).square().sum(-1)
+
+    def second(self, difference: Tensor, weighted: Tensor) -> Tensor:
+        return weighted.mT @ difference
+
+    def log_det(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return 2 * raw.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
+        return _shift(second, first, count, delta)
+
+    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
+        return scatter / dof[..., None, None]
+
+    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return (_precision(raw) * scatter).sum((-3, -2, -1))
+
+    def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
+        scale = unit.sqrt()
+        outer = scale.unsqueeze(-1) * scale
+        return linalg.clip_spectrum(covariances / outer, floor) * outer
+
+    def smallest(self, covariances: Tensor, unit: Tensor, k: int) -> Tensor:
+        scale = unit.sqrt()
+        return torch.linalg.eigvalsh(covariances / (scale.unsqueeze(-1) * scale))[..., 0]
+
+    def add(self, covariances: Tensor, amount: float) -> Tensor:
+        return covariances + amount * torch.eye(covariances.shape[-1]).to(covariances)
+
+    def variances(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return linalg.from_log_cholesky(raw).square().sum(-1)
+
+    def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
+        return torch.einsum("...i,...ij,...j->...", reach, _precision(raw).abs(), reach)
+
+    def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
+        return _log_means(count, d) + _log_wishart(dof + d, scatter).sum(-1)
+
+
+class Tied(Structure):
+    """One covariance matrix for all components: the quadratic term is common, the rest linear in x."""
+
+    shared = frozenset({"second"})
+
+    def shape(self, k: int, d: int) -> tuple[int, ...]:
+        return d, d
+
+    def n_parameters(self, k: int, d: int) -> int:
+        return d * (d + 1) // 2
+
+    def raw(self, covariances: Tensor) -> Tensor:
+        return linalg.log_cholesky(covariances)
+
+    def covariances(self, raw: Tensor) -> Tensor:
+        factor = linalg.from_log_cholesky(raw)
+        return factor @ factor.mT
+
+    def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
+        factor = linalg.from_log_cholesky(raw).unsqueeze(-3)
+        return factor.expand(*factor.shape[:-3], k, d, d)
+
+    def n_features(self, d: int) -> int:
+        return d + 1
+
+    def features(self, z: Tensor) -> Tensor:
+        return z
+
+    def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
+        root = linalg.inverse_factor(linalg.from_log_cholesky(raw))
+        y = delta @ root.mT
+        d = delta.shape[-1]
+        constant = -0.5 * (y.square().sum(-1) + d * LOG_2PI) - raw.diagonal(dim1=-2, dim2=-1).sum(-1).unsqueeze(-1)
+        return torch.cat([constant.unsqueeze(-1), y @ root], -1)
+
+    def moments(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError("a tied second moment is gathered apart from the product")
+
+    def common(self, raw: Tensor) -> Tensor | None:
+        return linalg.inverse_factor(linalg.from_log_cholesky(raw))
+
+    def root(self, raw: Tensor) -> Tensor:
+        return linalg.inverse_factor(linalg.from_log_cholesky(raw)).unsqueeze(-3)
+
+    def distance(self, difference: Tensor, root: Tensor) -> Tensor:
+        return (difference @ root.mT).square().sum(-1)
+
+    def second(self, difference: Tensor, weighted: Tensor) -> Tensor:
+        return (weighted.mT @ difference).sum(-3)
+
+    def log_det(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return 2 * raw.diagonal(dim1=-2, dim2=-1).sum(-1).unsqueeze(-1)
+
+    def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
+        cross = first.mT @ delta
+        return second - cross - cross.mT + delta.mT @ (count.unsqueeze(-1) * delta)
+
+    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
+        return scatter / dof.sum(-1)[..., None, None]
+
+    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return (_precision(raw) * scatter).sum((-2, -1))
+
+    clip = Full.clip
+
+    def smallest(self, covariances: Tensor, unit: Tensor, k: int) -> Tensor:
+        scale = unit.sqrt()
+        least = torch.linalg.eigvalsh(covariances / (scale.unsqueeze(-1) * scale))[..., :1]
+        return least.expand(*least.shape[:-1], k)
+
+    add = Full.add
+
+    def variances(self, raw: Tensor, k: int, d: int) -> Tensor:
+        value = linalg.from_log_cholesky(raw).square().sum(-1).unsqueeze(-2)
+        return value.expand(*value.shape[:-2], k, d)
+
+    def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
+        return torch.einsum("...ki,...ij,...kj->...k", reach, _precision(raw).abs(), reach)
+
+    def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
+        nu = dof.sum(-1) - dof.shape[-1] + d + 1
+        return _log_means(count, d) + _log_wishart(nu, scatter)
+
+
+class Diag(Structure):
+    """Variances per component and column; raw coordinates are log standard deviations."""
+
+    def shape(self, k: int, d: int) -> tuple[int, ...]:
+        return k, d
+
+    def n_parameters(self, k: int, d: int) -> int:
+        return k * d
+
+    def raw(self, covariances: Tensor) -> Tensor:
+        return covariances.log() / 2
+
+    def covariances(self, raw: Tensor) -> Tensor:
+        return (2 * raw).exp()
+
+    def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return torch.diag_embed(raw.exp())
+
+    def n_features(self, d: int) -> int:
+        return 2 * d + 1
+
+    def features(self, z: Tensor) -> Tensor:
+        return torch.cat([z, z[1:].square()])
+
+    def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
+        precision = (-2 * raw).exp()
+        linear = precision * delta
+        d = delta.shape[-1]
+        constant = -0.5 * ((linear * delta).sum(-1) + d * LOG_2PI) - raw.sum(-1)
+        return torch.cat([constant.unsqueeze(-1), linear, precision / -2], -1)
+
+    def moments(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = (product.shape[-1] - 1) // 2
+        return product[..., 0], product[..., 1 : d + 1], product[..., d + 1 :]
+
+    def root(self, raw: Tensor) -> Tensor:
+        return (-raw).exp().unsqueeze(-2)
+
+    def distance(self, difference: Tensor, root: Tensor) -> Tensor:
+        return (difference * root).square().sum(-1)
+
+    def second(self, difference: Tensor, weighted: Tensor) -> Tensor:
+        return (weighted * difference).sum(-2)
+
+    def log_det(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return 2 * raw.sum(-1)
+
+    def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
+        return second - 2 * first * delta + count.unsqueeze(-1) * delta.square()
+
+    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
+        return scatter / dof.unsqueeze(-1)
+
+    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return ((-2 * raw).exp() * scatter).sum((-2, -1))
+
+    def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
+        return torch.maximum(covariances, floor * unit)
+
+    def smallest(self, covariances: Tensor, unit: Tensor, k: int) -> Tensor:
+        return (covariances / unit).amin(-1)
+
+    def add(self, covariances: Tensor, amount: float) -> Tensor:
+        return covariances + amount
+
+    def variances(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return (2 * raw).exp()
+
+    def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
+        return (reach.square() * (-2 * raw).exp()).sum(-1)
+
+    def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
+        return _log_means(count, d) + _log_gamma((dof.unsqueeze(-1) + 1) / 2, scatter).sum((-2, -1))
+
+
+class Spherical(Structure):
+    """One variance per component; raw coordinates are log standard deviations."""
+
+    def shape(self, k: int, d: int) -> tuple[int, ...]:
+        return (k,)
+
+    def n_parameters(self, k: int, d: int) -> int:
+        return k
+
+    def raw(self, covariances: Tensor) -> Tensor:
+        return covariances.log() / 2
+
+    def covariances(self, raw: Tensor) -> Tensor:
+        return (2 * raw).exp()
+
+    def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return torch.diag_embed(raw.exp().unsqueeze(-1).expand(*raw.shape, d))
+
+    def n_features(self, d: int) -> int:
+        return d + 2
+
+    def features(self, z: Tensor) -> Tensor:
+        return torch.cat([z, z[1:].square().sum(0, keepdim=True)])
+
+    def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
+        precision = (-2 * raw).exp().unsqueeze(-1)
+        linear = precision * delta
+        d = delta.shape[-1]
+        constant = -0.5 * ((linear * delta).sum(-1) + d * LOG_2PI) - d * raw
+        return torch.cat([constant.unsqueeze(-1), linear, precision / -2], -1)
+
+    def moments(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return product[..., 0], product[..., 1:-1], product[..., -1]
+
+    def root(self, raw: Tensor) -> Tensor:
+        return (-raw).exp()[..., None, None]
+
+    def distance(self, difference: Tensor, root: Tensor) -> Tensor:
+        return (difference * root).square().sum(-1)
+
+    def second(self, difference: Tensor, weighted: Tensor) -> Tensor:
+        return (weighted * difference).sum((-2, -1))
+
+    def log_det(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return 2 * d * raw
+
+    def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
+        return second - 2 * (first * delta).sum(-1) + count * delta.square().sum(-1)
+
+    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
+        return scatter / (dof * d)
+
+    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return ((-2 * raw).exp() * scatter).sum(-1)
+
+    def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
+        return torch.maximum(covariances, floor * unit.amax(-1))
+
+    def smallest(self, covariances: Tensor, unit: Tensor, k: int) -> Tensor:
+        return covariances / unit.amax(-1)
+
+    def add(self, covariances: Tensor, amount: float) -> Tensor:
+        return covariances + amount
+
+    def variances(self, raw: Tensor, k: int, d: int) -> Tensor:
+        return (2 * raw).exp().unsqueeze(-1).expand(*raw.shape, d)
+
+    def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
+        return reach.square().sum(-1) * (-2 * raw).exp()
+
+    def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
+        return _log_means(count, d) + _log_gamma(d * (dof - 1) / 2 + 1, scatter).sum(-1)
+
+
+STRUCTURES: dict[str, Structure] = {"full": Full(), "tied": Tied(), "diag": Diag(), "spherical": Spherical()}
+
+
+class FeaturesPass:
+    """Potentials and moments by one matrix product over features about a common origin."""
+
+    def __init__(self, structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor):
+        self.structure, self.origin = structure, origin
+        self.weights = structure.coefficients(mean - origin, raw)
+        self.common = structure.common(raw)
+        self.product: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``[*r, K, n]`` log-densities of ``x [n, D]``."""
+        self.z = augment(x, self.origin)
+        self.t = self.structure.features(self.z)
+        value = self.weights @ self.t
+        if self.common is None:
+            return value
+        return value - (self.common @ self.z[1:]).square().sum(-2, keepdim=True) / 2
+
+    def collect(self, weight: Tensor) -> None:
+        """Add moments under weights ``[*r, K, n]``."""
+        self.product = self.product + (weight @ self.t.mT).to(torch.float64)
+        if self.common is not None:
+            centred = self.z[1:]
+            self.second = self.second + ((centred * weight.sum(-2, keepdim=True)) @ centred.mT).to(torch.float64)
+
+    def inner(self) -> Tensor:
+        """Σ weight · log-density of all that was collected, ``[*r]``: linear, so a product of what is at hand."""
+        total = (self.weights.to(torch.float64) * self.product).sum((-2, -1))
+        if self.common is None:
+            return total
+        common = self.common.to(torch.float64)
+        return total - (common.mT @ common * self.second).sum((-2, -1)) / 2
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, first and second moments about the origin, float64."""
+        assert isinstance(self.product, Tensor)
+        if self.common is None:
+            return self.structure.moments(self.product)
+        assert isinstance(self.second, Tensor)
+        return self.product[..., 0], self.product[..., 1:], self.second
+
+
+class DirectPass:
+    """Potentials and moments by differences from each component's own mean and origin ``[1 or K, D]``."""
+
+    def __init__(self, structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor):
+        self.structure, self.mean, self.origin = structure, mean, origin
+        k, d = mean.shape[-2:]
+        self.root = structure.root(raw)
+        self.constant = (structure.log_det(raw, k, d) + d * LOG_2PI).unsqueeze(-1)
+        self.count: Tensor | float = 0.0
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+        self.value: Tensor | None = None
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``[*r, K, n]`` log-densities of ``x [n, D]``."""
+        self.x = x
+        distance = self.structure.distance(x - self.mean.unsqueeze(-2), self.root)
+        self.value = (distance + self.constant) * -0.5
+        return self.value
+
+    def collect(self, weight: Tensor) -> None:
+        """Add moments under weights ``[*r, K, n]``."""
+        if self.value is not None:
+            # A weight of zero silences a density that underflowed to −inf.
+            heard = torch.where(weight > 0, self.value, 0.0)
+            self.total = self.total + (weight * heard).sum((-2, -1), dtype=torch.float64)
+        difference = self.x - self.origin.unsqueeze(-2)
+        weighted = weight.unsqueeze(-1) * difference
+        self.count = self.count + weight.sum(-1, dtype=torch.float64)
+        self.first = self.first + weighted.sum(-2, dtype=torch.float64)
+        self.second = self.second + self.structure.second(difference, weighted).to(torch.float64)
+
+    def inner(self) -> Tensor:
+        """Σ weight · log-density of all that was collected, ``[*r]``."""
+        assert isinstance(self.total, Tensor)
+        return self.total
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, first and second moments about the origin, float64."""
+        assert isinstance(self.count, Tensor) and isinstance(self.first, Tensor) and isinstance(self.second, Tensor)
+        return self.count, self.first, self.second
+
+
+def rounding(structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor) -> Tensor:
+    """Bound on the absolute rounding error of a log-density by the features route, over all components.
+
+    The route adds terms |z_i P_ij z_j|; for points within three standard deviations of a mean their sum is at most
+    reachᵀ|P|reach with reach = |μ − o| + 3σ, and pairwise summation of F terms multiplies the unit roundoff by log₂ F.
+
+    Source: N. J. Higham (2002), section 4.2.
+    """
+    k, d = mean.shape[-2:]
+    reach = (mean - origin).abs() + 3 * structure.variances(raw, k, d).sqrt()
+    unit = torch.finfo(mean.dtype).eps / 2
+    return structure.conditioning(reach, raw).amax() * (unit * math.log2(structure.n_features(d) + 1))
+
+
+def spread(structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor) -> Tensor:
+    """Largest distance of a mean from its origin in marginal standard deviations."""
+    k, d = mean.shape[-2:]
+    return ((mean - origin).abs() / structure.variances(raw, k, d).sqrt()).amax()

@@ -1,0 +1,63 @@
+"""Reductions over latent axes that stay defined, with their gradients, at minus infinity."""
+
+import torch
+from torch import Tensor
+
+
+def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
+    """``log Σ exp x`` along ``dim``; −inf with zero gradient where every entry is −inf.
+
+    ``torch.logsumexp`` has a NaN gradient there, which one impossible row would spread over a whole model. The
+    subtracted maximum is a constant to differentiation: it cancels at every order.
+
+    Example:
+        >>> logsumexp(torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]]))
+        tensor([0.6931,   -inf])
+    """
+    top = x.detach().amax(dim, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    total = (x - top).exp().sum(dim)
+    possible = total > 0
+    log = torch.where(possible, total, 1.0).log() + top.squeeze(dim)
+    return torch.where(possible, log, -torch.inf)
+
+
+def first_max(x: Tensor, dim: int = -1) -> Tensor:
+    """Index of the maximum along ``dim``; ties go to the lowest index on every device.
+
+    Example:
+        >>> first_max(torch.tensor([[1.0, 3.0, 3.0]]))
+        tensor([1])
+    """
+    size = x.shape[dim]
+    shape = [1] * x.dim()
+    shape[dim] = size
+    index = torch.arange(size, device=x.device).view(shape)
+    return torch.where(x == x.amax(dim, keepdim=True), index, size).amin(dim).clamp(max=size - 1)
+
+
+def maximum(x: Tensor, dim: int = -1) -> Tensor:
+    """The maximum along ``dim``, attained at one index only.
+
+    The gradient of ``amax`` is shared among ties and would give impossible paths; this one picks the lowest index, so
+    the gradient of a max-product partition function is one most likely configuration (Viterbi).
+    """
+    return x.gather(dim, first_max(x.detach(), dim).unsqueeze(dim)).squeeze(dim)
+
+
+def responsibilities(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise log-joint values over the last axis, sharing one pass of exponentials.
+
+    Args:
+        joint: ``[…, K]`` log p(x, z), any entry possibly −inf.
+
+    Returns:
+        ``log Σ exp joint`` of shape ``[…]`` and the posterior ``[…, K]``; a row that is −inf throughout has
+        log-evidence −inf and a posterior of zeros.
+    """
+    # The clamps act on impossible rows alone: elsewhere the maximum is finite and the total at least one. NaN passes,
+    # so that a non-finite fit is seen as such.
+    top = joint.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
+    weight = (joint - top).exp()
+    total = weight.sum(-1, keepdim=True)
+    return (top + total.log()).squeeze(-1), weight / total.clamp(min=0.5)

@@ -1,0 +1,60 @@
+"""When an iteration is over, and how much it has left: honest answers from the objective alone."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+Status = Literal["converged", "max_iter", "diverged", "nonfinite", "interrupted"]
+
+
+def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status | None:
+    """Judge the last step of an objective.
+
+    Args:
+        history: Objective so far, one value per iterate.
+        tolerance: A rise strictly below this (in total, not per observation) is a plateau; 0 never is.
+        slack: Relative fall that rounding explains.
+
+    Returns:
+        ``"converged"`` on a plateau, ``"diverged"`` after a fall beyond rounding, ``"nonfinite"`` at NaN or infinity,
+        None to go on.
+
+    Example:
+        >>> verdict([-10.0, -9.999], 0.1, 1e-9), verdict([-10.0, -500.0], 0.1, 1e-9), verdict([-10.0, -1.0], 0.1, 1e-9)
+        ('converged', 'diverged', None)
+    """
+    if not history:
+        return None
+    if not math.isfinite(history[-1]):
+        return "nonfinite"
+    if len(history) < 2:
+        return None
+    gain = history[-1] - history[-2]
+    if gain < -slack * max(abs(history[-1]), abs(history[-2]), 1.0):
+        return "diverged"
+    return "converged" if gain < tolerance else None
+
+
+def aitken(history: Sequence[float]) -> float | None:
+    """Estimated rise that is left, in the units of the objective.
+
+    EM converges linearly, so gains shrink by a nearly constant factor a: what is left is gain · a / (1 − a).
+
+    Returns:
+        The estimate; 0 when the last gain is not positive; None when three values do not show a linear tail.
+
+    Source: G. J. McLachlan, T. Krishnan (2008), section 4.9; D. Böhning et al. (1994).
+
+    Example:
+        >>> aitken([0.0, 4.0, 6.0])
+        2.0
+    """
+    if len(history) < 3 or not all(map(math.isfinite, history[-3:])):
+        return None
+    before, last = history[-2] - history[-3], history[-1] - history[-2]
+    if last <= 0:
+        return 0.0
+    if before <= last:
+        return None
+    rate = last / before
+    return last * rate / (1 - rate)

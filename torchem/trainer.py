@@ -1,0 +1,559 @@
+"""The loop: passes over data, M-steps, replicas that stop on their own, and an honest account of how it ended."""
+
+import copy
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchem import distributed, initialize, restarts, stopping
+from torchem.accumulate import Accumulator, FullBatch
+from torchem.data import Source
+from torchem.errors import ConvergenceWarning, DegenerateComponent, SymmetryWarning, invalid, one_of
+from torchem.model import LatentModel
+from torchem.stats import Stats
+from torchem.stopping import Status
+
+Dead = Literal["floor", "respawn", "prune", "raise"]
+
+#: Relative fall of the objective that rounding explains.
+_SLACK = {torch.float64: 1e-9, torch.float32: 1e-4}
+#: A component is dead below this many average observations of mass.
+_DEAD = 1e-3
+#: Observations up to which numerics are checked at iterations 0, 1, 2, 4, 8 and every eighth only.
+_SMALL = 4096
+#: Times that a run may reseed components, per component.
+_RESPAWNS = 3
+
+
+@dataclass
+class Result:
+    """What a fit returns.
+
+    Attributes:
+        model: The model that was fitted, in place: the best restart.
+        status: Why the best restart ended: ``"converged"``, ``"max_iter"``, ``"diverged"`` (the objective fell beyond
+            rounding), ``"nonfinite"`` or ``"interrupted"``.
+        history: Total objective at each iterate θ_0, θ_1, … of the best restart.
+        bound: Total objective at the returned parameters.
+        n_iter: Number of EM maps that led to the returned parameters.
+        restarts: Objective of each restart at its end.
+        histories: History of each restart.
+        statuses: Status of each restart.
+        dead: Components with next to no mass, by index.
+        floored: Components whose covariance stands at the floor, by index.
+        pruned: Components that were taken out, by their index at the start.
+        remaining: Aitken's estimate of the rise still to come, in nats; None where the tail is not linear.
+        alignment: For each restart, its component that corresponds to each of the best one's.
+        agreement: For each restart, the share of observations (of a sample) given to corresponding components.
+        seconds: Wall time.
+    """
+
+    model: LatentModel
+    status: Status
+    history: list[float]
+    bound: float
+    n_iter: int
+    restarts: list[float]
+    histories: list[list[float]]
+    statuses: list[Status]
+    dead: list[int] = field(default_factory=list)
+    floored: list[int] = field(default_factory=list)
+    pruned: list[int] = field(default_factory=list)
+    remaining: float | None = None
+    alignment: list[list[int]] | None = None
+    agreement: list[float] | None = None
+    seconds: float = 0.0
+
+    @property
+    def converged(self) -> bool:
+        """Whether the objective reached a plateau; nothing else counts."""
+        return self.status == "converged"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is given after each pass.
+
+    Attributes:
+        iteration: Number of EM maps so far.
+        objective: Total objective of each replica that still runs.
+        model: The model under way, with a replica axis when there are restarts; read it, do not change it.
+        restarts: Index of each replica that still runs.
+    """
+
+    iteration: int
+    objective: list[float]
+    model: LatentModel
+    restarts: list[int]
+
+
+@dataclass
+class _Run:
+    """One restart's record."""
+
+    history: list[float] = field(default_factory=list)
+    status: Status | None = None
+    model: LatentModel | None = None
+    n_iter: int = 0
+    bound: float = -math.inf
+    respawns: int = 0
+    rested: bool = False
+    forbidden: set[int] = field(default_factory=set)
+
+
+class Trainer:
+    """EM with options fixed: what `fit` builds. Its `fit` may be called for many models, one after the other.
+
+    Args:
+        accumulate: How batch statistics reach the M-step; `FullBatch` is classic EM.
+        init: ``"auto"`` suits the family; ``"kmeans++"``, ``"kmeans"``, ``"random"`` (responsibilities),
+            ``"random_from_data"`` (K observations, the data's covariance), ``"hierarchical"`` (Ward); None keeps the
+            model's current parameters.
+        restarts: Independent starts, run together along a replica axis; the best is returned.
+        max_iter: Most EM maps (passes over the data) per restart.
+        tol: A restart has converged when the objective rises by less than this per observation (weight). 0 runs all
+            of ``max_iter``.
+        batch_size: Rows per batch; invisible to full-batch EM except in memory.
+        seed: Seeds the fit's own generators; the global one is never touched. None draws a fresh seed.
+        device: Where to compute; the model moves there. Data move too, or are streamed if they live on the host.
+        dead: What to do with components that lose their mass or collapse to the floor: keep them at the floor,
+            ``"respawn"`` them at badly explained observations, ``"prune"`` them or ``"raise"``.
+        callbacks: Functions of a `Progress`, called after each pass; a true return value interrupts.
+        progress: Show a progress bar when standard error is a terminal.
+
+    Raises:
+        InvalidArgument: For a value outside an option's range.
+
+    Example:
+        >>> import torchem
+        >>> x = torch.tensor([[-1.1], [-0.9], [0.9], [1.1]])
+        >>> trainer = Trainer(seed=0, progress=False)
+        >>> trainer.fit(torchem.GaussianMixture(2, 1), x).converged
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        accumulate: Accumulator | None = None,
+        init: str | None = "auto",
+        restarts: int = 1,
+        max_iter: int = 100,
+        tol: float = 1e-3,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dead: Dead = "floor",
+        callbacks: Iterable[Callable[[Progress], Any]] = (),
+        progress: bool = True,
+    ):
+        self.accumulate = FullBatch() if accumulate is None else accumulate
+        if init is not None:
+            one_of("init", init, ("auto", *initialize.METHODS))
+        for name, value, least in (("restarts", restarts, 1), ("max_iter", max_iter, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+        if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+            raise invalid("tol", "a finite number of at least 0", repr(tol), "the default is 1e-3 nats per observation")
+        if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
+            raise invalid("seed", "a whole number of at least 0, or None", repr(seed), "give for example seed=0")
+        one_of("dead", dead, ("floor", "respawn", "prune", "raise"))
+        if init is None and restarts > 1:
+            raise invalid("restarts", "1 when init=None", restarts, "restarts from equal parameters are equal: set init")
+        self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
+        self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
+        self.device = None if device is None else torch.device(device)
+        self.callbacks = tuple(callbacks)
+
+    # ---- the outside ------------------------------------------------------------------------------------------
+
+    def fit(self, model: LatentModel, data: Any, *, weights: Any = None, inputs: Any = None) -> Result:
+        """Fit a model in place.
+
+        Args:
+            model: Changed only when the fit ends well or is interrupted; an exception leaves it as it was.
+            data: See `torchem.fit`.
+            weights: Non-negative weight per observation.
+            inputs: Covariates per observation.
+        """
+        began = time.perf_counter()
+        if not isinstance(model, LatentModel):
+            raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
+        if self.device is not None:
+            model.to(self.device)
+        source = Source(model, data, self.batch_size, weights, inputs)
+        with torch.no_grad():
+            result = _Fit(self, model, source).run()
+        result.seconds = time.perf_counter() - began
+        return result
+
+
+class _Fit:
+    """One call of `Trainer.fit`."""
+
+    def __init__(self, options: Trainer, model: LatentModel, source: Source):
+        self.options, self.model, self.source = options, model, source
+        entropy = np.random.SeedSequence(options.seed).entropy
+        if options.seed is None:
+            entropy = distributed.gather(entropy)[0]
+        self.generators = [_generator(entropy, r) for r in range(options.restarts)]
+        self.rule = options.accumulate
+        self.rule.reset()
+        self.runs = [_Run() for _ in self.generators]
+        self.going = list(range(options.restarts))
+        n_states = self.n_states = getattr(model, "n_components", 1)
+        self.survey = source.survey(
+            initialize.sample_size(n_states, options.restarts), _generator(entropy, 1 << 20)
+        )
+        # Parameters before the last M-step, as long as those after it have not been judged.
+        self.before: dict[str, Tensor] | None = None
+        # Replicas live in a twin, so that an exception leaves the user's model as it was.
+        self.twin = model.replicate(options.restarts) if options.restarts > 1 else copy.deepcopy(model)
+
+    def run(self) -> Result:
+        self._start()
+        try:
+            with _bar(self.options) as bar:
+                for iteration in range(self.options.max_iter + 1):
+                    if not self._iterate(iteration, bar):
+                        break
+        except KeyboardInterrupt:
+            self._retire(self.going, "interrupted", evaluated=False)
+        return self._report()
+
+    # ---- stages -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        twin, survey = self.twin, self.survey
+        twin.prepare(survey.moments)
+        if self.options.init is not None:
+            dtype = twin.dtype
+            # Starts are made in float64: moments about one origin would cancel in float32.
+            initialize.start(twin.double(), survey.sample, self.n_states, self.options.init, self.generators)
+            twin.to(dtype)
+        else:
+            distributed.broadcast(twin)
+            for a, b in twin.twins(survey.sample[:256]):
+                warnings.warn(
+                    f"init: components {a} and {b} start identical and would stay so; "
+                    "change the parameters of one, or let init choose the start.",
+                    SymmetryWarning,
+                    stacklevel=6,
+                )
+        twin.project()
+        twin.tune(survey.rows)
+
+    def _iterate(self, iteration: int, bar: Any) -> bool:
+        """One E-step over the data, the verdict on it, and the M-step; False when nothing is left to do."""
+        stats, fresh = self._pass(iteration < self.options.max_iter)
+        # Statistics that were all taken at the current θ make the bound tight: it is the log-likelihood.
+        objective = stats["log_likelihood"] if fresh else self.twin.bound(stats)
+        values = objective.reshape(-1).tolist()
+        self._refuse_impossible(values)
+        total = float(stats["count"].reshape(-1)[0])
+        ended: dict[int, Status] = {}
+        for place, (r, value) in enumerate(zip(self.going, values, strict=True)):
+            run = self.runs[r]
+            run.history.append(value)
+            # When components were reseeded or taken out the objective may fall: that step is not judged.
+            recent = run.history[-1:] if run.rested else run.history[-2:]
+            run.rested = False
+            status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
+            if status is None and iteration == self.options.max_iter:
+                status = "max_iter"
+            if status is not None:
+                ended[place] = status
+        if bar is not None:
+            bar.update(1)
+            bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
+        stop = [callback(Progress(iteration, values, self.twin, list(self.going))) for callback in self.options.callbacks]
+        if any(stop):
+            ended = {place: ended.get(place, "interrupted") for place in range(len(self.going))}
+        stats = self._end(ended, stats)
+        self.before = None
+        if not self.going:
+            return False
+        self.before = self.twin.snapshot()
+        self.twin.m_step(stats)
+        self._heal(stats, total)
+        # Numerics follow the parameters; in a small fit the check would cost as much as an iteration.
+        if self.survey.rows > _SMALL or iteration % 8 == 0 or iteration & (iteration - 1) == 0:
+            move = self.twin.tune(self.survey.rows)
+            if move is not None:
+                self.rule.translate(move)
+        return True
+
+    def _pass(self, update: bool) -> tuple[Stats, bool]:
+        """E-steps over all batches, and whether θ stood still meanwhile (some rules maximise on the way)."""
+        twin, fresh = self.twin, True
+        last: Stats | None = None
+        for key, batch in self.source:
+            ready = self.rule.push(key, twin.e_step(batch))
+            if ready is not None:
+                last, fresh = distributed.all_reduce(ready), False
+                if update:
+                    twin.m_step(last)
+        ready = self.rule.flush()
+        if ready is not None:
+            last = distributed.all_reduce(ready)
+        if last is None:
+            raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
+        return last, fresh
+
+    def _end(self, ended: dict[int, Status], stats: Stats) -> Stats:
+        """Retire replicas and drop them from the batch; returns the statistics of the others."""
+        if not ended:
+            return stats
+        for place, status in ended.items():
+            self._retire([self.going[place]], status)
+        keep = [place for place in range(len(self.going)) if place not in ended]
+        self.going = [self.going[place] for place in keep]
+        if keep:
+            index = torch.tensor(keep, device=self.twin.device)
+            self.twin = self.twin.take_replicas(index)
+            stats = pytree.tree_map(lambda leaf: leaf[index], stats)
+        return stats
+
+    def _retire(self, ids: Sequence[int], status: Status, evaluated: bool = True) -> None:
+        """Record how restarts ended, at the last parameters whose objective is known and sound."""
+        for r in list(ids):
+            run = self.runs[r]
+            run.status = status
+            twin = copy.deepcopy(self.twin)
+            if self.before is not None and (status in ("diverged", "nonfinite") or not evaluated):
+                twin.assign(self.before)
+            run.model = twin.take_replicas(self.going.index(r)) if twin.replicas else twin
+            sound = run.history[:-1] if status in ("diverged", "nonfinite") else run.history
+            run.bound = sound[-1] if sound else -math.inf
+            run.n_iter = max(0, len(sound) - 1)
+
+    # ---- components that die ----------------------------------------------------------------------------------
+
+    def _sick(self, stats: Stats, total: float) -> tuple[Tensor | None, Tensor | None]:
+        """``[*r, K]`` Booleans: components without mass, and components at the floor."""
+        mass = self.twin.occupancy(stats)
+        dead = None if mass is None else mass < _DEAD * total / max(1, self.survey.rows)
+        return dead, self.twin.degenerate()
+
+    def _heal(self, stats: Stats, total: float) -> None:
+        """Apply the policy for dead and collapsed components after an M-step."""
+        if self.options.dead == "floor":
+            return
+        dead, floored = self._sick(stats, total)
+        if dead is None:
+            return
+        sick = dead if floored is None else dead | floored
+        if not bool(sick.any()):
+            return
+        rows = sick.reshape(-1, sick.shape[-1])
+        if self.options.dead == "raise":
+            place, component = rows.nonzero()[0].tolist()
+            which = "has lost its mass" if bool(dead.reshape(rows.shape)[place, component]) else "has collapsed"
+            raise DegenerateComponent(
+                f"component {component} of restart {self.going[place]} {which}; lower n_components, raise the floor, "
+                "or choose dead='floor', 'respawn' or 'prune'."
+            )
+        if self.options.dead == "prune":
+            for place, component in rows.nonzero().tolist():
+                run = self.runs[self.going[place]]
+                if component not in run.forbidden and len(run.forbidden) < rows.shape[-1] - 1:
+                    run.forbidden.add(component)
+                    run.rested = True
+            self.twin.forbid(sick)  # pyright: ignore[reportCallIssue]
+        else:
+            self._respawn(rows, sick.shape)
+
+    def _respawn(self, rows: Tensor, shape: torch.Size) -> None:
+        limit = _RESPAWNS * rows.shape[-1]
+        able = torch.tensor([self.runs[r].respawns < limit for r in self.going], device=rows.device)
+        rows = rows & able.unsqueeze(-1)
+        if not bool(rows.any()):
+            return
+        for r, count in zip(self.going, rows.sum(-1).tolist(), strict=True):
+            self.runs[r].respawns += count
+            self.runs[r].rested = self.runs[r].rested or count > 0
+        sample = self.survey.sample
+        surprise = -self.twin.log_prob(sample).reshape(len(self.going), -1)
+        pool = surprise.topk(max(rows.shape[-1], len(sample) // 20), -1).indices
+        picks = torch.stack(
+            [torch.randperm(pool.shape[-1], generator=self.generators[r])[: rows.shape[-1]] for r in self.going]
+        ).to(pool.device)
+        index = pool.gather(-1, picks).reshape(shape)
+        self.twin.respawn(self.twin.cast(sample), rows.reshape(shape), index)  # pyright: ignore[reportCallIssue]
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    def _refuse_impossible(self, values: list[float]) -> None:
+        """−inf is the truth about data, not about a fit: name the first observation of probability zero."""
+        if -math.inf not in values:
+            return
+        place = values.index(-math.inf)
+        one = self.twin.take_replicas(place) if self.twin.replicas else self.twin
+        # Every rank must come to the same end, or the others would wait for ever.
+        found = distributed.gather(self._impossible_row(one))
+        for rank, row in enumerate(found):
+            if row is not None:
+                where = f"row {row}" + (f" of rank {rank}" if len(found) > 1 else "")
+                raise invalid(
+                    "data", "observations of positive probability", f"probability zero at {where}",
+                    "remove the outlier or the structural zero that forbids it",
+                )  # fmt: skip
+
+    def _impossible_row(self, model: LatentModel) -> int | None:
+        start = 0
+        for _, batch in self.source:
+            bad = model.log_prob(batch) == -math.inf
+            if batch.weight is not None:
+                bad = bad & (batch.weight > 0).to(bad.device)
+            if bool(bad.any()):
+                return start + int(bad.nonzero()[0, 0])
+            start += len(batch)
+        return None
+
+    def _report(self) -> Result:
+        runs = self.runs
+        best = max(range(len(runs)), key=lambda r: (runs[r].bound, -r))
+        chosen = runs[best]
+        assert chosen.model is not None and chosen.status is not None
+        models = [run.model for run in runs if run.model is not None]
+        alignment = agreement = None
+        if len(runs) > 1 and len(models) == len(runs):
+            alignment, agreement = restarts.compare(models, best, self.survey.sample, self.n_states)
+        dead, floored = self._health(chosen.model)
+        pruned = sorted(chosen.forbidden)
+        self.model.load_from(chosen.model)
+        if pruned:
+            keep = torch.tensor([k for k in range(self.n_states) if k not in chosen.forbidden])
+            self.model.prune(keep.to(self.model.device))  # pyright: ignore[reportCallIssue]
+            place = {int(k): i for i, k in enumerate(keep.tolist())}
+            dead, floored = ([place[k] for k in group if k in place] for group in (dead, floored))
+        sound = chosen.history[: chosen.n_iter + 1]
+        result = Result(
+            self.model, chosen.status, list(chosen.history), chosen.bound, chosen.n_iter,
+            [run.bound for run in runs], [run.history for run in runs], [run.status or "interrupted" for run in runs],
+            dead, floored, pruned, stopping.aitken(sound), alignment, agreement,
+        )  # fmt: skip
+        self._warn(result)
+        return result
+
+    def _health(self, model: LatentModel) -> tuple[list[int], list[int]]:
+        """Indices of components without mass (on the sample) and of components at the floor."""
+        sample, rows = self.survey.sample, self.survey.rows
+        mass = model.occupancy(model.e_step(sample))
+        # On a sample a component of few observations may go unseen; there its weight in the model decides.
+        dead: list[int] = []
+        if mass is not None and len(sample) == rows:
+            weight = float(sample.total_weight()) / max(1, rows)
+            dead = (mass < _DEAD * weight).nonzero()[:, 0].tolist()
+        elif mass is not None and hasattr(model, "weights"):
+            dead = (model.weights * rows < _DEAD).nonzero()[:, 0].tolist()  # pyright: ignore
+        floored = model.degenerate()
+        return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
+
+    def _warn(self, result: Result) -> None:
+        message = {
+            "diverged": "the objective fell beyond rounding: a factor's M-step does not maximise; the parameters before "
+            "the fall are kept",
+            "nonfinite": "the objective became NaN or infinite; the last sound parameters are kept",
+        }.get(result.status)
+        if result.status == "max_iter" and len(result.history) > 1:
+            gain = result.history[-1] - result.history[-2]
+            left = "" if result.remaining is None else f", about {result.remaining:.3g} in all are left"
+            message = (
+                f"stopped after {result.n_iter} iterations while still climbing (last gain {gain:.3g} nats{left}); "
+                "raise max_iter, or tol if that is near enough"
+            )
+            if self.options.tol == 0:
+                message = None
+        if message is not None:
+            warnings.warn(f"fit: {message}.", ConvergenceWarning, stacklevel=6)
+
+
+def _generator(entropy: Any, key: int) -> torch.Generator:
+    seed = np.random.SeedSequence(entropy, spawn_key=(key,)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+class _bar:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, options: Trainer):
+        self.bar = None
+        if options.progress and distributed.rank() == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=options.max_iter, desc="EM", unit="pass", leave=False)
+
+    def __enter__(self) -> Any:
+        return self.bar
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def fit(
+    model: LatentModel,
+    data: Any,
+    *,
+    accumulate: Accumulator | None = None,
+    init: str | None = "auto",
+    restarts: int = 1,
+    max_iter: int = 100,
+    tol: float = 1e-3,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    weights: Any = None,
+    inputs: Any = None,
+    dead: Dead = "floor",
+    callbacks: Iterable[Callable[[Progress], Any]] = (),
+    progress: bool = True,
+) -> Result:
+    """Fit a model to data by EM, in place.
+
+    Args:
+        model: Any torchem model; its dtype is the one computed in.
+        data: A tensor ``[N, D]``, an array, nested lists, a `Batch`, a ``Dataset`` or ``DataLoader``, or a path.
+        accumulate: See `Trainer`, as for all that follow.
+        init: How to start.
+        restarts: How many starts to run together.
+        max_iter: Most passes over the data.
+        tol: Rise per observation below which to stop.
+        batch_size: Rows per batch.
+        seed: Makes the fit repeatable, bit for bit on CPU.
+        device: Where to compute.
+        weights: Non-negative weight per observation, ``[N]``.
+        inputs: Covariates per observation, ``[N, M]``.
+        dead: Policy for components that die or collapse.
+        callbacks: Called after each pass.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        A `Result`; ``result.model is model``.
+
+    Raises:
+        InvalidArgument: For data, weights or options that cannot be used; the model is then unchanged.
+        DegenerateComponent: If ``dead="raise"`` and a component dies or collapses.
+
+    Example:
+        >>> import torchem
+        >>> x = torch.tensor([[-1.1], [-0.9], [0.9], [1.1]])
+        >>> result = torchem.fit(torchem.GaussianMixture(2, 1), x, seed=0)
+        >>> result.status
+        'converged'
+    """
+    trainer = Trainer(
+        accumulate=accumulate, init=init, restarts=restarts, max_iter=max_iter, tol=tol, batch_size=batch_size,
+        seed=seed, device=device, dead=dead, callbacks=callbacks, progress=progress,
+    )  # fmt: skip
+    return trainer.fit(model, data, weights=weights, inputs=inputs)
