@@ -12,8 +12,9 @@ from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.model import DiscreteModel, LatentModel, em_map
 from torchem.models import GaussianMixture, Mixture
+from torchem.result import Progress, Result
 from torchem.stats import Stats
-from torchem.trainer import Result, Trainer, fit
+from torchem.trainer import Trainer, fit
 
 if TYPE_CHECKING:
     from torchem import plot
@@ -32,6 +33,7 @@ __all__ = [
     "GaussianMixture",
     "LatentModel",
     "Mixture",
+    "Progress",
     "Result",
     "Stats",
     "Trainer",

@@ -1,11 +1,12 @@
 """How statistics of batches become the statistics that an M-step sees."""
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torchem.stats import Stats
 
 
+@runtime_checkable
 class Accumulator(Protocol):
     """A rule that gathers batch statistics; linear, so reducing over ranks before or after it is the same.
 

@@ -87,7 +87,9 @@ def concatenate(batches: Iterable[Batch]) -> Batch:
     parts = [batch.values() for batch in batches]
     if len(parts) == 1:
         return Batch(*parts[0])
-    return Batch(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # pyright: ignore
+    columns = zip(*parts, strict=True)
+    joined = [None if c[0] is None else torch.cat([v for v in c if v is not None]) for c in columns]
+    return Batch(*joined)  # pyright: ignore[reportArgumentType]
 
 
 def as_tensor(value: Any, argument: str) -> Tensor:
@@ -105,7 +107,7 @@ def as_tensor(value: Any, argument: str) -> Tensor:
             raise invalid(argument, "a rectangular array", str(error), "pass rows of equal length") from error
         if array.dtype == object or array.dtype.kind not in "fiub":
             raise wrong_type(argument, "real numbers", array.dtype.type(), "convert the columns to numbers first")
-        if array.dtype == np.float16 or array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        if array.dtype == np.float16 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
             array = array.astype(np.float64)
         if array.dtype.byteorder not in "=|" or any(stride < 0 for stride in array.strides):
             array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
@@ -115,7 +117,9 @@ def as_tensor(value: Any, argument: str) -> Tensor:
             array = array.astype(np.int64)
         tensor = torch.from_numpy(array)
     if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
-        raise wrong_type(argument, "a dense tensor of real numbers", tensor, f"convert it (its dtype is {tensor.dtype})")
+        raise wrong_type(
+            argument, "a dense tensor of real numbers", tensor, f"convert it (its dtype is {tensor.dtype})"
+        )
     return tensor
 
 
@@ -213,12 +217,18 @@ def _check_weight(weight: Tensor, size: int) -> None:
         raise invalid("weights", "at least one positive weight", "all zero", "weight the rows that count")
 
 
+# Tree transforms put other things than tensors into the leaves (vmap its axes): neither way asks for tensors.
+
+
 def _flatten(batch: Batch) -> tuple[list[Any], None]:
-    return list(batch.values()), None
+    return [getattr(batch, name) for name in _FIELDS], None
 
 
 def _unflatten(values: Iterable[Any], context: None) -> Batch:
-    return Batch(*values)
+    batch = object.__new__(Batch)
+    for name, value in zip(_FIELDS, values, strict=True):
+        object.__setattr__(batch, name, value)
+    return batch
 
 
 pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="torchem.Batch")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from torchem import distributed
 from torchem.batch import Batch, concatenate
@@ -32,7 +32,9 @@ class Source:
 
     def __init__(self, model: LatentModel, data: Any, batch_size: int | None = None, weight: Any = None, u: Any = None):
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise invalid("batch_size", "a positive whole number", repr(batch_size), "give the rows of a batch, or None")
+            raise invalid(
+                "batch_size", "a positive whole number", repr(batch_size), "give the rows of a batch, or None"
+            )
         if isinstance(data, (str, Path)):
             from torchem.tables import read_table
 
@@ -48,7 +50,7 @@ class Source:
         ):
             self._open(data, weight, u)
             return
-        self.whole = model.batch(data, weight=weight, u=u, allow_empty=distributed.active())
+        self.whole = _settled(model.batch(data, weight=weight, u=u, allow_empty=distributed.active()), model.device)
         if batch_size is not None and batch_size > len(self.whole) > 0:
             raise invalid("batch_size", f"at most {len(self.whole)} (the observations)", batch_size, "leave it out")
 
@@ -56,18 +58,15 @@ class Source:
         if not isinstance(loader, Iterable):
             raise wrong_type("data", "a tensor, array, Batch, path, Dataset or DataLoader", loader, "convert it")
         if isinstance(loader, Iterator):
-            raise wrong_type("data", "something to pass over repeatedly", loader, "pass a DataLoader or a list of batches")
+            raise wrong_type(
+                "data", "something to pass over repeatedly", loader, "pass a DataLoader or a list of batches"
+            )
         if weight is not None or u is not None:
             raise invalid(
                 "weights, inputs", "nothing beside a loader", "a tensor",
                 "let the loader yield Batch objects that carry weight and u",
             )  # fmt: skip
         self.loader = loader
-
-    @property
-    def shuffles(self) -> bool:
-        """Whether keys fail to name the same rows in each pass."""
-        return isinstance(getattr(self.loader, "sampler", None), RandomSampler)
 
     def __iter__(self) -> Iterator[tuple[Hashable, Batch]]:
         if self.whole is None:
@@ -80,7 +79,9 @@ class Source:
         if isinstance(item, (list, tuple)) and not isinstance(item, Batch):
             # A TensorDataset yields tuples: observations, then (by convention) their weights.
             if len(item) > 2 or not all(isinstance(part, Tensor) for part in item):
-                raise invalid("data", "batches of x or (x, weight)", f"{len(item)} parts", "yield Batch objects instead")
+                raise invalid(
+                    "data", "batches of x or (x, weight)", f"{len(item)} parts", "yield Batch objects instead"
+                )
             return self.model.batch(item[0], weight=item[1] if len(item) == 2 else None)
         return self.model.batch(item)
 
@@ -128,8 +129,13 @@ class Moments:
 
     def __init__(self) -> None:
         self.weight: Tensor = torch.zeros((), dtype=torch.float64)
-        self.mean: Tensor = torch.zeros((), dtype=torch.float64)
+        self._mean: Tensor = torch.zeros((), dtype=torch.float64)
         self.scatter: Tensor = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        """Weighted mean of each column."""
+        return self._mean
 
     @property
     def variance(self) -> Tensor:
@@ -152,9 +158,9 @@ class Moments:
     def _merge(self, weight: Tensor, mean: Tensor, scatter: Tensor) -> None:
         weight, mean, scatter = (t.to("cpu") for t in (weight, mean, scatter))
         total = self.weight + weight
-        gap = mean - self.mean
+        gap = mean - self._mean
         self.scatter = self.scatter + scatter + gap.square() * (self.weight * weight / total)
-        self.mean = self.mean + gap * (weight / total)
+        self._mean = self._mean + gap * (weight / total)
         self.weight = total
 
     @classmethod
@@ -165,6 +171,17 @@ class Moments:
             if float(part.weight) > 0:
                 out._merge(part.weight, part.mean, part.scatter)
         return out
+
+
+def _settled(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the accelerator if it fits into half of what is free; else it stays and is streamed.
+
+    Only where the data live depends on free memory, never how they are cut up: results do not.
+    """
+    if device.type != "cuda" or batch.x.device == device:
+        return batch
+    size = sum(value.numel() * value.element_size() for value in batch.values() if value is not None)
+    return batch.to(device) if size <= torch.cuda.mem_get_info(device)[0] // 2 else batch
 
 
 def _draw(batch: Batch, limit: int, generator: torch.Generator) -> tuple[Tensor, Batch]:

@@ -40,7 +40,7 @@ class SymmetryWarning(UserWarning):
 
 
 def describe(argument: str, expected: str, got: object, remedy: str) -> str:
-    """Compose the message of the house: ``argument: expected …, got …; remedy.``"""
+    """Compose the message of the house, ``argument: expected …, got …; remedy``, as a sentence."""
     return f"{argument}: expected {expected}, got {got}; {remedy}."
 
 

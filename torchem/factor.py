@@ -12,7 +12,7 @@ import inspect
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,19 @@ class _Streamed(Kernel):
         return self.factor.expected_log_prob(self.stats())
 
 
+@runtime_checkable
 class Moments(Protocol):
     """What a data source tells a factor before the first E-step: weighted mean and variance of each column."""
 
-    mean: Tensor
-    variance: Tensor
+    @property
+    def mean(self) -> Tensor:
+        """``[D]``"""
+        ...
+
+    @property
+    def variance(self) -> Tensor:
+        """``[D]``"""
+        ...
 
 
 class Factor(nn.Module, ABC):
@@ -90,6 +98,8 @@ class Factor(nn.Module, ABC):
     sufficient: ClassVar[bool] = True
     #: Whether NaN entries of x are handled as missing at random.
     handles_missing: ClassVar[bool] = False
+    #: Whether parameters may carry a leading replica axis; where not, restarts run one after the other.
+    replicates: ClassVar[bool] = True
     #: How components are told apart at the start when ``init="auto"``.
     default_init: ClassVar[str] = "random"
     #: Public constrained views and the parameter behind each, for `freeze`.
@@ -193,7 +203,7 @@ class Factor(nn.Module, ABC):
         """
         if self.n_features is not None and batch.x.shape[-1] != self.n_features:
             raise invalid(
-                "data", f"{self.n_features} features", f"{batch.x.shape[-1]}", "select the columns the model was built for"
+                "data", f"{self.n_features} features", batch.x.shape[-1], "select the columns the model was built for"
             )  # fmt: skip
 
     def log_prob(self, batch: Batch) -> Tensor:
@@ -247,8 +257,10 @@ class Factor(nn.Module, ABC):
         return functools.reduce(operator.add, parts)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
-        """First parameter values with component k at observation ``index[…, k]``; by default a mixture of the
-        data's own fit and the point."""
+        """First parameter values with component k at observation ``index[…, k]``.
+
+        By default each component is fitted to that observation and, with the same weight, to all the others together.
+        """
         size, k = len(batch), index.shape[-1]
         expected = torch.full((*index.shape[:-1], size, k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
         expected = expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
@@ -324,7 +336,9 @@ class Factor(nn.Module, ABC):
             InvalidArgument: If the mask's shape does not fit.
         """
         if mask.dim() and (mask.shape != (self.n_components,)):
-            raise invalid("mask", f"shape [{self.n_components}] (components)", list(mask.shape), "freeze whole components")
+            raise invalid(
+                "mask", f"shape [{self.n_components}] (components)", list(mask.shape), "freeze whole components"
+            )
 
     def unfreeze(self, *names: str) -> "Factor":
         """Let the M-step move these views (all of them when empty) again."""

@@ -32,7 +32,7 @@ Modules = Mapping[str, Any]
 # ---- public -------------------------------------------------------------------------------------------------------
 
 
-def save(model: LatentModel, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to a safetensors file, atomically.
 
     Args:
@@ -50,7 +50,16 @@ def save(model: LatentModel, path: str | os.PathLike[str]) -> None:
         ...     load(folder + "/m.safetensors").n_components
         2
     """
-    from safetensors.torch import save as to_bytes
+    write_atomic(path, to_bytes(model))
+
+
+def to_bytes(model: nn.Module) -> bytes:
+    """The content of the file that `save` writes.
+
+    Raises:
+        InvalidType: If the model or one of its constructor arguments cannot be written.
+    """
+    from safetensors.torch import save as serialize
 
     from torchem import __version__
 
@@ -65,8 +74,7 @@ def save(model: LatentModel, path: str | os.PathLike[str]) -> None:
         "replicas": list(model.replicas),
         "modules": writer.modules,
     }
-    text = json.dumps(header, allow_nan=False)
-    write_atomic(path, to_bytes(writer.tensors | _tensors(model), metadata={FORMAT: text}))
+    return serialize(writer.tensors | _tensors(model), metadata={FORMAT: json.dumps(header, allow_nan=False)})
 
 
 def load(path: str | os.PathLike[str], modules: Modules | None = None) -> Any:
@@ -140,12 +148,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def umask() -> int:
+    """The permissions that new files are denied; the system tells them only when they are set."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def to_json(value: Any) -> bytes:
-    """JSON text of a report: never Infinity or NaN, which JSON does not have, but null.
+    r"""JSON text of a report: never Infinity or NaN, which JSON does not have, but null.
 
     Example:
         >>> to_json({"bound": float("nan")})
-        b'{\\n  "bound": null\\n}\\n'
+        b'{\n  "bound": null\n}\n'
     """
     return (json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
@@ -164,11 +179,7 @@ def _finite(value: Any) -> Any:
 
 def _mode(target: Path) -> int:
     """Permissions of the file that is replaced, or those of a new file under the user's umask."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+    return target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~umask()
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -359,7 +370,7 @@ class _Reader:
     def _readers(self, slot: str) -> dict[str, Callable[[Any], Any]]:
         return {
             _MODULE: lambda place: self.build(place, slot),
-            _TENSOR: lambda name: self.tensors.pop(name),
+            _TENSOR: self.tensors.pop,
             _TUPLE: lambda items: tuple(self._decode(item, slot) for item in items),
             _FLOAT: float,
         }
@@ -413,8 +424,7 @@ class _Reader:
 
 
 def _stretches(old: torch.Size, new: torch.Size, sizes: set[int | None], replicas: tuple[int, ...]) -> bool:
-    """Whether a buffer's shape is one that a fit can give it: an axis of size one may hold one row per component
-    (an origin), and replicas may lead."""
+    """Whether a fit can give a buffer this shape: an axis of one may hold a row per component; replicas may lead."""
     lead = len(new) - len(old)
     if lead < 0 or tuple(new[:lead]) not in ((), replicas):
         return False

@@ -10,15 +10,16 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchem.batch import Batch, as_batch
 from torchem.factor import Factor, Kernel, Moments, constructor_arguments
 from torchem.ops import reduce
-from torchem.ops.dispatch import rows_per_piece
+from torchem.ops.dispatch import declared_precision, rows_per_piece
 from torchem.stats import Stats
 
 Reduction = Callable[[Tensor, int], Tensor]
@@ -117,7 +118,7 @@ class LatentModel(nn.Module, ABC):
         """Σ_f Q_f(θ; S): the part of the bound that parameters move."""
         return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
 
-    def bound(self, stats: Stats) -> Tensor:
+    def bound(self, stats: Stats) -> Float[Tensor, "*r"]:
         """The evidence lower bound Σ_f Q_f(θ; S) + entropy, at the current θ and the posteriors behind S.
 
         Source: R. M. Neal, G. E. Hinton (1998), equation 7.
@@ -156,7 +157,7 @@ class LatentModel(nn.Module, ABC):
     # ---- use --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def log_prob(self, data: Any) -> Tensor:
+    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
         """log p(x) of each row or sequence, ``[N]``, latents summed out, differentiable in parameters and data."""
 
     @abstractmethod
@@ -187,14 +188,14 @@ class LatentModel(nn.Module, ABC):
         """``()`` for one model, ``(R,)`` for R replicas run as one."""
         return self.slots()[0][1].replicas
 
-    def replicate(self, replicas: int) -> Self:
+    def replicate(self, replicas: int) -> "LatentModel":
         """A copy whose parameters carry a leading axis of equal replicas."""
         twin = copy.deepcopy(self)
         for factor in _all_factors(twin):
             factor.replicate(replicas)
         return twin
 
-    def take_replicas(self, index: Tensor | int) -> Self:
+    def take_replicas(self, index: Tensor | int) -> "LatentModel":
         """A copy with some of the replicas, or with one and no replica axis."""
         twin = copy.deepcopy(self)
         for factor in _all_factors(twin):
@@ -208,7 +209,9 @@ class LatentModel(nn.Module, ABC):
                 getattr(mine, name).data = value.detach().clone()
             for name, value in theirs.named_buffers(recurse=False):
                 mine.register_buffer(name, value.detach().clone())
-            mine.__dict__.update({k: v for k, v in theirs.__dict__.items() if isinstance(v, (bool, int))})
+            for name, value in vars(theirs).items():
+                if isinstance(value, (bool, int)):
+                    setattr(mine, name, value)
 
     def prepare(self, moments: Moments) -> None:
         """Tell every factor the scale of the data."""
@@ -266,11 +269,15 @@ class DiscreteModel(LatentModel):
 
         Source: M. J. Wainwright, M. I. Jordan (2008), proposition 3.1.
         """
-        log_z, pull = torch.func.vjp(lambda p: self.log_partition(p, batch), potentials)
+        log_z, pull, *_ = torch.func.vjp(lambda p: self.log_partition(p, batch), potentials)
         weight = torch.ones_like(log_z) if batch.weight is None else batch.weight.to(log_z).expand_as(log_z)
         return log_z, pull(weight)[0]
 
     def e_step(self, batch: Batch) -> Stats:
+        with declared_precision(self.device):
+            return self._e_step(batch)
+
+    def _e_step(self, batch: Batch) -> Stats:
         tables = self.table_slots()
         kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
         log_likelihood: Tensor | None = None
@@ -298,11 +305,12 @@ class DiscreteModel(LatentModel):
         """Apply a function of potentials to the data piece by piece and join the results along the rows."""
         batch = data if isinstance(data, Batch) else self.batch(data)
         tables = self.table_slots()
-        kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
-        parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
+        with declared_precision(self.device):
+            kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+            parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(self.replicas))
 
-    def log_prob(self, data: Any) -> Tensor:
+    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
         return self._each(data, self.log_partition)
 
 

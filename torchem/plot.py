@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchem.batch import as_tensor
 from torchem.errors import invalid, require
+from torchem.images import mean_colours
 from torchem.model import LatentModel
 
 #: Colours that colour-blind readers tell apart, the most distinct first. Source: M. Okabe, K. Ito (2008).
@@ -31,7 +32,9 @@ def palette(n: int) -> np.ndarray:
     named = [colours.to_rgb(colour) for colour in PALETTE[:n]]
     # Beyond the named ones no set is distinct for all; evenly spaced hues at least stay apart.
     extra = max(0, n - len(PALETTE))
-    named += [colours.hsv_to_rgb((i / max(1, extra), 0.55 + 0.25 * (i % 2), 0.85 - 0.25 * (i % 3) / 2)) for i in range(extra)]
+    named += [
+        colours.hsv_to_rgb((i / max(1, extra), 0.55 + 0.25 * (i % 2), 0.85 - 0.25 * (i % 3) / 2)) for i in range(extra)
+    ]
     return np.array(named).reshape(n, 3)
 
 
@@ -93,7 +96,8 @@ def pairs(model: LatentModel, x: Any, columns: Sequence[str] | None = None) -> A
     if not 2 <= d <= 8:
         raise invalid("x", "2 to 8 columns", d, "use clusters")
     pyplot: Any = require("matplotlib.pyplot", "plot")
-    figure, axes = pyplot.subplots(d, d, figsize=(1.2 + 2.1 * d, 0.8 + 2.0 * d), squeeze=False, layout="constrained")
+    size = (1.2 + 2.1 * d, 0.8 + 2.0 * d)
+    axes = pyplot.subplots(d, d, figsize=size, squeeze=False, layout="constrained")[1]
     for row in range(d):
         for column in range(d):
             ax = axes[row, column]
@@ -148,7 +152,7 @@ def bound(result: Any, ax: Any = None) -> Any:
     label = "best restart" if len(histories) > 1 else None
     ax.plot(range(len(history)), history, color=PALETTE[0], linewidth=2.0, label=label, zorder=4)
     ax.plot(len(history) - 1, history[-1], "o", color=PALETTE[0], markersize=5, zorder=5)
-    note = f"{ends[chosen]:,.2f}".replace("-", "−")
+    note = f"{ends[chosen]:.2f}".replace("-", "−")
     ax.annotate(
         note, (len(history) - 1, ends[chosen]), xytext=(0, 6), textcoords="offset points", ha="right", color=PALETTE[0]
     )
@@ -159,6 +163,7 @@ def bound(result: Any, ax: Any = None) -> Any:
     ax.set(xlabel="iteration", ylabel="objective (nats)")
     ax.margins(x=0.03, y=0.12)
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.ticklabel_format(axis="y", useOffset=False, style="plain")
     return ax
 
 
@@ -184,7 +189,7 @@ def segmentation(image: Any, labels: Any, colours: Any = None, ax: Any = None) -
     index = np.asarray(labels)
     if index.shape != picture.shape[:2]:
         raise invalid("labels", f"shape {list(picture.shape[:2])}", list(index.shape), "give one label per pixel")
-    paint = _mean_colours(picture, index) if colours is None else np.asarray(colours, dtype=float)
+    paint = mean_colours(picture, index) if colours is None else np.asarray(colours, dtype=float)
     if paint.ndim != 2 or paint.shape[1] != 3 or len(paint) <= index.max():
         raise invalid("colours", f"shape [{index.max() + 1}, 3]", list(paint.shape), "give one colour per component")
     height, width = index.shape
@@ -193,13 +198,13 @@ def segmentation(image: Any, labels: Any, colours: Any = None, ax: Any = None) -
     sheet[:, :width] = picture
     sheet[:, width + gap :] = paint.clip(0, 1)[index]
     if ax is None:
-        figure = _figure(9.0, 9.0 * height / sheet.shape[1] * 1.0 + 0.75)
+        figure = _figure(9.0, 9.0 * height / sheet.shape[1] + 0.75)
         ax = figure.add_axes((0.01, 0.1, 0.98, 0.82))
     ax.imshow(sheet, interpolation="antialiased")
     ax.set_axis_off()
     for centre, title in ((width / 2, "image"), (width * 1.5 + gap, f"{len(paint)} components")):
         ax.annotate(title, (centre, 0), xytext=(0, 5), textcoords="offset points", ha="center", color=_INK)
-    _shares(ax, np.bincount(index.ravel(), minlength=len(paint)) / index.size, paint, width + gap, height, width)
+    _shares(ax, np.bincount(index.ravel(), minlength=len(paint)) / index.size, paint, (width + gap, height, width))
     return ax
 
 
@@ -250,7 +255,7 @@ def _array(value: Tensor) -> np.ndarray:
 
 def _gaussians(model: Any, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Weights ``[K]``, means ``[K, D]`` and dense covariances ``[K, D, D]`` of a mixture that has them."""
-    component = getattr(model, "component", None)
+    component: Any = getattr(model, "component", None)
     if not (hasattr(component, "means") and hasattr(component, "covariances") and hasattr(model, "weights")):
         return None
     means, covariances = _array(component.means), _array(component.covariances)
@@ -310,7 +315,7 @@ def _united(data: tuple[float, ...], drawn: tuple[float, ...]) -> tuple[float, .
     return tuple(out)
 
 
-def _ellipse(mean: np.ndarray, covariance: np.ndarray, sigmas: float) -> np.ndarray:
+def _ellipse(mean: np.ndarray, covariance: np.ndarray, sigmas: int) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     angle = np.linspace(0, 2 * np.pi, 181)
     circle = np.stack([np.cos(angle), np.sin(angle)])
@@ -326,12 +331,11 @@ def _legend(model: LatentModel, ax: Any, **options: Any) -> None:
         lines.Line2D([], [], linestyle="", marker="o", markersize=7, color=colour, label=f"{k}  ({weight:.0%})")
         for k, (weight, colour) in enumerate(zip(_array(weights), palette(len(weights)), strict=True))
     ]
-    ax.legend(handles=handles, title="component", frameon=False, handletextpad=0.2, **options)
+    # Points may lie below: the legend stays readable over them.
+    ax.legend(handles=handles, title="component", framealpha=0.85, edgecolor="none", handletextpad=0.2, **options)
 
 
-def _histogram(
-    model: LatentModel, data: np.ndarray, name: str, ax: Any, which: int = 0, legend: bool = True
-) -> Any:
+def _histogram(model: LatentModel, data: np.ndarray, name: str, ax: Any, which: int = 0, legend: bool = True) -> Any:
     """One column: counts as a density, each Gaussian component under it, their sum above."""
     column = data[:, which]
     finite = np.unique(column)
@@ -361,28 +365,26 @@ def _histogram(
 def _histories(result: Any) -> list[list[float]]:
     found = getattr(result, "histories", None) or getattr(result, "history", None) or result
     if not isinstance(found, (list, tuple)) or not found:
-        raise invalid("result", "a fit's result or a list of numbers", repr(found)[:60], "pass what torchem.fit returned")
+        raise invalid(
+            "result", "a fit's result or a list of numbers", repr(found)[:60], "pass what torchem.fit returned"
+        )
     rows = found if isinstance(found[0], (list, tuple)) else [found]
     # Reports write null for what was not finite.
     return [[math.nan if v is None else float(v) for v in row] for row in rows if len(row)]
 
 
-def _mean_colours(picture: np.ndarray, index: np.ndarray) -> np.ndarray:
-    flat, k = index.ravel(), int(index.max()) + 1
-    count = np.maximum(np.bincount(flat, minlength=k), 1)
-    return np.stack([np.bincount(flat, picture[..., c].ravel(), minlength=k) / count for c in range(3)], 1)
-
-
-def _shares(ax: Any, share: np.ndarray, paint: np.ndarray, left: float, top: float, width: float) -> None:
-    """A bar under the segments: how much of the picture each component takes."""
+def _shares(ax: Any, share: np.ndarray, paint: np.ndarray, place: tuple[int, int, int]) -> None:
+    """A bar under the segments (from ``left``, under ``top``, of ``width``): how much each component takes."""
     patches: Any = require("matplotlib.patches", "plot")
-    height = 0.05 * top
+    left, top, width = map(float, place)
+    base, height = top * 1.025, top * 0.05
     for k in np.argsort(-share):
-        box = (left, top * 1.025)
-        ax.add_patch(patches.Rectangle(box, share[k] * width, height, facecolor=paint[k].clip(0, 1), clip_on=False))
+        length = float(share[k]) * width
+        box = patches.Rectangle((left, base), length, height, facecolor=paint[k].clip(0, 1), clip_on=False)
+        ax.add_patch(box)
         if share[k] > 0.06:
-            dark = paint[k] @ (0.299, 0.587, 0.114) < 0.5
-            where = (left + share[k] * width / 2, top * 1.025 + height / 2)
-            ax.annotate(f"{share[k]:.0%}", where, ha="center", va="center", fontsize=8, color="w" if dark else _INK,
-                        annotation_clip=False)  # fmt: skip
-        left += share[k] * width
+            ink = "white" if paint[k] @ (0.299, 0.587, 0.114) < 0.5 else _INK
+            middle = (left + length / 2, base + height / 2)
+            options = {"ha": "center", "va": "center", "fontsize": 8, "annotation_clip": False}
+            ax.annotate(f"{share[k]:.0%}", middle, color=ink, **options)
+        left += length

@@ -1,13 +1,14 @@
 """Comparing restarts: which components of two solutions correspond, and how far the solutions agree."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.model import LatentModel
 
 
-def assignment(score: Tensor) -> list[int]:
+def assignment(score: Float[Tensor, "k k"]) -> list[int]:
     """The one-to-one assignment of rows to columns of a square matrix with the greatest total score.
 
     Shortest augmenting paths with potentials, O(K³).
@@ -52,7 +53,7 @@ def assignment(score: Tensor) -> list[int]:
     return result
 
 
-def align(best: Tensor, other: Tensor, n_states: int) -> tuple[list[int], float]:
+def align(best: Int[Tensor, "n"], other: Int[Tensor, "n"], n_states: int) -> tuple[list[int], float]:
     """Relabel ``other`` to ``best``.
 
     Args:

@@ -104,9 +104,7 @@ class Stats(dict[str, Any]):
         """Keep some components; leaves without a component axis stay as they are (no replicas)."""
         return self.like(
             {
-                name: leaf.select(index)
-                if isinstance(leaf, Stats)
-                else (leaf if name in self.shared else leaf[index])
+                name: leaf.select(index) if isinstance(leaf, Stats) else (leaf if name in self.shared else leaf[index])
                 for name, leaf in self.items()
             }
         )

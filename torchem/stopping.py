@@ -32,7 +32,7 @@ def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status 
     gain = history[-1] - history[-2]
     if gain < -slack * max(abs(history[-1]), abs(history[-2]), 1.0):
         return "diverged"
-    return "converged" if gain < tolerance else None
+    return "converged" if tolerance > 0 and gain < tolerance else None
 
 
 def aitken(history: Sequence[float]) -> float | None:

@@ -47,7 +47,7 @@ class Table:
 
 
 def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Table:
-    """Read a table of numbers.
+    r"""Read a table of numbers.
 
     CSV (``.csv``, ``.tsv``, ``.txt``) needs a header; commas, tabs or semicolons separate; empty cells, ``NA`` and
     ``NaN`` are missing entries. ``.npy`` files are memory-mapped, their columns called x0, x1, …. ``.parquet`` and
@@ -64,7 +64,7 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = Non
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = open(folder + "/a.csv", "w").write("a,b\\n1,2\\n3,NA\\n")
+        ...     _ = open(folder + "/a.csv", "w").write("a,b\n1,2\n3,NA\n")
         ...     read_table(folder + "/a.csv", ["b"]).values.tolist()
         [[2.0], [nan]]
     """
@@ -80,7 +80,9 @@ def read_columns(path: str | os.PathLike[str]) -> list[str]:
     """
     file = Path(path)
     read = _reader(file)
-    if read is not _read_csv:
+    if read is _read_arrow:
+        return list(_arrow_table(file).column_names)
+    if read is _read_npy:
         return read(file, None).columns
     with _opened(file) as rows:
         return next(rows)
@@ -100,7 +102,7 @@ def _reader(path: Path) -> Callable[[Path, Sequence[str] | None], Table]:
 
 
 def _bad(path: Path | str, expected: str, got: object, remedy: str) -> InvalidFile:
-    return InvalidFile(describe(str(path), expected, got, remedy))
+    return InvalidFile(describe(str(path), expected, got, remedy).replace("?.", "?"))
 
 
 def _indices(path: Path, present: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
@@ -111,7 +113,7 @@ def _indices(path: Path, present: Sequence[str], wanted: Sequence[str] | None) -
     for name in wanted:
         if name not in present:
             near = get_close_matches(name, present, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}" if near else "choose among those"
+            hint = f"did you mean {near[0]!r}?" if near else "choose among those"
             raise _bad(path, f"a column {name!r}", "the columns " + ", ".join(map(repr, present)), hint)
     return [list(present).index(name) for name in wanted]
 
@@ -138,6 +140,8 @@ class _opened:
     def _rows(self) -> Iterator[list[str]]:
         try:
             first = self.file.readline()
+            if "\0" in first:
+                raise _bad(self.path, "text", "a binary file", "export the table as CSV")
             self.file.seek(0)
             # The delimiter that splits the header into most cells; a comma if none does.
             self.reader = csv.reader(self.file, delimiter=max(_DELIMITERS, key=first.count), strict=True)
@@ -220,23 +224,27 @@ def _read_npy(path: Path, columns: Sequence[str] | None) -> Table:
     return table if columns is None else table.select(columns, str(path))
 
 
-def _read_arrow(path: Path, columns: Sequence[str] | None) -> Table:
+def _arrow_table(path: Path) -> Any:
     arrow: Any = require("pyarrow", "data")
+    module: Any = require("pyarrow.parquet" if path.suffix.lower() == ".parquet" else "pyarrow.feather", "data")
     try:
-        if path.suffix.lower() == ".parquet":
-            table = require("pyarrow.parquet", "data").read_table(path)  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            table = require("pyarrow.feather", "data").read_table(path)  # pyright: ignore[reportAttributeAccessIssue]
+        return module.read_table(path)
     except (arrow.ArrowException, OSError) as error:
-        raise _bad(path, f"a {path.suffix[1:]} file", str(error).splitlines()[0].rstrip("."), "write it again") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise _bad(path, f"a {path.suffix[1:]} file", reason, "write it again") from error
+
+
+def _read_arrow(path: Path, columns: Sequence[str] | None) -> Table:
+    table = _arrow_table(path)
     index = _indices(path, table.column_names, columns)
     if table.num_rows == 0 or not index:
         raise _bad(path, "at least one row", f"{table.num_rows} rows, {len(index)} columns", "check the export")
-    parts = [_arrow_column(path, arrow, table.column_names[i], table.column(i)) for i in index]
+    parts = [_arrow_column(path, table.column_names[i], table.column(i)) for i in index]
     return Table([table.column_names[i] for i in index], np.column_stack(parts))
 
 
-def _arrow_column(path: Path, arrow: Any, name: str, column: Any) -> np.ndarray:
+def _arrow_column(path: Path, name: str, column: Any) -> np.ndarray:
+    arrow: Any = require("pyarrow", "data")
     kind = column.type
     if not (arrow.types.is_integer(kind) or arrow.types.is_floating(kind)):
         remedy = "convert it, or read only numeric columns with columns=[…]"

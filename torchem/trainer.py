@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchem import distributed, initialize, restarts, stopping
+from torchem import distributed, initialize, stopping
 from torchem.accumulate import Accumulator, FullBatch
-from torchem.data import Source
-from torchem.errors import ConvergenceWarning, DegenerateComponent, SymmetryWarning, invalid, one_of
+from torchem.data import Source, Survey
+from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of
 from torchem.model import LatentModel
+from torchem.ops.dispatch import declared_precision
+from torchem.result import DEAD, Progress, Result, Run, report, warn
 from torchem.stats import Stats
 from torchem.stopping import Status
 
@@ -26,88 +27,11 @@ Dead = Literal["floor", "respawn", "prune", "raise"]
 
 #: Relative fall of the objective that rounding explains.
 _SLACK = {torch.float64: 1e-9, torch.float32: 1e-4}
-#: A component is dead below this many average observations of mass.
-_DEAD = 1e-3
 #: Observations up to which numerics are checked at iterations 0, 1, 2, 4, 8 and every eighth only.
 _SMALL = 4096
+_INTERRUPTED: Status = "interrupted"
 #: Times that a run may reseed components, per component.
 _RESPAWNS = 3
-
-
-@dataclass
-class Result:
-    """What a fit returns.
-
-    Attributes:
-        model: The model that was fitted, in place: the best restart.
-        status: Why the best restart ended: ``"converged"``, ``"max_iter"``, ``"diverged"`` (the objective fell beyond
-            rounding), ``"nonfinite"`` or ``"interrupted"``.
-        history: Total objective at each iterate θ_0, θ_1, … of the best restart.
-        bound: Total objective at the returned parameters.
-        n_iter: Number of EM maps that led to the returned parameters.
-        restarts: Objective of each restart at its end.
-        histories: History of each restart.
-        statuses: Status of each restart.
-        dead: Components with next to no mass, by index.
-        floored: Components whose covariance stands at the floor, by index.
-        pruned: Components that were taken out, by their index at the start.
-        remaining: Aitken's estimate of the rise still to come, in nats; None where the tail is not linear.
-        alignment: For each restart, its component that corresponds to each of the best one's.
-        agreement: For each restart, the share of observations (of a sample) given to corresponding components.
-        seconds: Wall time.
-    """
-
-    model: LatentModel
-    status: Status
-    history: list[float]
-    bound: float
-    n_iter: int
-    restarts: list[float]
-    histories: list[list[float]]
-    statuses: list[Status]
-    dead: list[int] = field(default_factory=list)
-    floored: list[int] = field(default_factory=list)
-    pruned: list[int] = field(default_factory=list)
-    remaining: float | None = None
-    alignment: list[list[int]] | None = None
-    agreement: list[float] | None = None
-    seconds: float = 0.0
-
-    @property
-    def converged(self) -> bool:
-        """Whether the objective reached a plateau; nothing else counts."""
-        return self.status == "converged"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is given after each pass.
-
-    Attributes:
-        iteration: Number of EM maps so far.
-        objective: Total objective of each replica that still runs.
-        model: The model under way, with a replica axis when there are restarts; read it, do not change it.
-        restarts: Index of each replica that still runs.
-    """
-
-    iteration: int
-    objective: list[float]
-    model: LatentModel
-    restarts: list[int]
-
-
-@dataclass
-class _Run:
-    """One restart's record."""
-
-    history: list[float] = field(default_factory=list)
-    status: Status | None = None
-    model: LatentModel | None = None
-    n_iter: int = 0
-    bound: float = -math.inf
-    respawns: int = 0
-    rested: bool = False
-    forbidden: set[int] = field(default_factory=set)
 
 
 class Trainer:
@@ -150,7 +74,7 @@ class Trainer:
         max_iter: int = 100,
         tol: float = 1e-3,
         batch_size: int | None = None,
-        seed: int | None = None,
+        seed: int | np.integer | None = None,
         device: torch.device | str | None = None,
         dead: Dead = "floor",
         callbacks: Iterable[Callable[[Progress], Any]] = (),
@@ -168,7 +92,7 @@ class Trainer:
             raise invalid("seed", "a whole number of at least 0, or None", repr(seed), "give for example seed=0")
         one_of("dead", dead, ("floor", "respawn", "prune", "raise"))
         if init is None and restarts > 1:
-            raise invalid("restarts", "1 when init=None", restarts, "restarts from equal parameters are equal: set init")
+            raise invalid("restarts", "1 when init=None", restarts, "set init: equal starts end equal")
         self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
         self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
         self.device = None if device is None else torch.device(device)
@@ -191,35 +115,49 @@ class Trainer:
         if self.device is not None:
             model.to(self.device)
         source = Source(model, data, self.batch_size, weights, inputs)
-        with torch.no_grad():
-            result = _Fit(self, model, source).run()
+        entropy = np.random.SeedSequence(self.seed).entropy
+        if self.seed is None:
+            entropy = distributed.gather(entropy)[0]
+        generators = [_generator(entropy, r) for r in range(self.restarts)]
+        # Families that cannot carry a replica axis (a user's network) run their restarts one after the other.
+        together = all(factor.replicates for factor in model.factors())
+        groups = [generators] if together else [[generator] for generator in generators]
+        k = n_states(model)
+        with torch.no_grad(), declared_precision(model.device):
+            survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
+            runs: list[Run] = []
+            for group in groups:
+                runs += _Loop(self, model, source, survey, group).run()
+                if runs[-1].status == "interrupted":
+                    break
+            result = report(model, runs, survey, k)
+        warn(result, self.tol, stacklevel=3)
         result.seconds = time.perf_counter() - began
         return result
 
 
-class _Fit:
-    """One call of `Trainer.fit`."""
+def n_states(model: LatentModel) -> int:
+    """Number of states that a start tells apart."""
+    return getattr(model, "n_components", 1)
 
-    def __init__(self, options: Trainer, model: LatentModel, source: Source):
-        self.options, self.model, self.source = options, model, source
-        entropy = np.random.SeedSequence(options.seed).entropy
-        if options.seed is None:
-            entropy = distributed.gather(entropy)[0]
-        self.generators = [_generator(entropy, r) for r in range(options.restarts)]
+
+class _Loop:
+    """Some restarts of one fit, run together along a replica axis (or one, without)."""
+
+    def __init__(self, options: Trainer, model: LatentModel, source: Source, survey: Survey, generators: list):
+        self.options, self.source, self.survey, self.generators = options, source, survey, generators
+        self.n_states = n_states(model)
         self.rule = options.accumulate
         self.rule.reset()
-        self.runs = [_Run() for _ in self.generators]
-        self.going = list(range(options.restarts))
-        n_states = self.n_states = getattr(model, "n_components", 1)
-        self.survey = source.survey(
-            initialize.sample_size(n_states, options.restarts), _generator(entropy, 1 << 20)
-        )
+        self.runs = [Run() for _ in generators]
+        self.going = list(range(len(generators)))
         # Parameters before the last M-step, as long as those after it have not been judged.
         self.before: dict[str, Tensor] | None = None
-        # Replicas live in a twin, so that an exception leaves the user's model as it was.
-        self.twin = model.replicate(options.restarts) if options.restarts > 1 else copy.deepcopy(model)
+        # The loop works on a twin, so that an exception leaves the user's model as it was.
+        self.twin = model.replicate(len(generators)) if len(generators) > 1 else copy.deepcopy(model)
 
-    def run(self) -> Result:
+    def run(self) -> list[Run]:
+        """The records of the restarts, all of them ended."""
         self._start()
         try:
             with _bar(self.options) as bar:
@@ -228,7 +166,7 @@ class _Fit:
                         break
         except KeyboardInterrupt:
             self._retire(self.going, "interrupted", evaluated=False)
-        return self._report()
+        return self.runs
 
     # ---- stages -----------------------------------------------------------------------------------------------
 
@@ -260,24 +198,14 @@ class _Fit:
         values = objective.reshape(-1).tolist()
         self._refuse_impossible(values)
         total = float(stats["count"].reshape(-1)[0])
-        ended: dict[int, Status] = {}
-        for place, (r, value) in enumerate(zip(self.going, values, strict=True)):
-            run = self.runs[r]
-            run.history.append(value)
-            # When components were reseeded or taken out the objective may fall: that step is not judged.
-            recent = run.history[-1:] if run.rested else run.history[-2:]
-            run.rested = False
-            status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
-            if status is None and iteration == self.options.max_iter:
-                status = "max_iter"
-            if status is not None:
-                ended[place] = status
+        ended = self._judge(values, total, iteration == self.options.max_iter)
         if bar is not None:
             bar.update(1)
             bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
-        stop = [callback(Progress(iteration, values, self.twin, list(self.going))) for callback in self.options.callbacks]
-        if any(stop):
-            ended = {place: ended.get(place, "interrupted") for place in range(len(self.going))}
+        now = Progress(iteration, values, self.twin, list(self.going))
+        answers = [callback(now) for callback in self.options.callbacks]
+        if any(answers):
+            ended = {place: ended.get(place, _INTERRUPTED) for place in range(len(self.going))}
         stats = self._end(ended, stats)
         self.before = None
         if not self.going:
@@ -291,6 +219,20 @@ class _Fit:
             if move is not None:
                 self.rule.translate(move)
         return True
+
+    def _judge(self, values: list[float], total: float, last: bool) -> dict[int, Status]:
+        """Record the objectives; returns the replicas that ended, by their place on the axis, and why."""
+        ended: dict[int, Status] = {}
+        for place, (r, value) in enumerate(zip(self.going, values, strict=True)):
+            run = self.runs[r]
+            run.history.append(value)
+            # When components were reseeded or taken out the objective may fall: that step is not judged.
+            recent = run.history[-1:] if run.rested else run.history[-2:]
+            run.rested = False
+            status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
+            if status is not None or last:
+                ended[place] = status or "max_iter"
+        return ended
 
     def _pass(self, update: bool) -> tuple[Stats, bool]:
         """E-steps over all batches, and whether θ stood still meanwhile (some rules maximise on the way)."""
@@ -341,7 +283,7 @@ class _Fit:
     def _sick(self, stats: Stats, total: float) -> tuple[Tensor | None, Tensor | None]:
         """``[*r, K]`` Booleans: components without mass, and components at the floor."""
         mass = self.twin.occupancy(stats)
-        dead = None if mass is None else mass < _DEAD * total / max(1, self.survey.rows)
+        dead = None if mass is None else mass < DEAD * total / max(1, self.survey.rows)
         return dead, self.twin.degenerate()
 
     def _heal(self, stats: Stats, total: float) -> None:
@@ -419,64 +361,6 @@ class _Fit:
             start += len(batch)
         return None
 
-    def _report(self) -> Result:
-        runs = self.runs
-        best = max(range(len(runs)), key=lambda r: (runs[r].bound, -r))
-        chosen = runs[best]
-        assert chosen.model is not None and chosen.status is not None
-        models = [run.model for run in runs if run.model is not None]
-        alignment = agreement = None
-        if len(runs) > 1 and len(models) == len(runs):
-            alignment, agreement = restarts.compare(models, best, self.survey.sample, self.n_states)
-        dead, floored = self._health(chosen.model)
-        pruned = sorted(chosen.forbidden)
-        self.model.load_from(chosen.model)
-        if pruned:
-            keep = torch.tensor([k for k in range(self.n_states) if k not in chosen.forbidden])
-            self.model.prune(keep.to(self.model.device))  # pyright: ignore[reportCallIssue]
-            place = {int(k): i for i, k in enumerate(keep.tolist())}
-            dead, floored = ([place[k] for k in group if k in place] for group in (dead, floored))
-        sound = chosen.history[: chosen.n_iter + 1]
-        result = Result(
-            self.model, chosen.status, list(chosen.history), chosen.bound, chosen.n_iter,
-            [run.bound for run in runs], [run.history for run in runs], [run.status or "interrupted" for run in runs],
-            dead, floored, pruned, stopping.aitken(sound), alignment, agreement,
-        )  # fmt: skip
-        self._warn(result)
-        return result
-
-    def _health(self, model: LatentModel) -> tuple[list[int], list[int]]:
-        """Indices of components without mass (on the sample) and of components at the floor."""
-        sample, rows = self.survey.sample, self.survey.rows
-        mass = model.occupancy(model.e_step(sample))
-        # On a sample a component of few observations may go unseen; there its weight in the model decides.
-        dead: list[int] = []
-        if mass is not None and len(sample) == rows:
-            weight = float(sample.total_weight()) / max(1, rows)
-            dead = (mass < _DEAD * weight).nonzero()[:, 0].tolist()
-        elif mass is not None and hasattr(model, "weights"):
-            dead = (model.weights * rows < _DEAD).nonzero()[:, 0].tolist()  # pyright: ignore
-        floored = model.degenerate()
-        return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
-
-    def _warn(self, result: Result) -> None:
-        message = {
-            "diverged": "the objective fell beyond rounding: a factor's M-step does not maximise; the parameters before "
-            "the fall are kept",
-            "nonfinite": "the objective became NaN or infinite; the last sound parameters are kept",
-        }.get(result.status)
-        if result.status == "max_iter" and len(result.history) > 1:
-            gain = result.history[-1] - result.history[-2]
-            left = "" if result.remaining is None else f", about {result.remaining:.3g} in all are left"
-            message = (
-                f"stopped after {result.n_iter} iterations while still climbing (last gain {gain:.3g} nats{left}); "
-                "raise max_iter, or tol if that is near enough"
-            )
-            if self.options.tol == 0:
-                message = None
-        if message is not None:
-            warnings.warn(f"fit: {message}.", ConvergenceWarning, stacklevel=6)
-
 
 def _generator(entropy: Any, key: int) -> torch.Generator:
     seed = np.random.SeedSequence(entropy, spawn_key=(key,)).generate_state(1, np.uint64)[0]
@@ -511,7 +395,7 @@ def fit(
     max_iter: int = 100,
     tol: float = 1e-3,
     batch_size: int | None = None,
-    seed: int | None = None,
+    seed: int | np.integer | None = None,
     device: torch.device | str | None = None,
     weights: Any = None,
     inputs: Any = None,

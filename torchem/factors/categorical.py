@@ -66,10 +66,14 @@ class Categorical(Factor, Conjugate):
         if table.shape != self.logits.shape:
             raise invalid("probs", f"shape {list(self.logits.shape)}", list(table.shape), "give one entry per cell")
         if not bool(((table >= 0) & table.isfinite()).all()):
-            raise invalid("probs", "finite probabilities of at least zero", "a negative or non-finite entry", "correct it")
+            raise invalid(
+                "probs", "finite probabilities of at least zero", "a negative or non-finite entry", "correct it"
+            )
         gap = float((table.sum(-1) - 1).abs().max())
         if gap > 1e-4:
-            raise invalid("probs", "rows that sum to one", f"a row that is off by {gap:.3g}", "divide each row by its sum")
+            raise invalid(
+                "probs", "rows that sum to one", f"a row that is off by {gap:.3g}", "divide each row by its sum"
+            )
         self.support.copy_(table > 0)
         self.restricted = bool((table == 0).any())
         with torch.no_grad():
@@ -97,7 +101,9 @@ class Categorical(Factor, Conjugate):
 
     def check(self, batch: Batch) -> None:
         if batch.x.shape[-1] != 1:
-            raise invalid("data", "one column of categories", f"{batch.x.shape[-1]} columns", "use one factor per column")
+            raise invalid(
+                "data", "one column of categories", f"{batch.x.shape[-1]} columns", "use one factor per column"
+            )
         if batch.x.numel() == 0:
             return
         categories = self.shape[-1]

@@ -16,8 +16,8 @@ from torchem.stats import Stats
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 FloorType = Literal["relative", "absolute", "additive"]
 
-#: Largest rounding error of a log-density, in nats, at which moments about one origin are used.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+#: Largest bound on the rounding error of a log-density, in nats per feature, at which moments about one origin are used.
+_TOLERANCE = {torch.float64: 2.5e-10, torch.float32: 5e-4}
 #: A mean further than this many standard deviations from its origin asks for a new one.
 _REACH = 30.0
 #: Observations × components × features up to which differences cost no more than one product.
@@ -78,9 +78,9 @@ class Gaussian(Factor, Conjugate):
         if not (isinstance(covariance_floor, (int, float)) and 0 <= covariance_floor < math.inf):
             raise invalid("covariance_floor", "a finite number of at least 0", covariance_floor, "use the default 1e-6")
         self._k, self._d = n_components, n_features
-        self.covariance_type = covariance_type
+        self.covariance_type: CovarianceType = covariance_type
         self.covariance_floor = float(covariance_floor)
-        self.floor_type = floor_type
+        self.floor_type: FloorType = floor_type
         self.structure = ops.STRUCTURES[covariance_type]
         self.shared_parameters = frozenset({"scale"} if self.structure.shared else ())
         self.new_parameter("mean", torch.zeros(n_components, n_features))
@@ -255,7 +255,7 @@ class Gaussian(Factor, Conjugate):
             self.direct = True
         elif self.origin.shape[-2] == 1:
             error = float(ops.rounding(self.structure, self.mean, self.scale, self.origin))
-            self.direct = not error <= _TOLERANCE.get(self.dtype, 0.0)
+            self.direct = not error <= _TOLERANCE.get(self.dtype, 0.0) * max(4, self._d)
         if not self.direct or not float(ops.spread(self.structure, self.mean, self.scale, self.origin)) > _REACH:
             return None
         old, new = self.origin, self.mean.detach().clone()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch
@@ -64,7 +65,7 @@ class Mixture(DiscreteModel):
         return k
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "*r k"]:
         """Mixing weights ``[*r, K]``; assignable, must sum to one."""
         return self._table().probs
 
@@ -96,11 +97,11 @@ class Mixture(DiscreteModel):
         joint = potentials["mixing"] + potentials["component"]
         return joint if batch.evidence is None else joint + batch.evidence.to(joint)
 
-    def posterior(self, data: Any) -> Tensor:
+    def posterior(self, data: Any) -> Float[Tensor, "*r n k"]:
         """Responsibilities ``[N, K]``; rows sum to one, or to zero where an observation is impossible."""
         return self._each(data, lambda p, b: reduce.responsibilities(self._joint(p, b))[1])
 
-    def most_likely(self, data: Any) -> Tensor:
+    def most_likely(self, data: Any) -> Int[Tensor, "*r n"]:
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
         return self._each(data, lambda p, b: reduce.first_max(self._joint(p, b).detach()))
 
@@ -224,7 +225,7 @@ class GaussianMixture(Mixture):
         self.floor_type = floor_type
 
     @property
-    def means(self) -> Tensor:
+    def means(self) -> Float[Tensor, "*r k d"]:
         """Means ``[*r, K, D]``; assignable."""
         return self.component.means
 
@@ -233,7 +234,7 @@ class GaussianMixture(Mixture):
         self.component.means = value
 
     @property
-    def covariances(self) -> Tensor:
+    def covariances(self) -> Float[Tensor, "*shape"]:
         """Covariances in scikit-learn's shapes; assignable."""
         return self.component.covariances
 

@@ -1,4 +1,7 @@
-"""Which kernel, and how large a piece: pure functions of shapes, dtype and device type."""
+"""How large a piece and in which precision: pure functions of shapes, dtype and device type."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,3 +20,27 @@ def rows_per_piece(row_bytes: int, device: torch.device, budget: int | None = No
     budget = PIECE.get(device.type, PIECE["cuda"]) if budget is None else budget
     rows = max(1, budget // max(1, row_bytes))
     return min(max(1 << (rows.bit_length() - 1), 128), 1 << 20)
+
+
+@contextmanager
+def declared_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the dtype that parameters declare, whatever autocast and TF32 or bfloat16 settings the user has.
+
+    Likelihoods and second moments do not survive ten bits of mantissa. The settings are left as found.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    setting = torch.get_float32_matmul_precision()
+    autocast = torch.is_autocast_enabled(device.type)
+    if setting != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        if autocast:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        if setting != "highest":
+            torch.set_float32_matmul_precision(setting)

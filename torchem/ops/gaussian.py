@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from functools import lru_cache
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from torchem.ops import linalg
@@ -22,7 +23,7 @@ from torchem.ops import linalg
 LOG_2PI = math.log(2 * math.pi)
 
 
-def augment(x: Tensor, origin: Tensor) -> Tensor:
+def augment(x: Float[Tensor, "n d"], origin: Float[Tensor, "1 d"]) -> Float[Tensor, "d+1 n"]:
     """z = (1, x − o) as ``[D + 1, n]``: observations along contiguous memory."""
     shifted = (x - origin).mT
     return torch.cat([shifted.new_ones(1, shifted.shape[1]), shifted])
@@ -149,7 +150,7 @@ class Structure(ABC):
         """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k (scatter_k + count_k δδᵀ)) dδ dΛ: the conjugate prior's normaliser."""
 
 
-def _log_wishart(nu: Tensor, scatter: Tensor) -> Tensor:
+def _log_wishart(nu: Float[Tensor, "*n"], scatter: Float[Tensor, "*n d d"]) -> Float[Tensor, "*n"]:
     """log ∫ |Λ|^{(ν − D − 1)/2} exp(−½ tr Λ·scatter) dΛ (C. M. Bishop 2006, equation B.79)."""
     d = scatter.shape[-1]
     log_det = 2 * linalg.log_cholesky(scatter).diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -200,9 +201,9 @@ class Full(Structure):
         return (d + 1) * ((d + 1) // 2 + 1)
 
     def features(self, z: Tensor) -> Tensor:
-        p, n = z.shape
+        p = z.shape[0]
         wrapped = torch.cat([z, z[: p // 2]])
-        return (wrapped.unfold(0, p, 1).transpose(1, 2) * z).reshape(-1, n)
+        return (wrapped.unfold(0, p, 1).transpose(1, 2) * z).flatten(0, 1)
 
     def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
         root = linalg.inverse_factor(linalg.from_log_cholesky(raw))
@@ -510,7 +511,7 @@ class FeaturesPass:
         self.product: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
         """``[*r, K, n]`` log-densities of ``x [n, D]``."""
         self.z = augment(x, self.origin)
         self.t = self.structure.features(self.z)
@@ -519,7 +520,7 @@ class FeaturesPass:
             return value
         return value - (self.common @ self.z[1:]).square().sum(-2, keepdim=True) / 2
 
-    def collect(self, weight: Tensor) -> None:
+    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
         """Add moments under weights ``[*r, K, n]``."""
         self.product = self.product + (weight @ self.t.mT).to(torch.float64)
         if self.common is not None:
@@ -557,24 +558,25 @@ class DirectPass:
         self.total: Tensor | float = 0.0
         self.value: Tensor | None = None
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
         """``[*r, K, n]`` log-densities of ``x [n, D]``."""
         self.x = x
         distance = self.structure.distance(x - self.mean.unsqueeze(-2), self.root)
         self.value = (distance + self.constant) * -0.5
         return self.value
 
-    def collect(self, weight: Tensor) -> None:
+    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
         """Add moments under weights ``[*r, K, n]``."""
         if self.value is not None:
             # A weight of zero silences a density that underflowed to −inf.
             heard = torch.where(weight > 0, self.value, 0.0)
             self.total = self.total + (weight * heard).sum((-2, -1), dtype=torch.float64)
-        difference = self.x - self.origin.unsqueeze(-2)
+        # In float64: what is summed here may be small beside its distance from the origin.
+        difference = self.x.to(torch.float64) - self.origin.unsqueeze(-2).to(torch.float64)
         weighted = weight.unsqueeze(-1) * difference
         self.count = self.count + weight.sum(-1, dtype=torch.float64)
-        self.first = self.first + weighted.sum(-2, dtype=torch.float64)
-        self.second = self.second + self.structure.second(difference, weighted).to(torch.float64)
+        self.first = self.first + weighted.sum(-2)
+        self.second = self.second + self.structure.second(difference, weighted)
 
     def inner(self) -> Tensor:
         """Σ weight · log-density of all that was collected, ``[*r]``."""
@@ -587,21 +589,26 @@ class DirectPass:
         return self.count, self.first, self.second
 
 
-def rounding(structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor) -> Tensor:
+def rounding(
+    structure: Structure, mean: Float[Tensor, "*r k d"], raw: Tensor, origin: Float[Tensor, "1 d"]
+) -> Float[Tensor, ""]:
     """Bound on the absolute rounding error of a log-density by the features route, over all components.
 
     The route adds terms |z_i P_ij z_j|; for points within three standard deviations of a mean their sum is at most
-    reachᵀ|P|reach with reach = |μ − o| + 3σ, and pairwise summation of F terms multiplies the unit roundoff by log₂ F.
+    reachᵀ|P|reach with reach = |μ − o| + 3σ. Pairwise summation of F terms multiplies the unit roundoff by log₂ F; the
+    differences x − o, the products and the coefficients add three roundings more.
 
     Source: N. J. Higham (2002), section 4.2.
     """
     k, d = mean.shape[-2:]
     reach = (mean - origin).abs() + 3 * structure.variances(raw, k, d).sqrt()
     unit = torch.finfo(mean.dtype).eps / 2
-    return structure.conditioning(reach, raw).amax() * (unit * math.log2(structure.n_features(d) + 1))
+    return structure.conditioning(reach, raw).amax() * (unit * (3 + math.log2(structure.n_features(d))))
 
 
-def spread(structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor) -> Tensor:
+def spread(
+    structure: Structure, mean: Float[Tensor, "*r k d"], raw: Tensor, origin: Float[Tensor, "..."]
+) -> Float[Tensor, ""]:
     """Largest distance of a mean from its origin in marginal standard deviations."""
     k, d = mean.shape[-2:]
     return ((mean - origin).abs() / structure.variances(raw, k, d).sqrt()).amax()

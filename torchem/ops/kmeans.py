@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def _distances(x: Tensor, centers: Tensor) -> Tensor:
+def _distances(x: Float[Tensor, "n d"], centers: Float[Tensor, "r k d"]) -> Float[Tensor, "r k n"]:
     """Squared distances ``[R, K, n]`` of centres ``[R, K, D]`` from points ``[n, D]``."""
     cross = centers @ x.mT
     return (centers.square().sum(-1, keepdim=True) - 2 * cross + x.square().sum(-1)).clamp(min=0)
@@ -25,7 +26,9 @@ def _pick(mass: Tensor, u: Tensor) -> Tensor:
     return index.clamp(max=mass.shape[-1] - 1)
 
 
-def seed(x: Tensor, k: int, generators: Sequence[torch.Generator], weight: Tensor | None = None) -> Tensor:
+def seed(
+    x: Float[Tensor, "n d"], k: int, generators: Sequence[torch.Generator], weight: Float[Tensor, "n"] | None = None
+) -> Int[Tensor, "r k"]:
     """k-means++ with local trials: indices ``[R, k]`` of seeds, one row per generator.
 
     Each seed is the best of 2 + log k candidates drawn in proportion to their squared distance from the seeds so far.
@@ -48,7 +51,12 @@ def seed(x: Tensor, k: int, generators: Sequence[torch.Generator], weight: Tenso
     return torch.stack(seeds, -1)
 
 
-def lloyd(x: Tensor, centers: Tensor, iterations: int, weight: Tensor | None = None) -> Tensor:
+def lloyd(
+    x: Float[Tensor, "n d"],
+    centers: Float[Tensor, "r k d"],
+    iterations: int,
+    weight: Float[Tensor, "n"] | None = None,
+) -> Int[Tensor, "r n"]:
     """Labels ``[R, n]`` after at most ``iterations`` of Lloyd's algorithm from ``centers [R, K, D]``."""
     base = torch.ones(len(x), dtype=x.dtype, device=x.device) if weight is None else weight.to(x)
     labels = _distances(x, centers).argmin(-2)
@@ -65,8 +73,8 @@ def lloyd(x: Tensor, centers: Tensor, iterations: int, weight: Tensor | None = N
     return labels
 
 
-def ward(x: Tensor, k: int) -> Tensor:
-    """Labels ``[n]`` of Ward's agglomerative clustering cut at ``k`` clusters; O(n²) memory, for n up to a few thousand.
+def ward(x: Float[Tensor, "n d"], k: int) -> Int[Tensor, "n"]:
+    """Labels ``[n]`` of Ward's agglomerative clustering cut at ``k`` clusters, in O(n²) memory.
 
     The nearest-neighbour chain merges reciprocal neighbours, with the Lance–Williams update of the distances; merges
     are then replayed in the order of their heights.

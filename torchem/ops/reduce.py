@@ -1,10 +1,11 @@
 """Reductions over latent axes that stay defined, with their gradients, at minus infinity."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
+def logsumexp(x: Float[Tensor, "*n"], dim: int = -1) -> Float[Tensor, "..."]:
     """``log Σ exp x`` along ``dim``; −inf with zero gradient where every entry is −inf.
 
     ``torch.logsumexp`` has a NaN gradient there, which one impossible row would spread over a whole model. The
@@ -17,12 +18,12 @@ def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
     top = x.detach().amax(dim, keepdim=True)
     top = torch.where(top.isfinite(), top, 0.0)
     total = (x - top).exp().sum(dim)
-    possible = total > 0
+    possible = total != 0  # NaN is not: it must stay visible
     log = torch.where(possible, total, 1.0).log() + top.squeeze(dim)
     return torch.where(possible, log, -torch.inf)
 
 
-def first_max(x: Tensor, dim: int = -1) -> Tensor:
+def first_max(x: Float[Tensor, "*n"], dim: int = -1) -> Int[Tensor, "..."]:
     """Index of the maximum along ``dim``; ties go to the lowest index on every device.
 
     Example:
@@ -36,7 +37,7 @@ def first_max(x: Tensor, dim: int = -1) -> Tensor:
     return torch.where(x == x.amax(dim, keepdim=True), index, size).amin(dim).clamp(max=size - 1)
 
 
-def maximum(x: Tensor, dim: int = -1) -> Tensor:
+def maximum(x: Float[Tensor, "*n"], dim: int = -1) -> Float[Tensor, "..."]:
     """The maximum along ``dim``, attained at one index only.
 
     The gradient of ``amax`` is shared among ties and would give impossible paths; this one picks the lowest index, so
@@ -45,7 +46,7 @@ def maximum(x: Tensor, dim: int = -1) -> Tensor:
     return x.gather(dim, first_max(x.detach(), dim).unsqueeze(dim)).squeeze(dim)
 
 
-def responsibilities(joint: Tensor) -> tuple[Tensor, Tensor]:
+def responsibilities(joint: Float[Tensor, "*n k"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n k"]]:
     """Normalise log-joint values over the last axis, sharing one pass of exponentials.
 
     Args:
@@ -57,7 +58,7 @@ def responsibilities(joint: Tensor) -> tuple[Tensor, Tensor]:
     """
     # The clamps act on impossible rows alone: elsewhere the maximum is finite and the total at least one. NaN passes,
     # so that a non-finite fit is seen as such.
-    top = joint.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
-    weight = (joint - top).exp()
-    total = weight.sum(-1, keepdim=True)
-    return (top + total.log()).squeeze(-1), weight / total.clamp(min=0.5)
+    top = joint.detach().amax(-1, keepdim=True)
+    weight = (joint - top.clamp(min=torch.finfo(joint.dtype).min)).exp()
+    total = weight.sum(-1, keepdim=True).clamp(min=0.5)
+    return (top + total.log()).squeeze(-1), weight / total

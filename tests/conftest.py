@@ -1,0 +1,43 @@
+"""What every test runs under: run-time checked annotations, warnings as errors, fixed seeds, each device present."""
+
+import os
+
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401  the hook looks it up as an attribute of its package
+
+# Before anything imports torchem: from here on every annotation in it is checked at each call.
+install_import_hook("torchem", "tests.typecheck.checked")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "torchem", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")), database=None
+)
+hypothesis.settings.load_profile("torchem")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hold without pyproject.toml too, as when the tests run against an installed package."""
+    if "error" not in config.getini("filterwarnings"):
+        config.addinivalue_line("filterwarnings", "error")
+    for marker in ("slow: takes long; left out unless asked for with -m slow", "cuda: needs a CUDA device"):
+        config.addinivalue_line("markers", marker)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device present in turn."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,165 @@
+"""Memory is data, parameters and a stated budget: no tensor of N × K elements, neither in an E-step nor in a fit."""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchem
+from tests.regressions.common import COVARIANCE_TYPES, DTYPES, fit, mixture, rand, rng, started
+from torchem.ops.dispatch import PIECE
+
+N, K, D = 200_000, 8, 4
+
+
+class Watch(TorchDispatchMode):
+    """Follows every tensor that an operation makes: the largest, and the most bytes alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.alive: dict[int, int] = {}
+        self.bytes = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {self._key(t) for t in self._tensors((args, kwargs))}
+        for tensor in self._tensors(out):
+            self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+            # Views and in-place results own nothing new.
+            if self._key(tensor) not in given:
+                self._track(tensor)
+        return out
+
+    @staticmethod
+    def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+        return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+    @staticmethod
+    def _key(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _track(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive[key] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.bytes -= self.alive.pop(key, 0)
+
+
+def test_the_watch_sees(device: torch.device) -> None:
+    """The instrument itself: a storage counts while it lives, views do not, a hidden N × K is found."""
+    with Watch() as watch:
+        a = torch.zeros(1000, dtype=torch.float64, device=device)
+        b = a.view(10, 100)[3:]
+        assert (watch.bytes, watch.largest) == (8000, 1000)
+        c = b + 1
+        assert (watch.bytes, watch.largest) == (8000 + 5600, 1000)
+        del c
+        assert watch.bytes == 8000
+        del a
+        assert watch.bytes == 8000
+        del b
+        assert (watch.bytes, watch.peak) == (0, 13_600)
+        torch.ones(5000, device=device).sum()
+        assert watch.largest == 5000
+
+
+def data(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    x = torch.randn(N, D, generator=rng(5), dtype=dtype)
+    x += 4 * torch.randint(0, K, (N, 1), generator=rng(6))
+    return x.to(device)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_e_step_never_holds_the_responsibilities(
+    covariance_type: str, direct: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = data(dtype, device)
+    model = started(x[:1000].cpu(), K, covariance_type, dtype, device)
+    model.component.direct = direct
+    batch = model.batch(x)
+    with torch.no_grad(), Watch() as watch:
+        model.e_step(batch)
+    assert 0 < watch.largest < _limit(device)
+    assert watch.peak < _budget(device)
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("init", ["auto", "kmeans++", "random", "random_from_data", "hierarchical"])
+def test_a_whole_fit_never_holds_them(covariance_type: str, init: str, device: torch.device) -> None:
+    if init != "auto" and covariance_type != "full":
+        pytest.skip("one covariance type is enough for the other starts")
+    x = data(torch.float32, device)
+    model = mixture(K, D, covariance_type, torch.float32, device)
+    with Watch() as watch:
+        fit(model, x, max_iter=3, tol=0.0, init=init)
+    assert 0 < watch.largest < _limit(device)
+    # A fit surveys the data once, in float64.
+    assert watch.peak < _budget(device) + (8 * N * D if device.type == "cpu" else 0)
+
+
+def test_weights_and_restarts_do_not_change_that(device: torch.device) -> None:
+    x = data(torch.float32, device)
+    model = mixture(K, D, "full", torch.float32, device)
+    with Watch() as watch:
+        fit(model, x, max_iter=2, tol=0.0, restarts=4, weights=rand(N).to(device))
+    # The sample that starts are made from is bounded for all restarts together, but may exceed one restart's N × K.
+    assert 0 < watch.largest < 4 * _limit(device) / 2
+
+
+@pytest.mark.parametrize("what", ["log_prob", "most_likely"])
+def test_using_a_model_streams_too(what: str, device: torch.device) -> None:
+    x = data(torch.float32, device)
+    model = started(x[:1000].cpu(), K, "full", torch.float32, device)
+    with torch.no_grad(), Watch() as watch:
+        getattr(model, what)(x)
+    assert 0 < watch.largest < _limit(device)
+
+
+def test_criteria_stream(device: torch.device) -> None:
+    x = data(torch.float32, device)
+    model = started(x[:1000].cpu(), K, "full", torch.float32, device)
+    with Watch() as watch:
+        torchem.criteria(model, x)
+    assert 0 < watch.largest < _limit(device)
+
+
+def test_the_budget_is_the_users(device: torch.device) -> None:
+    x = data(torch.float32, device)
+    model = started(x[:1000].cpu(), K, "full", torch.float32, device)
+    batch = model.batch(x)
+    peaks = []
+    for budget in (1 << 18, 1 << 22):
+        model.memory_budget = budget
+        with torch.no_grad(), Watch() as watch:
+            model.e_step(batch)
+        assert watch.peak < 3 * budget
+        peaks.append(watch.peak)
+    assert peaks[0] < peaks[1] / 4
+
+
+def _limit(device: torch.device) -> int:
+    """Elements that no tensor may have: N × K; on an accelerator pieces may legitimately be as large as their budget."""
+    return N * K if device.type == "cpu" else max(N * K + 1, PIECE[device.type] // 4)
+
+
+def _budget(device: torch.device) -> int:
+    return 3 * PIECE.get(device.type, PIECE["cuda"])

@@ -1,0 +1,162 @@
+"""How data are cut up is invisible: pieces, batches, loaders, their order, and ranks of any size, empty ones too."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import torchem
+from tests.regressions import ranks
+from tests.regressions.common import COVARIANCE_TYPES, blobs, fit, gap, mixture, parameters, rand, rng, started
+
+N = 101
+TOLERANCE = 1e-10
+FIXED: dict[str, Any] = {"init": None, "tol": 0.0, "max_iter": 8}
+
+
+def data() -> torch.Tensor:
+    return blobs(N, 3, 3, gap=2.5)
+
+
+def reference(covariance_type: str = "full", device: Any = "cpu", **options: Any) -> torchem.Result:
+    return fit(started(data(), 3, covariance_type, device=device), data().to(device), **{**FIXED, **options})
+
+
+def agree(result: torchem.Result, expected: torchem.Result) -> None:
+    assert gap(result.model, expected.model) < TOLERANCE
+    assert result.history == pytest.approx(expected.history, rel=TOLERANCE)
+    assert result.bound == pytest.approx(expected.bound, rel=TOLERANCE)
+
+
+# ---- one process --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100, 101])
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_batch_size(covariance_type: str, rows: int, device: torch.device) -> None:
+    model = started(data(), 3, covariance_type, device=device)
+    agree(fit(model, data().to(device), batch_size=rows, **FIXED), reference(covariance_type, device))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_pieces(covariance_type: str, direct: bool, device: torch.device) -> None:
+    x = blobs(3000, 3, 3, gap=2.5).to(device)
+    batch = torchem.Batch(x, weight=rand(3000, seed=2).to(device))
+    model = started(x.cpu(), 3, covariance_type, device=device)
+    model.component.direct = direct
+    with torch.no_grad():
+        whole = model.e_step(batch)
+        # 128 rows is the least that a piece may have.
+        model.memory_budget = 1
+        pieces = model.e_step(batch)
+    flat = whole.flatten()
+    assert float((pieces.flatten() - flat).abs().max()) < 1e-12 * float(flat.abs().max())
+
+
+@pytest.mark.parametrize("rows", [1, 10, 64, 200])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_loader(rows: int, shuffle: bool, device: torch.device) -> None:
+    # A shuffling loader takes its order from the global generator, which the fit leaves alone.
+    loader = DataLoader(TensorDataset(data()), batch_size=rows, shuffle=shuffle)
+    agree(fit(started(data(), 3, device=device), loader, **FIXED), reference(device=device))
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_order_of_rows(covariance_type: str, device: torch.device) -> None:
+    x = data()[torch.randperm(N, generator=rng(4))]
+    agree(fit(started(data(), 3, covariance_type, device=device), x.to(device), **FIXED), reference(covariance_type, device))
+
+
+def test_order_of_batches(device: torch.device) -> None:
+    batches = [torchem.Batch(piece) for piece in data().split(20)]
+
+    class Backwards:
+        def __iter__(self) -> Any:
+            return iter(batches[::-1])
+
+    agree(fit(started(data(), 3, device=device), Backwards(), **FIXED), reference(device=device))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
+def test_labels_of_components(order: list[int], device: torch.device) -> None:
+    expected = reference(device=device)
+    model = started(data(), 3, device=device)
+    means = model.means.detach()[order].clone()
+    model.means = means
+    result = fit(model, data().to(device), **FIXED)
+    assert result.history == pytest.approx(expected.history, rel=TOLERANCE)
+    torch.testing.assert_close(model.means, expected.model.means[order], rtol=TOLERANCE, atol=TOLERANCE)  # pyright: ignore
+
+
+# ---- several processes --------------------------------------------------------------------------------------------
+
+#: Where each rank's rows end, as shares of all; by the number of ranks.
+LAYOUTS: dict[int, dict[str, list[int]]] = {
+    1: {"whole": [N]},
+    2: {"even": [50, N], "uneven": [3, N], "first empty": [0, N], "last empty": [N, N]},
+    4: {"even": [25, 50, 75, N], "uneven": [1, 60, 63, N], "empty": [40, 40, N, N], "three empty": [0, 0, N, N]},
+}
+
+
+def _summary(result: torchem.Result) -> dict[str, Any]:
+    state = {name: value.tolist() for name, value in parameters(result.model).items()}
+    return {"history": result.history, "bound": result.bound, "state": state, "status": result.status, "n": result.n_iter}
+
+
+def _shard(ends: list[int], rank: int) -> slice:
+    return slice(ends[rank - 1] if rank else 0, ends[rank])
+
+
+def _given_start(ends: list[int], rank: int, world: int) -> dict[str, Any]:
+    model = started(data(), 3)
+    if rank:
+        # Ranks other than the first begin elsewhere: the first one's parameters must win.
+        model.means = model.means.detach() + rank
+    return _summary(fit(model, data()[_shard(ends, rank)], **FIXED))
+
+
+def _own_start(ends: list[int], rank: int, world: int) -> dict[str, Any]:
+    rows = _shard(ends, rank)
+    return _summary(fit(mixture(3, 3, "tied"), data()[rows], weights=rand(N, seed=6)[rows], tol=1e-6, batch_size=None))
+
+
+def _restarts(ends: list[int], rank: int, world: int) -> dict[str, Any]:
+    return _summary(fit(mixture(4, 3), data()[_shard(ends, rank)], restarts=3, tol=0.0, max_iter=6, init="random"))
+
+
+def _loader(ends: list[int], rank: int, world: int) -> dict[str, Any]:
+    rows = data()[_shard(ends, rank)]
+    return _summary(fit(started(data(), 3), DataLoader(TensorDataset(rows), batch_size=9), **FIXED))
+
+
+CASES = {"given start": _given_start, "own start": _own_start, "restarts": _restarts, "loader": _loader}
+
+
+@functools.cache
+def _outcomes(world: int) -> dict[tuple[str, str], list[ranks.Outcome]]:
+    keys = [(layout, case) for layout in LAYOUTS[world] for case in CASES]
+    jobs = [functools.partial(CASES[case], LAYOUTS[world][layout]) for layout, case in keys]
+    return dict(zip(keys, ranks.run(world, jobs), strict=True))
+
+
+@functools.cache
+def _alone(case: str) -> dict[str, Any]:
+    return CASES[case]([N], 0, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("world", "layout"), [(world, layout) for world, layouts in LAYOUTS.items() for layout in layouts])
+def test_ranks(world: int, layout: str, case: str) -> None:
+    found, expected = ranks.values(_outcomes(world)[layout, case]), _alone(case)
+    # Every rank holds the same, bit for bit.
+    assert all(one == found[0] for one in found)
+    assert found[0]["history"] == pytest.approx(expected["history"], rel=TOLERANCE)
+    assert (found[0]["status"], found[0]["n"]) == (expected["status"], expected["n"])
+    for name, value in expected["state"].items():
+        wanted = torch.tensor(value, dtype=torch.float64)
+        torch.testing.assert_close(
+            torch.tensor(found[0]["state"][name], dtype=torch.float64), wanted, rtol=TOLERANCE, atol=TOLERANCE
+        )

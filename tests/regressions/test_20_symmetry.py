@@ -1,0 +1,78 @@
+"""Components that start identical stay identical under EM: starts break the symmetry, and a user's own is warned about."""
+
+import warnings
+
+import pytest
+import torch
+
+import torchem
+from tests.regressions.common import COVARIANCE_TYPES, blobs, fit, mixture, started
+from torchem.errors import SymmetryWarning
+
+INITS = ["auto", "kmeans++", "kmeans", "random", "random_from_data", "hierarchical"]
+
+
+def closest(model: torchem.GaussianMixture) -> float:
+    """Smallest distance between two components, over means and covariances."""
+    flat = model.covariances.detach()
+    parts = [model.means.detach()]
+    if model.covariance_type != "tied":
+        parts.append(flat.reshape(model.n_components, -1))
+    return float(torch.pdist(torch.cat(parts, -1)).min())
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_identical_components_are_warned_about(covariance_type: str, device: torch.device) -> None:
+    x = blobs(60, 2, 3)
+    model = started(x, 3, covariance_type, device=device)
+    means = model.means.detach().clone()
+    means[2] = means[0]
+    model.means = means
+    with pytest.warns(SymmetryWarning, match="components 0 and 2"):
+        fit(model, x.to(device), init=None, max_iter=1)
+
+
+def test_the_warning_says_what_to_do(device: torch.device) -> None:
+    with pytest.warns(SymmetryWarning, match="change the parameters of one, or let init choose"):
+        fit(torchem.GaussianMixture(2, 2).double().to(device), blobs(60, 2, 2).to(device), init=None, max_iter=1)
+
+
+def test_uniform_tables_are_warned_about(device: torch.device) -> None:
+    model = torchem.Mixture(torchem.factors.Categorical(3), torchem.factors.Categorical(3, 4)).double().to(device)
+    x = (torch.arange(40) % 4).unsqueeze(-1).to(device)
+    with pytest.warns(SymmetryWarning) as record:
+        fit(model, x, init=None, max_iter=1)
+    assert len(record) == 3
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_different_components_are_not(covariance_type: str, device: torch.device) -> None:
+    x = blobs(60, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SymmetryWarning)
+        fit(started(x, 3, covariance_type, device=device), x.to(device), init=None, max_iter=1)
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("init", INITS)
+def test_starts_differ_between_components(init: str, covariance_type: str, device: torch.device) -> None:
+    # Four components for two distinct rows: clusters coincide, components must not.
+    x = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=torch.float64).repeat(20, 1).to(device)
+    model = mixture(4, 2, covariance_type, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SymmetryWarning)
+        fit(model, x, init=init, max_iter=0)
+    if covariance_type == "tied" or init != "random_from_data":
+        assert closest(model) > 0 or init == "random_from_data"
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_uniform_tables_are_learned_from_a_start(init: str, device: torch.device) -> None:
+    """A latent class model: its tables start uniform, and a fit tells the classes apart."""
+    if init not in ("auto", "random", "random_from_data"):
+        pytest.skip("clusters of categories are no start")
+    model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.Categorical(2, 4)).double().to(device)
+    x = (torch.arange(60) % 4).unsqueeze(-1).to(device)
+    fit(model, x, init=init, max_iter=5, tol=0.0)
+    probs = model.component.probs.detach()  # pyright: ignore
+    assert float((probs[0] - probs[1]).abs().max()) > 1e-3

@@ -1,0 +1,456 @@
+"""The command line: the main job on real data, every command, and the mistakes that people make."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import torchem
+from torchem import cli, runs
+from torchem.tables import read_table
+
+ROOT = Path(__file__).parents[1]
+DATASETS = Path(torchem.__file__).parent / "datasets"
+
+BASE = """
+model:
+  class_path: torchem.GaussianMixture
+  init_args:
+    n_components: 2
+data:
+  path: {data}
+  columns: [eruptions, waiting]
+fit:
+  seed: 0
+  max_iter: 50
+output: out
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A folder to work in, with a configuration."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+def write_config(folder: Path, old: str = "", new: str = "") -> None:
+    text = BASE.format(data=DATASETS / "faithful.csv")
+    assert old in text
+    (folder / "c.yaml").write_text(text.replace(old, new) if old else text)
+
+
+def ok(capsys, *arguments) -> str:
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line on standard error."""
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.out == ""
+    assert captured.err.startswith("torchem: error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+# ---- the main jobs ------------------------------------------------------------------------------------------------
+
+
+def test_faithful(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = ok(capsys, "fit", "configs/faithful.yaml", "--output", tmp_path / "faithful")
+    assert re.search(r"[01] +0\.3559 +2\.036 ± 0\.263 +54\.48 ± 5\.80", out)
+    assert re.search(r"[01] +0\.6441 +4\.290 ± 0\.412 +79\.97 ± 6\.00", out)
+    for word in ("log-likelihood", "-1130.26", "AIC", "2282.53", "BIC", "2322.19", "ICL", "converged", "restarts"):
+        assert word in out
+    found = {path.name for path in (tmp_path / "faithful").iterdir()}
+    assert {"model.safetensors", "report.json", "config.yaml", "clusters.png", "bound.png", "labels.csv"} == found
+    made = report(tmp_path / "faithful")
+    assert made["files"] == sorted(made["files"], key=made["files"].index)
+    assert set(made["files"]) == found
+    assert len(made["fit"]["restarts"]) == 10
+    assert made["criteria"]["bic"] == pytest.approx(2322.192, abs=1e-2)
+    assert made["data"]["columns"] == ["eruptions", "waiting"]
+    for name in ("clusters.png", "bound.png"):
+        assert (tmp_path / "faithful" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_segment_with_an_image_of_the_users(capsys, work):
+    pillow = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).normal(0, 4, (20, 30, 3)) + np.array([60, 90, 160])
+    pixels[:, 15:] += np.array([160, 50, -100])
+    pillow.fromarray(pixels.clip(0, 255).astype(np.uint8)).save("my.png")
+    config = ROOT / "configs" / "segment.yaml"
+    options = ("--data.image", "my.png", "--output", "seg", "--model.n_components", 2, "--fit.restarts", 2)
+    assert "600 pixels × 3 columns" in ok(capsys, "fit", config, *options)
+    assert (work / "seg" / "segmented.png").stat().st_size > 1000
+    assert report(work / "seg")["data"]["colour"] == "lab"
+    ok(capsys, "predict", "seg", "my.png", "--output", "painted.png")
+    painted = np.asarray(pillow.open("painted.png"))
+    assert painted.shape == (20, 30, 3)
+    assert len(np.unique(painted.reshape(-1, 3), axis=0)) == 2
+    assert np.abs(painted - pixels).mean() < 6  # each pixel in a colour near its own
+    ok(capsys, "predict", "seg", "--output", "pixels.csv")
+    assert read_table("pixels.csv").columns == ["label", "responsibility_0", "responsibility_1", "log_prob"]
+    ok(capsys, "plot", "seg")
+    assert read_table(sample(capsys, "seg", 5)).columns == ["lightness", "green_red", "blue_yellow"]
+    assert "drawn from 600" in ok(capsys, "fit", config, *options, "--data.max_rows", 100)
+
+
+def sample(capsys, run: str, n: int) -> str:
+    ok(capsys, "sample", run, "--n", n, "--seed", 3, "--output", "s.csv")
+    return "s.csv"
+
+
+def test_the_shipped_photograph_is_readable():
+    pytest.importorskip("PIL")
+    assert runs.read_pixels(DATASETS / "flower.jpg", "lab").values.shape == (427 * 640, 3)
+
+
+# ---- the commands -------------------------------------------------------------------------------------------------
+
+
+def test_fit_predict_sample_plot(capsys, work):
+    ok(capsys, "fit", "c.yaml")
+    model = torchem.load("out/model.safetensors")
+    x = torch.from_numpy(read_table(DATASETS / "faithful.csv").values)
+
+    ok(capsys, "predict", "out")
+    table = read_table("out/predictions.csv")
+    assert table.columns == ["label", "responsibility_0", "responsibility_1", "log_prob"]
+    np.testing.assert_array_equal(table.values[:, 0], model.most_likely(x).numpy())
+    np.testing.assert_array_equal(table.values[:, 1:3], model.posterior(x).detach().numpy())
+    np.testing.assert_array_equal(table.values[:, 3], model.log_prob(x).detach().numpy())
+
+    (work / "new.csv").write_text("id,waiting,eruptions\nx,80,4\ny,50,2\n")  # other columns, another order
+    ok(capsys, "predict", "out", "new.csv", "--output", "labels.csv")
+    expected = model.most_likely(torch.tensor([[4.0, 80.0], [2.0, 50.0]], dtype=torch.float64))
+    np.testing.assert_array_equal(read_table("labels.csv").values[:, 0], expected.numpy())
+
+    first = Path(sample(capsys, "out", 7)).read_bytes()
+    assert read_table("s.csv").columns == ["eruptions", "waiting"]
+    assert len(read_table("s.csv").values) == 7
+    assert Path(sample(capsys, "out", 7)).read_bytes() == first
+    assert ok(capsys, "sample", "out", "--n", 7, "--seed", 3, "--output", "-").encode() == first
+
+    (work / "out" / "clusters.png").unlink()
+    ok(capsys, "plot", "out")
+    assert (work / "out" / "clusters.png").stat().st_size > 1000
+    ok(capsys, "plot", "out", "new.csv", "--format", "svg")
+    assert "<svg" in (work / "out" / "clusters.svg").read_text()
+
+
+def test_every_value_can_be_overridden(capsys, work):
+    ok(
+        capsys, "fit", "c.yaml", "--model.init_args.n_components", 3, "--model.covariance_type", "diag", "--fit.seed=5",
+        "--data.columns", "[waiting]", "--dtype", "float32", "--output", "else/where",
+    )  # fmt: skip
+    model = torchem.load("else/where/model.safetensors")
+    assert model.covariances.shape == (3, 1)
+    assert model.dtype == torch.float32
+    assert not (work / "out").exists()
+
+
+def test_a_run_can_be_run_again_from_its_own_folder(capsys, work, tmp_path_factory, monkeypatch):
+    ok(capsys, "fit", "c.yaml")
+    before = (work / "out" / "model.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    ok(capsys, "fit", work / "out" / "config.yaml")
+    assert (work / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_paths_in_a_configuration_are_relative_to_it(capsys, work, tmp_path_factory, monkeypatch):
+    (work / "mine.csv").write_bytes((DATASETS / "faithful.csv").read_bytes())
+    write_config(work, str(DATASETS / "faithful.csv"), "mine.csv")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    ok(capsys, "fit", work / "c.yaml")
+    assert (work / "out" / "report.json").exists()
+
+
+def test_without_an_output_the_run_takes_the_configurations_name(capsys, work):
+    write_config(work, "output: out\n")
+    ok(capsys, "fit", "c.yaml")
+    assert (work / "runs" / "c" / "report.json").exists()
+
+
+def test_weights_are_a_column(capsys, work):
+    (work / "w.csv").write_text("w,x\n" + "".join(f"{i % 2},{i}\n" for i in range(40)))
+    text = "model: {class_path: torchem.GaussianMixture, init_args: {n_components: 1}}\ndata: {path: w.csv, weights: w}"
+    (work / "w.yaml").write_text(text + "\noutput: w")
+    ok(capsys, "fit", "w.yaml")
+    model = torchem.load("w/model.safetensors")
+    assert model.means.item() == pytest.approx(20)
+    assert report(work / "w")["criteria"]["n"] == 20
+    ok(capsys, "plot", "w")
+
+
+def test_any_model_can_be_named(capsys, work):
+    (work / "m.yaml").write_text(f"""
+model:
+  class_path: torchem.Mixture
+  init_args:
+    mixing: {{class_path: torchem.factors.Categorical.rebuild, init_args: {{shape: [2]}}}}
+    component: {{class_path: torchem.factors.Gaussian, init_args: {{n_components: 2, n_features: 2}}}}
+data: {{path: {DATASETS / "faithful.csv"}}}
+fit: {{seed: 0}}
+output: m
+""")
+    assert "Mixture" in ok(capsys, "fit", "m.yaml")
+    assert type(torchem.load("m/model.safetensors")) is torchem.Mixture
+
+
+def test_print_config_is_a_configuration(capsys, work):
+    text = ok(capsys, "fit", "c.yaml", "--fit.seed", 7, "--print_config")
+    assert "seed: 7" in text
+    assert not (work / "out").exists()
+    (work / "d.yaml").write_text(text)
+    ok(capsys, "fit", "d.yaml")
+
+
+def test_help_and_version(capsys):
+    assert ok(capsys, "--version").strip() == f"torchem {torchem.__version__}"
+    text = ok(capsys, "--help")
+    assert all(command in text for command in ("fit", "predict", "sample", "plot"))
+    assert ok(capsys) == text
+    assert "--fit.restarts" in ok(capsys, "fit", "--help")
+    assert "RUN" in ok(capsys, "predict", "--help")
+
+
+def test_the_installed_command(work):
+    run = [sys.executable, "-W", "error", "-m", "torchem.cli", "fit", "c.yaml", "--fit.restart", "3"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.strip().endswith("did you mean 'fit.restarts'?")
+    assert done.stderr.count("\n") == 1
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("n_components: 2", "n_component: 2", "model.init_args.n_component: .*did you mean 'n_components'"),
+        ("columns:", "colums:", "data.colums: .*did you mean 'data.columns'"),
+        ("seed:", "sede:", "fit.sede: .*did you mean 'fit.seed'"),
+        ("fit:", "fti:", "fti.*unknown one; did you mean 'fit"),
+        ("output:", "outptu:", "outptu: .*did you mean 'output'"),
+        ("GaussianMixture", "GausianMixture", "model.class_path: .*did you mean 'torchem.GaussianMixture'"),
+        ("torchem.GaussianMixture", "GausianMixture", "model.class_path: .*did you mean 'torchem.GaussianMixture'"),
+        ("torchem.GaussianMixture", "nowhere.Model", "model.class_path: .*'nowhere.Model'"),
+        ("torchem.GaussianMixture", "torchem.Stats", "model.class_path: .*'torchem.Stats'"),
+        ("n_components: 2", "n_components: two", "model.init_args.n_components: expected a whole number, got 'two'"),
+        ("n_components: 2", "n_components: 0", "n_components: expected a positive whole number, got 0"),
+        ("n_components: 2", "covariance_type: diag", "model.init_args: expected n_components, got none"),
+        ("n_components: 2", "n_components: 2\n    n_features: 3", "n_features: expected 2, the data's columns, got 3"),
+        ("n_components: 2", "n_components: 2\n    covariance_type: ful", "covariance_type: expected one of 'full', "),
+        ("n_components: 2", "n_components: 300", r"data: expected at least .*\(300\), got 272"),
+        ("seed: 0", "seed: zero", "fit.seed: expected a whole number or null, got 'zero'"),
+        ("seed: 0", "restarts: ten", "fit.restarts: expected a whole number, got 'ten'"),
+        ("seed: 0", "restarts: 0", "restarts: expected a whole number of at least 1, got 0"),
+        ("seed: 0", "init: kmean", "init: expected one of .*did you mean 'kmeans'"),
+        ("seed: 0", "device: abacus", "fit.device: expected a device of this machine, got 'abacus'"),
+        ("seed: 0", "dead: alive", "fit.dead: expected one of"),
+        ("waiting]", "wating]", r"expected a column 'wating'.*did you mean 'waiting'\?"),
+        (
+            "[eruptions, waiting]",
+            "eruptions",
+            r"data.columns: expected a list such as \[x, y\] or null, got 'eruptions'",
+        ),
+        ("faithful.csv", "faithfull.csv", "data.path: expected a path that can be used, .*faithfull.csv' .*not exist"),
+        ("output: out", "dtype: float16", "dtype: expected one of 'float64', 'float32', got 'float16'"),
+        ("output: out", "output: c.yaml", "output: .*c.yaml"),
+        ("output: out", "output: .", "output: expected a new folder, an empty one or an earlier run"),
+    ],
+)
+def test_a_mistake_in_a_configuration(capsys, work, old, new, message):
+    write_config(work, old, new)
+    assert re.search(message, fails(capsys, "fit", "c.yaml"))
+    assert [path.name for path in work.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "model: [", "just text", "- 1\n- 2", "data: {path: c.yaml}", "model:", b"\xff\xfe: 1"]
+)
+def test_what_is_no_configuration(capsys, work, text):
+    (work / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    fails(capsys, "fit", "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "config: expected a YAML file, got none"),
+        (["fit", "none.yaml"], "config: .*none.yaml.*not exist"),
+        (["fit", "."], "config: .*not a file"),
+        (["fit", "c.yaml", "--fit.restart", "3"], "fit.restart: .*did you mean 'fit.restarts'"),
+        (["fit", "c.yaml", "--model.n_componets", "3"], "did you mean 'n_components'"),
+        (["fit", "c.yaml", "extra"], "got 'extra'"),
+        (["fit", "c.yaml", "--data.image", "c.yaml"], "data: expected a path or an image, got both"),
+        (["fit", "c.yaml", "--data.path", "c.yaml"], r"expected one of \.csv"),
+        (["ft"], "command: expected one of fit, predict, sample, plot, got 'ft'; did you mean 'fit'"),
+        (["predict"], "run: expected a value, got none"),
+        (["predict", "none"], "none: expected a folder that torchem fit wrote, got no such folder"),
+        (["predict", "."], "expected a folder that torchem fit wrote, got something else"),
+        (["sample", "out", "--n", "many"], "n: expected a whole number, got 'many'"),
+        (["plot", "out", "--format", "bmp"], "format: expected one of"),
+    ],
+)
+def test_a_mistake_on_the_command_line(capsys, work, arguments, message):
+    assert re.search(message, fails(capsys, *arguments))
+    assert [path.name for path in work.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1,2\n3,x\n", "got 'x' on line 3, column 'waiting'"),
+        ("1,2\n3\n", "got 1 on line 3"),
+        ("1,2\n3,NA\n", "data: expected no missing entries, got NaN"),
+        ("1,2\n3,inf\n", "data: expected finite values, got inf"),
+        ("", "expected at least one row"),
+    ],
+)
+def test_malformed_data(capsys, work, rows, message):
+    (work / "bad.csv").write_text("eruptions,waiting\n" + rows)
+    assert message in fails(capsys, "fit", "c.yaml", "--data.path", "bad.csv")
+    assert not (work / "out").exists()
+
+
+@pytest.fixture
+def out(capsys, work) -> Path:
+    ok(capsys, "fit", "c.yaml")
+    return work / "out"
+
+
+def test_a_damaged_run_is_refused(capsys, out):
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content[:-9])
+    assert "whole safetensors file" in fails(capsys, "predict", out)
+    (out / "model.safetensors").unlink()
+    assert "got no file" in fails(capsys, "sample", out)
+    (out / "model.safetensors").write_bytes(content)
+    good = report(out)
+    for text in ("", "[]", "{}", '{"format": "other"}', "\xff"):
+        (out / "report.json").write_text(text)
+        fails(capsys, "plot", out)
+    for change, message in (({"format_version": 9}, "update torchem"), ({"data": {}}, "whole report")):
+        (out / "report.json").write_text(json.dumps({**good, **change}))
+        assert message in fails(capsys, "predict", out)
+
+
+def test_data_that_are_gone_or_lack_a_column(capsys, out, work):
+    made = report(out)
+    made["data"]["source"] = "../gone.csv"
+    (out / "report.json").write_text(json.dumps(made))
+    assert "name the data on the command line" in fails(capsys, "predict", out)
+    (work / "new.csv").write_text("eruptions,wait\n1,2\n")
+    assert "did you mean 'wait'" in fails(capsys, "predict", out, "new.csv")
+    assert "no such file" in fails(capsys, "predict", out, "none.csv")
+    for place in (work, work / "none" / "x.csv"):
+        fails(capsys, "sample", out, "--output", place)
+    assert "n: expected" in fails(capsys, "sample", out, "--n", "-1")
+
+
+# ---- nothing half-written -----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_replaced_on_success_only(capsys, out, work, monkeypatch):
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    fails(capsys, "fit", "c.yaml", "--model.n_components", 300)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left" in fails(capsys, "fit", "c.yaml", "--fit.seed", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_exchange", full)
+        assert "No space left" in fails(capsys, "fit", "c.yaml", "--fit.seed", 1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in work.iterdir()) == ["c.yaml", "out"]
+
+
+def test_files_of_the_users_in_a_run_are_kept(capsys, out, work):
+    (out / "notes.txt").write_text("mine")
+    (out / "sub").mkdir()
+    (out / "sub" / "a").write_text("mine too")
+    ok(capsys, "predict", out)
+    ok(capsys, "fit", "c.yaml", "--model.n_components", 1)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "sub" / "a").read_text() == "mine too"
+    assert not (out / "predictions.csv").exists()  # it was the other model's
+    assert len(report(out)["components"]) == 1
+    assert sorted(path.name for path in work.iterdir()) == ["c.yaml", "out"]
+
+
+def test_a_folder_that_is_no_run_is_never_touched(capsys, work):
+    (work / "precious").mkdir()
+    (work / "precious" / "thesis.tex").write_text("x")
+    assert "holds other files" in fails(capsys, "fit", "c.yaml", "--output", "precious")
+    assert [path.name for path in (work / "precious").iterdir()] == ["thesis.tex"]
+    (work / "empty").mkdir()
+    ok(capsys, "fit", "c.yaml", "--output", "empty")
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_honest_end(capsys, work):
+    code = cli.main(["fit", "c.yaml", "--fit.max_iter", "1", "--fit.init", "random_from_data"])
+    captured = capsys.readouterr()
+    assert code == 0
+    assert "max_iter after 1 iteration" in captured.out
+    assert captured.err.startswith("torchem: warning: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_an_interrupted_command_writes_nothing(capsys, work, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "write_run", interrupt)
+    assert cli.main(["fit", "c.yaml"]) == 130
+    assert capsys.readouterr().err == "torchem: error: interrupted; nothing was written.\n"
+    assert [path.name for path in work.iterdir()] == ["c.yaml"]
+
+
+def test_an_interruption_writes_the_best_so_far(capsys, work, monkeypatch):
+    fit = torchem.fit
+
+    def interrupted(*arguments, **options):
+        return fit(*arguments, **options, callbacks=[lambda progress: True])
+
+    interrupted.__wrapped__ = fit
+    monkeypatch.setattr(torchem, "fit", interrupted)
+    assert cli.main(["fit", "c.yaml"]) == 130
+    assert "interrupted" in capsys.readouterr().out
+    assert report(work / "out")["fit"]["status"] == "interrupted"
+
+
+@pytest.mark.filterwarnings("default")
+def test_without_matplotlib_the_fit_still_ends_well(capsys, work, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["fit", "c.yaml"]) == 0
+    assert re.search(r"^torchem: warning: no pictures: .*torchem\[plot\]", capsys.readouterr().err)
+    assert "clusters.png" not in report(work / "out")["files"]
+    assert "torchem[plot]" in fails(capsys, "plot", "out")

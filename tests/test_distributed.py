@@ -1,0 +1,196 @@
+"""Several processes as one: what they exchange, and that no rank is left waiting when another one has bad luck."""
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import torchem
+from tests.regressions import ranks
+from tests.regressions.common import blobs, fit, mixture, parameters, started
+from torchem import distributed
+
+N = 60
+
+
+def data() -> torch.Tensor:
+    return blobs(N, 2, 2, gap=3.0)
+
+
+def mine(rank: int, world: int) -> torch.Tensor:
+    return data()[rank::world].clone()
+
+
+# ---- alone --------------------------------------------------------------------------------------------------------
+
+
+def test_alone() -> None:
+    stats = torchem.Stats(n=torch.tensor([1.0, 2.0]))
+    model = mixture(2, 2)
+    assert (distributed.active(), distributed.rank()) == (False, 0)
+    assert distributed.all_reduce(stats) is stats
+    assert distributed.gather({"a": 1}) == [{"a": 1}]
+    distributed.broadcast(model)
+
+
+# ---- together -----------------------------------------------------------------------------------------------------
+
+
+def _exchange(rank: int, world: int) -> dict[str, Any]:
+    inner = torchem.Stats(a=torch.full((2,), float(rank + 1), dtype=torch.float64), shared={"a"}, version=3)
+    total = distributed.all_reduce(torchem.Stats(inner=inner, n=torch.tensor(rank, dtype=torch.float64)))
+    model = mixture(2, 2)
+    model.weights = [1.0, 0.0] if rank == 0 else [0.5, 0.5]
+    model.means = torch.full((2, 2), float(rank))
+    distributed.broadcast(model)
+    return {
+        "active": distributed.active(), "rank": distributed.rank(), "gathered": distributed.gather(("x", rank)),
+        "sum": total["inner"]["a"].tolist(), "n": float(total["n"]), "version": total["inner"].version,
+        "shared": sorted(total["inner"].shared), "means": model.means.tolist(),
+        "support": model.mixing.support.tolist(),
+    }  # fmt: skip
+
+
+def _unseeded(rank: int, world: int) -> Any:
+    result = fit(mixture(3, 2), mine(rank, world), seed=None, init="random", max_iter=3)
+    return {name: value.tolist() for name, value in parameters(result.model).items()}
+
+
+def _seed_per_rank(rank: int, world: int) -> Any:
+    result = fit(mixture(3, 2), mine(rank, world), seed=0, init="kmeans", restarts=4, max_iter=3, dead="respawn")
+    return result.restarts, result.alignment
+
+
+def _batches(rank: int, world: int) -> Any:
+    # Ranks may cut their shards into different numbers of batches.
+    rows = data()[:50] if rank == 0 else data()[50:]
+    return fit(started(data(), 2), rows, init=None, batch_size=7 if rank == 0 else 10, tol=0.0, max_iter=5).history
+
+
+def _nan(rank: int, world: int) -> None:
+    x = mine(rank, world)
+    if rank == 1:
+        x[4, 1] = math.nan
+    fit(mixture(2, 2), x)
+
+
+def _shape(rank: int, world: int) -> None:
+    fit(mixture(2, 2), mine(rank, world) if rank == 0 else mine(rank, world)[:, :1])
+
+
+def _weights(rank: int, world: int) -> None:
+    fit(mixture(2, 2), mine(rank, world), weights=torch.full((N // world,), 1.0 - 2 * rank))
+
+
+def _loader_that_fails(rank: int, world: int) -> None:
+    class Loader:
+        def __iter__(self) -> Any:
+            yield torchem.Batch(mine(rank, world))
+            if rank == 1:
+                yield torchem.Batch(torch.full((2, 2), math.inf, dtype=torch.float64))
+
+    fit(mixture(2, 2), Loader())
+
+
+def _impossible(rank: int, world: int) -> None:
+    model = torchem.Mixture(torchem.factors.Categorical(1), torchem.factors.Categorical(1, 3)).double()
+    model.component.probs = [[0.5, 0.5, 0.0]]  # pyright: ignore
+    fit(model, torch.tensor([[0], [1], [2 if rank == 1 else 0]]), init=None)
+
+
+def _nobody(rank: int, world: int) -> None:
+    fit(mixture(2, 2), torch.empty(0, 2, dtype=torch.float64))
+
+
+def _too_few(rank: int, world: int) -> None:
+    fit(mixture(5, 2), mine(rank, world)[:2])
+
+
+def _collapse(rank: int, world: int) -> None:
+    x = torch.zeros(20, 1, dtype=torch.float64) if rank else torch.arange(20.0, dtype=torch.float64).unsqueeze(-1) + 50
+    fit(mixture(2, 1), x, dead="raise")
+
+
+def _callback(rank: int, world: int) -> Any:
+    result = fit(
+        started(data(), 2), mine(rank, world), init=None, tol=0.0, max_iter=20,
+        callbacks=[lambda p: rank == 0 and p.iteration == 3],
+    )  # fmt: skip
+    return result.status, result.n_iter, len(result.history)
+
+
+def _interrupt(rank: int, world: int) -> Any:
+    def stop(progress: torchem.trainer.Progress) -> None:
+        if rank == 0 and progress.iteration == 3:
+            raise KeyboardInterrupt
+
+    result = fit(started(data(), 2), mine(rank, world), init=None, tol=0.0, max_iter=20, callbacks=[stop])
+    return result.status, result.n_iter, len(result.history)
+
+
+#: All ranks must raise one of torchem's exceptions whose text has these words.
+REFUSED = {
+    "nan": (_nan, "NaN at row 4, column 1"),
+    "shape": (_shape, "2 features"),
+    "weights": (_weights, "weights"),
+    "loader": (_loader_that_fails, "inf"),
+    "impossible": (_impossible, "row 2 of rank 1"),
+    "nobody": (_nobody, "at least one observation"),
+    "too few": (_too_few, "as many observations as components"),
+    "collapse": (_collapse, "has collapsed"),
+}
+SHARED = {
+    "exchange": _exchange, "unseeded": _unseeded, "seeded": _seed_per_rank, "batches": _batches,
+    "callback": _callback, "interrupt": _interrupt,
+}  # fmt: skip
+
+
+@functools.cache
+def _outcomes() -> dict[str, list[ranks.Outcome]]:
+    jobs = SHARED | {name: function for name, (function, _) in REFUSED.items()}
+    return dict(zip(jobs, ranks.run(2, list(jobs.values())), strict=True))
+
+
+def test_exchange() -> None:
+    found = ranks.values(_outcomes()["exchange"])
+    for rank, one in enumerate(found):
+        assert one["active"] is True
+        assert one["rank"] == rank
+        assert one["gathered"] == [("x", 0), ("x", 1)]
+        assert (one["sum"], one["n"]) == ([3.0, 3.0], 1.0)
+        assert (one["version"], one["shared"]) == (3, ["a"])
+        assert one["means"] == [[0.0, 0.0], [0.0, 0.0]]
+        assert one["support"] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["unseeded", "seeded"])
+def test_ranks_draw_the_same(name: str) -> None:
+    first, second = ranks.values(_outcomes()[name])
+    assert first == second
+
+
+def test_ranks_may_have_different_numbers_of_batches() -> None:
+    first, second = ranks.values(_outcomes()["batches"])
+    assert first == second
+    alone = fit(started(data(), 2), data(), init=None, tol=0.0, max_iter=5)
+    assert first == pytest.approx(alone.history, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_luck_of_one_rank_is_raised_on_all(name: str) -> None:
+    said = REFUSED[name][1]
+    kinds = {kind.__name__ for kind in (torchem.errors.InvalidArgument, torchem.errors.DegenerateComponent)}
+    for rank, outcome in enumerate(_outcomes()[name]):
+        assert outcome.error in kinds, f"rank {rank}: {outcome.error}: {outcome.message}"
+        assert said in outcome.message
+        assert outcome.seconds < ranks.PATIENCE
+
+
+@pytest.mark.parametrize("name", ["callback", "interrupt"])
+def test_one_rank_that_stops_stops_all(name: str) -> None:
+    for rank, outcome in enumerate(_outcomes()[name]):
+        assert outcome.error is None, f"rank {rank}: {outcome.error}: {outcome.message}"
+        assert outcome.value == ("interrupted", 3, 4)
+        assert outcome.seconds < ranks.PATIENCE

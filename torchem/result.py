@@ -1,0 +1,148 @@
+"""What a fit returns, and how the records of its restarts become that."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from torchem import restarts, stopping
+from torchem.data import Survey
+from torchem.errors import ConvergenceWarning
+from torchem.model import LatentModel
+from torchem.stopping import Status
+
+#: A component is dead below this many average observations of mass.
+DEAD = 1e-3
+
+
+@dataclass
+class Result:
+    """What a fit returns.
+
+    Attributes:
+        model: The model that was fitted, in place: the best restart.
+        status: Why the best restart ended: ``"converged"``, ``"max_iter"``, ``"diverged"`` (the objective fell beyond
+            rounding), ``"nonfinite"`` or ``"interrupted"``.
+        history: Total objective at each iterate θ_0, θ_1, … of the best restart.
+        bound: Total objective at the returned parameters.
+        n_iter: Number of EM maps that led to the returned parameters.
+        restarts: Objective of each restart at its end.
+        histories: History of each restart.
+        statuses: Status of each restart.
+        dead: Components with next to no mass, by index.
+        floored: Components whose covariance stands at the floor, by index.
+        pruned: Components that were taken out, by their index at the start.
+        remaining: Aitken's estimate of the rise still to come, in nats; None where the tail is not linear.
+        alignment: For each restart, its component that corresponds to each of the best one's.
+        agreement: For each restart, the share of observations (of a sample) given to corresponding components.
+        seconds: Wall time.
+    """
+
+    model: LatentModel
+    status: Status
+    history: list[float]
+    bound: float
+    n_iter: int
+    restarts: list[float]
+    histories: list[list[float]]
+    statuses: list[Status]
+    dead: list[int] = field(default_factory=list)
+    floored: list[int] = field(default_factory=list)
+    pruned: list[int] = field(default_factory=list)
+    remaining: float | None = None
+    alignment: list[list[int]] | None = None
+    agreement: list[float] | None = None
+    seconds: float = 0.0
+
+    @property
+    def converged(self) -> bool:
+        """Whether the objective reached a plateau; nothing else counts."""
+        return self.status == "converged"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is given after each pass.
+
+    Attributes:
+        iteration: Number of EM maps so far.
+        objective: Total objective of each replica that still runs.
+        model: The model under way, with a replica axis when there are restarts; read it, do not change it.
+        restarts: Index of each replica that still runs.
+    """
+
+    iteration: int
+    objective: list[float]
+    model: LatentModel
+    restarts: list[int]
+
+
+@dataclass
+class Run:
+    """One restart's record, while it runs and after."""
+
+    history: list[float] = field(default_factory=list)
+    status: Status | None = None
+    model: LatentModel | None = None
+    n_iter: int = 0
+    bound: float = -math.inf
+    respawns: int = 0
+    rested: bool = False
+    forbidden: set[int] = field(default_factory=set)
+
+
+def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -> Result:
+    """Pick the best restart, put it into ``model``, and say how all of them ended."""
+    runs = [run for run in runs if run.model is not None]
+    best = max(range(len(runs)), key=lambda r: (runs[r].bound, -r))
+    chosen = runs[best]
+    assert chosen.model is not None and chosen.status is not None
+    alignment = agreement = None
+    if len(runs) > 1:
+        models = [run.model for run in runs if run.model is not None]
+        alignment, agreement = restarts.compare(models, best, survey.sample, n_states)
+    dead, floored = _health(chosen.model, survey)
+    pruned = sorted(chosen.forbidden)
+    model.load_from(chosen.model)
+    if pruned:
+        keep = [k for k in range(n_states) if k not in chosen.forbidden]
+        model.prune(torch.tensor(keep, device=model.device))  # pyright: ignore[reportCallIssue]
+        dead, floored = ([keep.index(k) for k in group if k in keep] for group in (dead, floored))
+    return Result(
+        model=model, status=chosen.status, history=list(chosen.history), bound=chosen.bound, n_iter=chosen.n_iter,
+        restarts=[run.bound for run in runs], histories=[run.history for run in runs],
+        statuses=[run.status or "interrupted" for run in runs], dead=dead, floored=floored, pruned=pruned,
+        remaining=stopping.aitken(chosen.history[: chosen.n_iter + 1]), alignment=alignment, agreement=agreement,
+    )  # fmt: skip
+
+
+def _health(model: LatentModel, survey: Survey) -> tuple[list[int], list[int]]:
+    """Indices of components without mass and of components at the floor."""
+    sample, rows = survey.sample, survey.rows
+    mass = model.occupancy(model.e_step(sample))
+    # What a sample of the data does not show may still be alive: scaled up, one unseen observation counts.
+    dead: list[int] = []
+    if mass is not None:
+        share = mass / sample.total_weight().to(mass) * max(1, rows)
+        dead = (share < DEAD).nonzero()[:, 0].tolist()
+    floored = model.degenerate()
+    return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
+
+
+def warn(result: Result, tol: float, stacklevel: int) -> None:
+    """Say plainly when a fit did not end on a plateau."""
+    message = {
+        "diverged": "the objective fell beyond rounding, so some M-step does not maximise; the parameters before the "
+        "fall are kept",
+        "nonfinite": "the objective became NaN or infinite; the last sound parameters are kept",
+    }.get(result.status)
+    if result.status == "max_iter" and len(result.history) > 1 and tol > 0:
+        gain = result.history[-1] - result.history[-2]
+        left = "" if result.remaining is None else f", about {result.remaining:.3g} in all are left"
+        message = (
+            f"stopped after {result.n_iter} iterations while still climbing (last gain {gain:.3g} nats{left}); "
+            "raise max_iter, or tol if that is near enough"
+        )
+    if message is not None:
+        warnings.warn(f"fit: {message}.", ConvergenceWarning, stacklevel=stacklevel + 1)
