@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torchem  # noqa: E402
+import torchem
 
 SHAPES = [(200_000, 16, 16), (100_000, 64, 16), (200_000, 32, 64)]
 GOALS = {("float64", "full"): (4.0, 1.5), ("float64", "diag"): (3.0, 1.3), ("float32", "full"): (3.0, 1.0),

@@ -163,7 +163,7 @@ def test_foreign_modules_are_passed_in(tmp_path):
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(InvalidType, match="torchem model"):
         torchem.save(torch.nn.Linear(1, 1), tmp_path / "m")
-    with pytest.raises(InvalidType, match="Pair.config"):
+    with pytest.raises(InvalidType, match=r"Pair\.config"):
         torchem.save(Pair(Categorical(2), Gaussian(2, 1), options=object()), tmp_path / "m")
     with pytest.raises(InvalidFile, match="place to write"):
         torchem.save(torchem.GaussianMixture(1, 1), tmp_path / "none" / "m")

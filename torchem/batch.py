@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchem.errors import invalid, wrong_type
+from torchem.errors import InvalidType, describe, invalid, wrong_type
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Observations and what is known of them. Leading axes ``*n`` are observation axes; all fields share the first.
 
@@ -45,7 +45,8 @@ class Batch:
 
     def map(self, fn: Any) -> "Batch":
         """Apply a function to every tensor present."""
-        return Batch(*(None if value is None else fn(value) for value in self.values()))
+        present = {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
+        return Batch(**{name: fn(value) for name, value in present.items()})
 
     def values(self) -> tuple[Tensor | None, ...]:
         """The fields in order."""
@@ -84,12 +85,11 @@ _FIELDS = tuple(field.name for field in fields(Batch))
 
 def concatenate(batches: Iterable[Batch]) -> Batch:
     """Batches one after the other; all must have the same fields."""
-    parts = [batch.values() for batch in batches]
+    parts = list(batches)
     if len(parts) == 1:
-        return Batch(*parts[0])
-    columns = zip(*parts, strict=True)
-    joined = [None if c[0] is None else torch.cat([v for v in c if v is not None]) for c in columns]
-    return Batch(*joined)  # pyright: ignore[reportArgumentType]
+        return parts[0]
+    present = [name for name in _FIELDS if getattr(parts[0], name) is not None]
+    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in present})
 
 
 def as_tensor(value: Any, argument: str) -> Tensor:
@@ -103,18 +103,24 @@ def as_tensor(value: Any, argument: str) -> Tensor:
     else:
         try:
             array = np.asarray(value)
-        except ValueError as error:
-            raise invalid(argument, "a rectangular array", str(error), "pass rows of equal length") from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise invalid(argument, "a rectangular array of numbers", reason, "pass rows of equal length") from error
+        if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
+            raise invalid(argument, "an array without masked entries", "a masked array", "fill them with NaN")
         if array.dtype == object or array.dtype.kind not in "fiub":
-            raise wrong_type(argument, "real numbers", array.dtype.type(), "convert the columns to numbers first")
+            raise InvalidType(
+                describe(argument, "real numbers", f"an array of {array.dtype}", "convert the columns to numbers first")
+            )
         if array.dtype == np.float16 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
             array = array.astype(np.float64)
         if array.dtype.byteorder not in "=|" or any(stride < 0 for stride in array.strides):
-            array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+            array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         if not array.flags.writeable:
             array = array.copy()
         if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-            array = array.astype(np.int64)
+            beyond = array.dtype.itemsize == 8 and array.size and int(array.max()) > np.iinfo(np.int64).max
+            array = array.astype(np.float64 if beyond else np.int64)
         tensor = torch.from_numpy(array)
     if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
         raise wrong_type(
@@ -180,6 +186,8 @@ def as_batch(
         batch = replace(batch, u=covariates)
     if batch.evidence is not None and (batch.evidence.dim() != 2 or batch.evidence.shape[0] != size):
         raise invalid("evidence", f"[{size}, K]", f"shape {list(batch.evidence.shape)}", "give one row per observation")
+    if batch.evidence is not None and bool((batch.evidence.isnan() | (batch.evidence == torch.inf)).any()):
+        raise invalid("evidence", "log-potentials, −inf for what is excluded", "NaN or +inf", "give logarithms")
     return batch
 
 
@@ -220,14 +228,16 @@ def _check_weight(weight: Tensor, size: int) -> None:
 # Tree transforms put other things than tensors into the leaves (vmap its axes): neither way asks for tensors.
 
 
-def _flatten(batch: Batch) -> tuple[list[Any], None]:
-    return [getattr(batch, name) for name in _FIELDS], None
+def _flatten(batch: Batch) -> tuple[list[Any], tuple[str, ...]]:
+    present = tuple(name for name in _FIELDS if getattr(batch, name) is not None)
+    return [getattr(batch, name) for name in present], present
 
 
-def _unflatten(values: Iterable[Any], context: None) -> Batch:
+def _unflatten(values: Iterable[Any], context: tuple[str, ...]) -> Batch:
     batch = object.__new__(Batch)
-    for name, value in zip(_FIELDS, values, strict=True):
-        object.__setattr__(batch, name, value)
+    present = dict(zip(context, values, strict=True))
+    for name in _FIELDS:
+        object.__setattr__(batch, name, present.get(name))
     return batch
 
 

@@ -43,10 +43,15 @@ class Source:
         self.whole: Batch | None = None
         self.batch_size = batch_size
         self.loader: Iterable[Any] = ()
+        # What a rank without data contributes: a batch without rows, in the shape of the others' once that is known.
+        self.nothing = Batch(torch.empty(0, 1)) if distributed.active() else None
         if isinstance(data, Dataset):
             data = DataLoader(data, batch_size=batch_size or 4096)
-        if isinstance(data, DataLoader) or (
-            not isinstance(data, (Tensor, Batch, list, tuple)) and not hasattr(data, "__array__")
+        batches = isinstance(data, (list, tuple)) and len(data) > 0 and all(isinstance(b, Batch) for b in data)
+        if (
+            batches
+            or isinstance(data, DataLoader)
+            or (not isinstance(data, (Tensor, Batch, list, tuple)) and not hasattr(data, "__array__"))
         ):
             self._open(data, weight, u)
             return
@@ -70,28 +75,48 @@ class Source:
 
     def __iter__(self) -> Iterator[tuple[Hashable, Batch]]:
         if self.whole is None:
+            key = -1
             for key, item in enumerate(self.loader):
                 yield key, self._read(item)
+            if key < 0 and self.nothing is not None:
+                yield 0, self.nothing
         else:
             yield from enumerate(self.whole.split(self.batch_size or max(1, len(self.whole))))
 
     def _read(self, item: Any) -> Batch:
-        if isinstance(item, (list, tuple)) and not isinstance(item, Batch):
+        if isinstance(item, (list, tuple)):
             # A TensorDataset yields tuples: observations, then (by convention) their weights.
-            if len(item) > 2 or not all(isinstance(part, Tensor) for part in item):
+            if len(item) not in (1, 2) or not all(isinstance(part, Tensor) for part in item):
                 raise invalid(
                     "data", "batches of x or (x, weight)", f"{len(item)} parts", "yield Batch objects instead"
                 )
-            return self.model.batch(item[0], weight=item[1] if len(item) == 2 else None)
+            return self.model.batch(*item[:1], weight=item[1] if len(item) == 2 else None)
         return self.model.batch(item)
 
     def survey(self, limit: int, generator: torch.Generator) -> "Survey":
         """One pass: moments of the columns and a random sample of at most ``limit`` rows, over all ranks."""
+        try:
+            moments, rows, sample = self._local_survey(limit, generator)
+        except Exception as error:
+            distributed.agree(error)
+            raise
+        distributed.agree()
+        if distributed.active():
+            parts = distributed.gather((moments, rows, sample.map(Tensor.cpu)))
+            rows = sum(part[1] for part in parts)
+            moments = Moments.merged([part[0] for part in parts])
+            share = [p[2][: max(1, limit * len(p[2]) // max(1, sum(len(q[2]) for q in parts)))] for p in parts]
+            sample = concatenate([p for p in share if len(p)] or share[:1])
+            self.nothing = sample[:0]
+        if rows == 0:
+            raise invalid("data", "at least one observation", "none on any process", "check the shards")
+        return Survey(moments, sample.to(self.model.device), rows)
+
+    def _local_survey(self, limit: int, generator: torch.Generator) -> tuple["Moments", int, Batch]:
         moments = Moments()
         pool: list[tuple[Tensor, Batch]] = []
-        batches = [self.whole] if self.whole is not None else (batch for _, batch in self)
         rows = 0
-        for batch in batches:
+        for batch in [self.whole] if self.whole is not None else (batch for _, batch in self):
             for piece in batch.split(_SURVEY):
                 moments.add(piece)
             pool.append(_draw(batch, limit, generator))
@@ -100,16 +125,7 @@ class Source:
                 pool = [_best(pool, limit)]
         if not pool:
             raise invalid("data", "at least one batch", "an empty loader", "check the sampler")
-        sample = _best(pool, limit)[1]
-        if distributed.active():
-            parts = distributed.gather((moments, rows, sample.map(Tensor.cpu)))
-            rows = sum(part[1] for part in parts)
-            moments = Moments.merged([part[0] for part in parts])
-            share = [p[2][: max(1, limit * len(p[2]) // max(1, sum(len(q[2]) for q in parts)))] for p in parts]
-            sample = concatenate([p for p in share if len(p)] or share[:1])
-        if rows == 0:
-            raise invalid("data", "at least one observation", "none on any process", "check the shards")
-        return Survey(moments, sample.to(self.model.device), rows)
+        return moments, rows, _best(pool, limit)[1]
 
 
 @dataclass
@@ -187,7 +203,7 @@ def _settled(batch: Batch, device: torch.device) -> Batch:
 def _draw(batch: Batch, limit: int, generator: torch.Generator) -> tuple[Tensor, Batch]:
     """Random priorities and the rows of the ``limit`` highest, in their order; all rows when they are few."""
     size = len(batch)
-    priority = torch.rand(size, generator=generator)
+    priority = torch.rand(size, generator=generator, dtype=torch.float64)
     if size > limit:
         index = priority.topk(limit).indices.sort().values
         return priority[index], batch[index.to(batch.x.device)]

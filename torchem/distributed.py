@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchem import errors
 from torchem.stats import Stats
 
 
@@ -30,6 +31,34 @@ def all_reduce(stats: Stats) -> Stats:
     flat = stats.flatten().contiguous()
     dist.all_reduce(flat)
     return stats.unflatten(flat)
+
+
+def agree(error: BaseException | None = None) -> None:
+    """Make the failure of one process the failure of all, before a collective that the others would wait in.
+
+    Every process calls this once for each of its collectives, with what stopped it or with nothing.
+
+    Raises:
+        BaseException: ``error`` where it happened; elsewhere the same kind with the rank's name, or `KeyboardInterrupt`
+            if that is all that happened.
+    """
+    if not active():
+        if error is not None:
+            raise error
+        return
+    code = 0 if error is None else 1 if isinstance(error, KeyboardInterrupt) else 2
+    # The backend decides where the flag has to lie.
+    flag = torch.tensor([code], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if int(flag) == 1:
+        raise KeyboardInterrupt
+    if int(flag) == 2:
+        failures = gather(None if code != 2 else (type(error).__name__, str(error)))
+        if code == 2 and error is not None:
+            raise error
+        place, (kind, message) = next((r, f) for r, f in enumerate(failures) if f is not None)
+        known = getattr(errors, kind, RuntimeError)
+        raise known(f"rank {place}: {message}")
 
 
 def gather(value: Any) -> list[Any]:

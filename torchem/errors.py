@@ -3,6 +3,8 @@
 Every message names the argument, says what was expected, what came instead, and one thing to do.
 """
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -68,6 +70,14 @@ def one_of(argument: str, value: object, options: Iterable[str]) -> None:
     raise InvalidArgument(
         describe(argument, "one of " + ", ".join(map(repr, names)), repr(value), remedy).replace("?.", "?")
     )
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside torchem that led here, however deep the call."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "torchem":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def require(module: str, extra: str) -> object:

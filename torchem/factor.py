@@ -12,6 +12,7 @@ import inspect
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -71,18 +72,31 @@ class _Streamed(Kernel):
         return self.factor.expected_log_prob(self.stats())
 
 
+@dataclass(frozen=True)
+class Adjustment:
+    """A change of numerics between M-steps.
+
+    Attributes:
+        move: Carries statistics gathered before into the new coordinates, if these changed.
+        retake: The last statistics were too inaccurate for the parameters that came of them: take them again.
+    """
+
+    move: Callable[[Stats], Stats] | None = None
+    retake: bool = False
+
+
 @runtime_checkable
 class Moments(Protocol):
     """What a data source tells a factor before the first E-step: weighted mean and variance of each column."""
 
     @property
     def mean(self) -> Tensor:
-        """``[D]``"""
+        """Weighted mean of each column, ``[D]``."""
         ...
 
     @property
     def variance(self) -> Tensor:
-        """``[D]``"""
+        """Weighted variance of each column, ``[D]``."""
         ...
 
 
@@ -272,14 +286,12 @@ class Factor(nn.Module, ABC):
     def project(self) -> None:
         """Move the parameters into the feasible set (a covariance floor), in place; called once, at the start."""
 
-    def tune(self, rows: int) -> Callable[[Stats], Stats] | None:
+    def tune(self, rows: int, iteration: int = 0) -> "Adjustment | None":
         """Adapt numerics to the current parameters between M-steps, in place.
 
         Args:
             rows: Number of observations in a pass.
-
-        Returns:
-            A map that carries older statistics into the new coordinates, if these changed.
+            iteration: Number of the M-step that gave the parameters; a cheap fit need not check after each.
         """
         return None
 

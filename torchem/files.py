@@ -114,8 +114,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_atomic(folder + "/a.txt", b"whole")
-        ...     open(folder + "/a.txt").read()
-        'whole'
+        ...     Path(folder, "a.txt").read_bytes()
+        b'whole'
     """
     target = Path(path)
     temporary: str | None = None

@@ -8,12 +8,12 @@ from torch import Tensor
 from torchem.batch import Batch
 from torchem.errors import invalid, one_of
 from torchem.model import LatentModel
-from torchem.ops import kmeans
+from torchem.ops import kmeans, reduce
 
 #: What `start` knows, besides "auto".
 METHODS = ("kmeans++", "kmeans", "random", "random_from_data", "hierarchical")
 
-#: Share of every observation that is spread at random, so that no component starts empty or equal to another.
+#: Share of the observations that a cluster without members starts with.
 _BLUR = 0.01
 #: Iterations of k-means: a start, not an answer.
 _LLOYD = 20
@@ -26,7 +26,14 @@ def sample_size(n_states: int, replicas: int) -> int:
     return min(1 << 16, max(1024, 64 * n_states, (1 << 22) // (replicas * n_states)))
 
 
-def start(model: LatentModel, sample: Batch, n_states: int, method: str, generators: Sequence[torch.Generator]) -> None:
+def start(
+    model: LatentModel,
+    sample: Batch,
+    n_states: int,
+    method: str,
+    generators: Sequence[torch.Generator],
+    first: int = 0,
+) -> None:
     """Initialise a model, or all of its replicas, from a sample of the data, in place.
 
     Args:
@@ -35,6 +42,7 @@ def start(model: LatentModel, sample: Batch, n_states: int, method: str, generat
         n_states: K.
         method: One of `METHODS`, or ``"auto"`` for the family's own.
         generators: One per replica; nothing else is drawn from.
+        first: Number of the first replica among all restarts.
 
     Raises:
         InvalidArgument: For an unknown method, or fewer observations than components.
@@ -53,10 +61,13 @@ def start(model: LatentModel, sample: Batch, n_states: int, method: str, generat
     if method == "random":
         shares = torch.stack([_shares(len(sample), n_states, g) for g in generators])
     else:
-        labels = _labels(sample, n_states, method, generators)
-        hard = torch.nn.functional.one_hot(labels, n_states)
+        labels = _labels(sample, n_states, method, generators, first)
+        hard = torch.nn.functional.one_hot(labels, n_states).to(torch.float64)
+        # Clusters without members (fewer distinct observations than components) take a random share of everything, so
+        # that they start neither empty nor equal to one another.
+        empty = hard.sum(-2, keepdim=True) == 0
         blur = torch.stack([_shares(len(sample), n_states, g) for g in generators]).to(hard.device)
-        shares = (1 - _BLUR) * hard + _BLUR * blur
+        shares = torch.where(empty, _BLUR * blur, hard)
     shares = shares.to(batch.x.device, model.dtype)
     model.initialize(batch, shares if model.replicas else shares[0])
 
@@ -81,19 +92,51 @@ def _standardized(sample: Batch) -> Tensor:
     return x / torch.where(scale > 0, scale, 1.0)
 
 
-def _labels(sample: Batch, k: int, method: str, generators: Sequence[torch.Generator]) -> Tensor:
+def _labels(sample: Batch, k: int, method: str, generators: Sequence[torch.Generator], first: int) -> Tensor:
+    """Clusters ``[R, n]`` of the sample for each generator."""
     x = _standardized(sample)
-    if method == "hierarchical":
-        return torch.stack([_hierarchical(x, sample, k, g) for g in generators])
-    seeds = kmeans.seed(x, k, generators, sample.weight)
     if method == "kmeans++":
-        return kmeans.lloyd(x, x[seeds], 0, sample.weight)
-    return torch.cat([kmeans.lloyd(x, x[row].unsqueeze(0), _LLOYD, sample.weight) for row in seeds])
+        return kmeans.lloyd(x, x[kmeans.seed(x, k, generators, sample.weight)], 0, sample.weight)
+    cluster = _ward if method == "hierarchical" else _kmeans
+    return torch.stack([cluster(x, sample, k, g, r + first) for r, g in enumerate(generators)])
 
 
-def _hierarchical(x: Tensor, sample: Batch, k: int, generator: torch.Generator) -> Tensor:
-    """Ward's clusters of a random subset, extended to all rows by the nearest cluster mean."""
-    subset = _distinct(sample, min(_WARD, len(x)), generator).to(x.device)
-    labels = kmeans.ward(x[subset], k)
-    centers = torch.stack([x[subset][labels == c].mean(0) for c in range(int(labels.max()) + 1)])
-    return torch.cdist(x, centers).argmin(-1)
+def _subset(sample: Batch, k: int, size: int, generator: torch.Generator, restart: int) -> Tensor:
+    """Rows that a restart clusters: all that are allowed for the first, a random half of them for the others.
+
+    Clustering finds the same optimum from many seeds; on other rows it finds another.
+    """
+    size = min(size, len(sample))
+    if restart > 0:
+        size = min(size, max(10 * k, len(sample) // 2))
+    if size == len(sample):
+        return torch.arange(size)
+    return _distinct(sample, size, generator)
+
+
+def _extended(x: Tensor, subset: Tensor, labels: Tensor) -> Tensor:
+    """The labels of a subset carried to all rows, by the nearest cluster mean."""
+    if len(subset) == len(x):
+        return labels
+    present = labels.unique()
+    return present[_nearest(x, x[subset], labels, present)]
+
+
+def _nearest(x: Tensor, members: Tensor, labels: Tensor, clusters: Tensor) -> Tensor:
+    """Place in ``clusters`` of the one whose mean is nearest to each row of ``x``; ties to the first."""
+    centers = torch.stack([members[labels == c].mean(0) for c in clusters])
+    return reduce.first_max(-torch.cdist(x, centers, compute_mode="donot_use_mm_for_euclid_dist"))
+
+
+def _kmeans(x: Tensor, sample: Batch, k: int, generator: torch.Generator, restart: int) -> Tensor:
+    rows = _subset(sample, k, len(x), generator, restart).to(x.device)
+    weight = None if sample.weight is None else sample.weight[rows]
+    seeds = kmeans.seed(x[rows], k, [generator], weight)
+    return _extended(x, rows, kmeans.lloyd(x[rows], x[rows][seeds], _LLOYD, weight)[0])
+
+
+def _ward(x: Tensor, sample: Batch, k: int, generator: torch.Generator, restart: int) -> Tensor:
+    rows = _subset(sample, k, _WARD, generator, restart).to(x.device)
+    labels = kmeans.ward(x[rows], k)
+    # By the nearest mean, the lowest label first: of clusters that coincide all but one are left without members.
+    return _nearest(x, x[rows], labels, torch.arange(k, device=x.device))

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchem.batch import Batch, as_batch
-from torchem.factor import Factor, Kernel, Moments, constructor_arguments
+from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
 from torchem.stats import Stats
@@ -150,8 +150,11 @@ class LatentModel(nn.Module, ABC):
         """``[*r, K]`` Boolean, True where a component sits at the bounds of its family."""
         return None
 
-    def twins(self, batch: Batch) -> list[tuple[int, int]]:
-        """Pairs of states that the potentials of a sample cannot tell apart: EM would keep them equal for ever."""
+    def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
+        """Pairs of states whose potentials agree on a sample to within ``tolerance`` nats, up to a constant weight.
+
+        At a tolerance of zero EM would keep them equal for ever.
+        """
         return []
 
     # ---- use --------------------------------------------------------------------------------------------------
@@ -223,12 +226,17 @@ class LatentModel(nn.Module, ABC):
         for factor in _all_factors(self):
             factor.project()
 
-    def tune(self, rows: int) -> Callable[[Stats], Stats] | None:
-        """Let every factor adapt its numerics; returns the map for statistics gathered before, if any is needed."""
-        moves = {slot: move for slot, move in ((s, f.tune(rows)) for s, f in self.slots()) if move is not None}
-        if not moves:
+    def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
+        """Let every factor adapt its numerics after an M-step, in place."""
+        found = {slot: adjustment for slot, f in self.slots() if (adjustment := f.tune(rows, iteration)) is not None}
+        if not found:
             return None
-        return lambda stats: stats.like({k: moves[k](v) if k in moves else v for k, v in stats.items()})
+        moves = {slot: adjustment.move for slot, adjustment in found.items() if adjustment.move is not None}
+
+        def move(stats: Stats) -> Stats:
+            return stats.like({k: moves[k](v) if k in moves else v for k, v in stats.items()})
+
+        return Adjustment(move if moves else None, any(adjustment.retake for adjustment in found.values()))
 
     def n_parameters(self) -> int:
         """Number of free parameters."""
@@ -303,7 +311,7 @@ class DiscreteModel(LatentModel):
 
     def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Tensor]) -> Tensor:
         """Apply a function of potentials to the data piece by piece and join the results along the rows."""
-        batch = data if isinstance(data, Batch) else self.batch(data)
+        batch = self.check(data) if isinstance(data, Batch) else self.batch(data)
         tables = self.table_slots()
         with declared_precision(self.device):
             kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}

@@ -295,6 +295,7 @@ def _kind(name: str) -> str:
     literal = re.fullmatch(r"Literal\[(.*)\]", name)
     plain = {
         "int": "a whole number",
+        "integer": "a whole number",
         "float": "a number",
         "list[str]": "a list such as [x, y]",
         "bool": "true or false",

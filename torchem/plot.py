@@ -186,7 +186,7 @@ def segmentation(image: Any, labels: Any, colours: Any = None, ax: Any = None) -
     if picture.ndim != 3 or picture.shape[2] != 3:
         raise invalid("image", "shape [H, W, 3]", list(picture.shape), "convert it to RGB")
     picture = picture / 255.0 if picture.dtype.kind in "iu" else picture
-    index = np.asarray(labels)
+    index = as_tensor(labels, "labels").cpu().numpy()
     if index.shape != picture.shape[:2]:
         raise invalid("labels", f"shape {list(picture.shape[:2])}", list(index.shape), "give one label per pixel")
     paint = mean_colours(picture, index) if colours is None else np.asarray(colours, dtype=float)
@@ -253,10 +253,17 @@ def _array(value: Tensor) -> np.ndarray:
     return value.detach().cpu().double().numpy()
 
 
+def _weights(model: Any) -> np.ndarray | None:
+    """Mixing weights ``[K]``; None for a gate, whose weights depend on covariates."""
+    probs = getattr(getattr(model, "mixing", None), "probs", None)
+    return None if probs is None or probs.dim() != 1 else _array(probs)
+
+
 def _gaussians(model: Any, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Weights ``[K]``, means ``[K, D]`` and dense covariances ``[K, D, D]`` of a mixture that has them."""
     component: Any = getattr(model, "component", None)
-    if not (hasattr(component, "means") and hasattr(component, "covariances") and hasattr(model, "weights")):
+    weights = _weights(model)
+    if weights is None or not (hasattr(component, "means") and hasattr(component, "covariances")):
         return None
     means, covariances = _array(component.means), _array(component.covariances)
     k = len(means)
@@ -266,7 +273,7 @@ def _gaussians(model: Any, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
         dense = np.broadcast_to(covariances, (k, d, d))
     else:
         dense = covariances.reshape(k, -1, 1) * np.eye(d)
-    return _array(model.weights), means, dense
+    return weights, means, dense
 
 
 def _plane(model: LatentModel, data: np.ndarray) -> np.ndarray:
@@ -292,7 +299,7 @@ def _scatter(model: LatentModel, data: np.ndarray, basis: np.ndarray, ax: Any) -
     posterior = _posterior(model, data)
     colours = palette(posterior.shape[1])
     points = data @ basis
-    size = float(np.clip(6000 / len(points), 2, 26))
+    size = float(np.clip(450 / np.sqrt(len(points)), 2, 26))
     blend = (posterior @ colours).clip(0, 1)
     ax.scatter(*points.T, c=blend, s=size, alpha=0.75, linewidths=0, zorder=2, rasterized=len(points) > 2000)
     found = _gaussians(model, data.shape[1])
@@ -323,13 +330,13 @@ def _ellipse(mean: np.ndarray, covariance: np.ndarray, sigmas: int) -> np.ndarra
 
 
 def _legend(model: LatentModel, ax: Any, **options: Any) -> None:
-    weights = getattr(model, "weights", None)
+    weights = _weights(model)
     if weights is None or len(weights) > 12:
         return
     lines: Any = require("matplotlib.lines", "plot")
     handles = [
         lines.Line2D([], [], linestyle="", marker="o", markersize=7, color=colour, label=f"{k}  ({weight:.0%})")
-        for k, (weight, colour) in enumerate(zip(_array(weights), palette(len(weights)), strict=True))
+        for k, (weight, colour) in enumerate(zip(weights, palette(len(weights)), strict=True))
     ]
     # Points may lie below: the legend stays readable over them.
     ax.legend(handles=handles, title="component", framealpha=0.85, edgecolor="none", handletextpad=0.2, **options)

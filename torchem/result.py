@@ -1,19 +1,22 @@
 """What a fit returns, and how the records of its restarts become that."""
 
 import math
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 
 from torchem import restarts, stopping
 from torchem.data import Survey
-from torchem.errors import ConvergenceWarning
+from torchem.errors import ConvergenceWarning, SymmetryWarning, warn
 from torchem.model import LatentModel
 from torchem.stopping import Status
 
 #: A component is dead below this many average observations of mass.
 DEAD = 1e-3
+#: Components whose log-densities differ by less than this, in nats, wherever they matter are one and the same …
+_ALIKE = 0.25
+#: … on this many observations.
+_GLANCE = 256
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Result:
         statuses: Status of each restart.
         dead: Components with next to no mass, by index.
         floored: Components whose covariance stands at the floor, by index.
+        redundant: Pairs of components that ended as nearly the same distribution: too many of them, or a saddle.
         pruned: Components that were taken out, by their index at the start.
         remaining: Aitken's estimate of the rise still to come, in nats; None where the tail is not linear.
         alignment: For each restart, its component that corresponds to each of the best one's.
@@ -50,6 +54,7 @@ class Result:
     dead: list[int] = field(default_factory=list)
     floored: list[int] = field(default_factory=list)
     pruned: list[int] = field(default_factory=list)
+    redundant: list[tuple[int, int]] = field(default_factory=list)
     remaining: float | None = None
     alignment: list[list[int]] | None = None
     agreement: list[float] | None = None
@@ -109,10 +114,12 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
         keep = [k for k in range(n_states) if k not in chosen.forbidden]
         model.prune(torch.tensor(keep, device=model.device))  # pyright: ignore[reportCallIssue]
         dead, floored = ([keep.index(k) for k in group if k in keep] for group in (dead, floored))
+    redundant = model.twins(survey.sample[:_GLANCE], _ALIKE)
     return Result(
         model=model, status=chosen.status, history=list(chosen.history), bound=chosen.bound, n_iter=chosen.n_iter,
         restarts=[run.bound for run in runs], histories=[run.history for run in runs],
         statuses=[run.status or "interrupted" for run in runs], dead=dead, floored=floored, pruned=pruned,
+        redundant=redundant,
         remaining=stopping.aitken(chosen.history[: chosen.n_iter + 1]), alignment=alignment, agreement=agreement,
     )  # fmt: skip
 
@@ -130,8 +137,15 @@ def _health(model: LatentModel, survey: Survey) -> tuple[list[int], list[int]]:
     return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
 
 
-def warn(result: Result, tol: float, stacklevel: int) -> None:
-    """Say plainly when a fit did not end on a plateau."""
+def report_end(result: Result, tol: float, blind: bool) -> None:
+    """Say plainly when a fit did not end on a plateau, or on one that a ``blind`` start (not clustered) explains."""
+    if blind and result.redundant and result.status == "converged":
+        a, b = result.redundant[0]
+        warn(
+            f"fit: components {a} and {b} ended as nearly the same distribution, perhaps on a saddle of the objective; "
+            "start from clusters (init='kmeans++'), use restarts, or lower n_components.",
+            SymmetryWarning,
+        )
     message = {
         "diverged": "the objective fell beyond rounding, so some M-step does not maximise; the parameters before the "
         "fall are kept",
@@ -145,4 +159,4 @@ def warn(result: Result, tol: float, stacklevel: int) -> None:
             "raise max_iter, or tol if that is near enough"
         )
     if message is not None:
-        warnings.warn(f"fit: {message}.", ConvergenceWarning, stacklevel=stacklevel + 1)
+        warn(f"fit: {message}.", ConvergenceWarning)

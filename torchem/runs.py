@@ -285,9 +285,10 @@ def components(model: Any, columns: list[str]) -> list[dict[str, Any]]:
         [{'component': 0, 'weight': 1.0, 'mean': {'x': 0.0}, 'sd': {'x': 1.0}}]
     """
     part: Any = getattr(model, "component", None)
-    if not (hasattr(model, "weights") and hasattr(part, "means") and hasattr(part, "covariances")):
+    probs = getattr(getattr(model, "mixing", None), "probs", None)
+    if probs is None or not (hasattr(part, "means") and hasattr(part, "covariances")):
         return []
-    weights, means = model.weights.tolist(), part.means.tolist()
+    weights, means = probs.tolist(), part.means.tolist()
     return [
         {
             "component": k,

@@ -17,11 +17,13 @@ def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status 
 
     Returns:
         ``"converged"`` on a plateau, ``"diverged"`` after a fall beyond rounding, ``"nonfinite"`` at NaN or infinity,
-        None to go on.
+        None to go on. A small rise that is greater than the one before it, or the first, is no plateau: near a saddle
+        (components that are almost equal) EM starts slowly and accelerates.
 
     Example:
-        >>> verdict([-10.0, -9.999], 0.1, 1e-9), verdict([-10.0, -500.0], 0.1, 1e-9), verdict([-10.0, -1.0], 0.1, 1e-9)
-        ('converged', 'diverged', None)
+        >>> verdict([-11.0, -10.0, -9.999], 0.1, 1e-9), verdict([-10.0, -500.0], 0.1, 1e-9)
+        ('converged', 'diverged')
+        >>> verdict([-10.0, -9.99, -9.95], 0.1, 1e-9)
     """
     if not history:
         return None
@@ -32,7 +34,11 @@ def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status 
     gain = history[-1] - history[-2]
     if gain < -slack * max(abs(history[-1]), abs(history[-2]), 1.0):
         return "diverged"
-    return "converged" if tolerance > 0 and gain < tolerance else None
+    if tolerance == 0 or gain >= tolerance:
+        return None
+    noise = 1e-3 * slack * max(abs(history[-1]), 1.0)
+    slowing = len(history) > 2 and gain <= history[-2] - history[-3]
+    return "converged" if slowing or gain <= noise else None
 
 
 def aitken(history: Sequence[float]) -> float | None:

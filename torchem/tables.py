@@ -64,7 +64,7 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = Non
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = open(folder + "/a.csv", "w").write("a,b\n1,2\n3,NA\n")
+        ...     _ = Path(folder, "a.csv").write_text("a,b\n1,2\n3,NA\n")
         ...     read_table(folder + "/a.csv", ["b"]).values.tolist()
         [[2.0], [nan]]
     """

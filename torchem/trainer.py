@@ -1,10 +1,10 @@
 """The loop: passes over data, M-steps, replicas that stop on their own, and an honest account of how it ended."""
 
+import contextlib
 import copy
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from torchem import distributed, initialize, stopping
 from torchem.accumulate import Accumulator, FullBatch
 from torchem.data import Source, Survey
-from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of
+from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn
 from torchem.model import LatentModel
 from torchem.ops.dispatch import declared_precision
-from torchem.result import DEAD, Progress, Result, Run, report, warn
+from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
 from torchem.stopping import Status
 
@@ -27,9 +27,6 @@ Dead = Literal["floor", "respawn", "prune", "raise"]
 
 #: Relative fall of the objective that rounding explains.
 _SLACK = {torch.float64: 1e-9, torch.float32: 1e-4}
-#: Observations up to which numerics are checked at iterations 0, 1, 2, 4, 8 and every eighth only.
-_SMALL = 4096
-_INTERRUPTED: Status = "interrupted"
 #: Times that a run may reseed components, per component.
 _RESPAWNS = 3
 
@@ -114,7 +111,12 @@ class Trainer:
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
         if self.device is not None:
             model.to(self.device)
-        source = Source(model, data, self.batch_size, weights, inputs)
+        try:
+            source = Source(model, data, self.batch_size, weights, inputs)
+        except Exception as error:
+            distributed.agree(error)
+            raise
+        distributed.agree()
         entropy = np.random.SeedSequence(self.seed).entropy
         if self.seed is None:
             entropy = distributed.gather(entropy)[0]
@@ -127,11 +129,11 @@ class Trainer:
             survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
             runs: list[Run] = []
             for group in groups:
-                runs += _Loop(self, model, source, survey, group).run()
+                runs += _Loop(self, model, source, survey, group, len(runs)).run()
                 if runs[-1].status == "interrupted":
                     break
             result = report(model, runs, survey, k)
-        warn(result, self.tol, stacklevel=3)
+        report_end(result, self.tol, blind=self.init in (None, "random"))
         result.seconds = time.perf_counter() - began
         return result
 
@@ -144,15 +146,31 @@ def n_states(model: LatentModel) -> int:
 class _Loop:
     """Some restarts of one fit, run together along a replica axis (or one, without)."""
 
-    def __init__(self, options: Trainer, model: LatentModel, source: Source, survey: Survey, generators: list):
+    def __init__(
+        self,
+        options: Trainer,
+        model: LatentModel,
+        source: Source,
+        survey: Survey,
+        generators: list[torch.Generator],
+        first: int,
+    ):
         self.options, self.source, self.survey, self.generators = options, source, survey, generators
+        self.first = first
         self.n_states = n_states(model)
         self.rule = options.accumulate
         self.rule.reset()
         self.runs = [Run() for _ in generators]
         self.going = list(range(len(generators)))
-        # Parameters before the last M-step, as long as those after it have not been judged.
+        # Parameters before the last M-step, and whether those after it have been judged.
         self.before: dict[str, Tensor] | None = None
+        self.judged = False
+        # Whether the other ranks know of what stopped this one.
+        self.agreed = False
+        # Whether to stop at the next pass, together with the other ranks.
+        self.stopping = False
+        # Whether the last pass is to be made again at the same parameters.
+        self.retake = False
         # The loop works on a twin, so that an exception leaves the user's model as it was.
         self.twin = model.replicate(len(generators)) if len(generators) > 1 else copy.deepcopy(model)
 
@@ -161,11 +179,14 @@ class _Loop:
         self._start()
         try:
             with _bar(self.options) as bar:
-                for iteration in range(self.options.max_iter + 1):
-                    if not self._iterate(iteration, bar):
-                        break
-        except KeyboardInterrupt:
-            self._retire(self.going, "interrupted", evaluated=False)
+                iteration = 0
+                while self._iterate(iteration, bar):
+                    iteration += not self.retake
+        except KeyboardInterrupt as interrupt:
+            if not self.agreed:
+                with contextlib.suppress(KeyboardInterrupt):
+                    distributed.agree(interrupt)
+            self._retire(self.going, "interrupted")
         return self.runs
 
     # ---- stages -----------------------------------------------------------------------------------------------
@@ -176,19 +197,20 @@ class _Loop:
         if self.options.init is not None:
             dtype = twin.dtype
             # Starts are made in float64: moments about one origin would cancel in float32.
-            initialize.start(twin.double(), survey.sample, self.n_states, self.options.init, self.generators)
+            initialize.start(
+                twin.double(), survey.sample, self.n_states, self.options.init, self.generators, self.first
+            )
             twin.to(dtype)
         else:
             distributed.broadcast(twin)
             for a, b in twin.twins(survey.sample[:256]):
-                warnings.warn(
+                warn(
                     f"init: components {a} and {b} start identical and would stay so; "
                     "change the parameters of one, or let init choose the start.",
                     SymmetryWarning,
-                    stacklevel=6,
                 )
         twin.project()
-        twin.tune(survey.rows)
+        twin.tune(survey.rows, 0)
 
     def _iterate(self, iteration: int, bar: Any) -> bool:
         """One E-step over the data, the verdict on it, and the M-step; False when nothing is left to do."""
@@ -204,52 +226,80 @@ class _Loop:
             bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
         now = Progress(iteration, values, self.twin, list(self.going))
         answers = [callback(now) for callback in self.options.callbacks]
-        if any(answers):
-            ended = {place: ended.get(place, _INTERRUPTED) for place in range(len(self.going))}
+        # Ranks stop together: what one of them wants, the next pass tells the others.
+        self.stopping = self.stopping or (any(answers) and distributed.active())
+        if any(answers) and not distributed.active():
+            for place in range(len(self.going)):
+                ended.setdefault(place, "interrupted")
         stats = self._end(ended, stats)
-        self.before = None
         if not self.going:
             return False
-        self.before = self.twin.snapshot()
+        self.before, self.judged = self.twin.snapshot(), False
         self.twin.m_step(stats)
         self._heal(stats, total)
-        # Numerics follow the parameters; in a small fit the check would cost as much as an iteration.
-        if self.survey.rows > _SMALL or iteration % 8 == 0 or iteration & (iteration - 1) == 0:
-            move = self.twin.tune(self.survey.rows)
-            if move is not None:
-                self.rule.translate(move)
+        self._tune(iteration)
         return True
+
+    def _tune(self, iteration: int) -> None:
+        """Let numerics follow the parameters; where statistics were too coarse for what they gave, take them again."""
+        adjustment = self.twin.tune(self.survey.rows, iteration)
+        self.retake = adjustment is not None and adjustment.retake and not self.retake
+        if self.retake and self.before is not None:
+            self.twin.assign(self.before)
+            self.judged = True
+            self.rule.reset()
+        elif adjustment is not None and adjustment.move is not None:
+            self.rule.translate(adjustment.move)
 
     def _judge(self, values: list[float], total: float, last: bool) -> dict[int, Status]:
         """Record the objectives; returns the replicas that ended, by their place on the axis, and why."""
         ended: dict[int, Status] = {}
         for place, (r, value) in enumerate(zip(self.going, values, strict=True)):
             run = self.runs[r]
+            if self.retake:
+                run.history.pop()
             run.history.append(value)
             # When components were reseeded or taken out the objective may fall: that step is not judged.
-            recent = run.history[-1:] if run.rested else run.history[-2:]
+            recent = run.history[-1:] if run.rested else run.history[-3:]
             run.rested = False
             status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
             if status is not None or last:
                 ended[place] = status or "max_iter"
+        self.judged = True
         return ended
 
     def _pass(self, update: bool) -> tuple[Stats, bool]:
         """E-steps over all batches, and whether θ stood still meanwhile (some rules maximise on the way)."""
         twin, fresh = self.twin, True
         last: Stats | None = None
-        for key, batch in self.source:
-            ready = self.rule.push(key, twin.e_step(batch))
+        try:
+            if self.stopping:
+                raise KeyboardInterrupt
+            for key, batch in self.source:
+                ready = self.rule.push(key, twin.e_step(batch))
+                if ready is not None:
+                    last, fresh = self._reduce(ready), False
+                    if update:
+                        twin.m_step(last)
+            ready = self.rule.flush()
+            if ready is None and last is None:
+                raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
             if ready is not None:
-                last, fresh = distributed.all_reduce(ready), False
-                if update:
-                    twin.m_step(last)
-        ready = self.rule.flush()
-        if ready is not None:
-            last = distributed.all_reduce(ready)
-        if last is None:
-            raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
+                last = self._reduce(ready)
+        except (Exception, KeyboardInterrupt) as error:
+            if not self.agreed:
+                self.agreed = True
+                distributed.agree(error)
+            raise
+        assert last is not None
         return last, fresh
+
+    def _reduce(self, stats: Stats) -> Stats:
+        """The sum over ranks, after all have said that they come to it."""
+        self.agreed = True
+        distributed.agree()
+        self.agreed = False
+        return distributed.all_reduce(stats)
 
     def _end(self, ended: dict[int, Status], stats: Stats) -> Stats:
         """Retire replicas and drop them from the batch; returns the statistics of the others."""
@@ -265,13 +315,13 @@ class _Loop:
             stats = pytree.tree_map(lambda leaf: leaf[index], stats)
         return stats
 
-    def _retire(self, ids: Sequence[int], status: Status, evaluated: bool = True) -> None:
+    def _retire(self, ids: Sequence[int], status: Status) -> None:
         """Record how restarts ended, at the last parameters whose objective is known and sound."""
         for r in list(ids):
             run = self.runs[r]
             run.status = status
             twin = copy.deepcopy(self.twin)
-            if self.before is not None and (status in ("diverged", "nonfinite") or not evaluated):
+            if self.before is not None and (status in ("diverged", "nonfinite") or not self.judged):
                 twin.assign(self.before)
             run.model = twin.take_replicas(self.going.index(r)) if twin.replicas else twin
             sound = run.history[:-1] if status in ("diverged", "nonfinite") else run.history

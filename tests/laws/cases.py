@@ -293,7 +293,7 @@ def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.Ma
 
 
 def close(a: Tensor, b: Tensor, rtol: float = 1e-9, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False, equal_nan=False)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False, check_device=False, equal_nan=False)
 
 
 def _size(*leaves: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The laws of a factor, for every factor that exists."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -121,7 +122,9 @@ def test_weight_zero_is_absent_and_weight_two_is_twice(build, device: torch.devi
     weight = keep.to(expected).unsqueeze(-1)
     close_stats(factor.stats(batch, expected * weight), factor.stats(batch[keep], expected[keep]))
     twice = batch.map(lambda value: torch.cat([value, value[keep]]))
-    close_stats(factor.stats(batch, expected * (1 + weight)), factor.stats(twice, torch.cat([expected, expected[keep]])))
+    close_stats(
+        factor.stats(batch, expected * (1 + weight)), factor.stats(twice, torch.cat([expected, expected[keep]]))
+    )
 
 
 @every_factor()
@@ -378,8 +381,9 @@ def test_replicas_equal_each_alone(build, device: torch.device) -> None:
 @every_factor(only=lambda name: "scale1e" not in name and "shift50" not in name)
 def test_float32_near_float64(build, device: torch.device) -> None:
     case = build().to(device)
-    small, batch = copy.deepcopy(case.factor).float(), case.batch.with_x(
-        case.batch.x.float() if case.batch.x.is_floating_point() else case.batch.x
+    small, batch = (
+        copy.deepcopy(case.factor).float(),
+        case.batch.with_x(case.batch.x.float() if case.batch.x.is_floating_point() else case.batch.x),
     )
     value = small.log_prob(batch)
     assert value.dtype == torch.float32
@@ -447,7 +451,9 @@ def test_gaussian_floor_is_equivariant_to_units_of_each_column(kind: str) -> Non
 
 
 def maximum_floor(covariances: Tensor, unit: Tensor) -> float:
-    dense = torch.diag_embed(covariances) if covariances.shape == (2, 2) and bool((covariances > 0).all()) else covariances
+    dense = (
+        torch.diag_embed(covariances) if covariances.shape == (2, 2) and bool((covariances > 0).all()) else covariances
+    )
     return float(torch.linalg.eigvalsh(dense / (unit.sqrt().unsqueeze(-1) * unit.sqrt())).min())
 
 
@@ -521,8 +527,10 @@ def posterior_of(case: FactorCase) -> Stats:
 
 
 CONJUGATE = every_factor(
-    only=lambda name: name.startswith(tuple(c.__name__ for c in cases.concrete_factors() if issubclass(c, Conjugate)))
-    and not any(word in name for word in ("scale1e", "rank-1", "constant", "N1", "one-row", "N3"))
+    only=lambda name: (
+        name.startswith(tuple(c.__name__ for c in cases.concrete_factors() if issubclass(c, Conjugate)))
+        and not any(word in name for word in ("scale1e", "rank-1", "constant", "N1", "one-row", "N3"))
+    )
 )
 
 
@@ -572,6 +580,49 @@ def test_full_expected_density_is_the_textbook_formula(k: int) -> None:
     close(found, textbook, rtol=1e-9)
 
 
+def wishart(nu: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor]:
+    """E Λ and E log |Λ| (C. M. Bishop 2006, equations B.80 and B.81)."""
+    d = scatter.shape[-1]
+    index = torch.arange(1, d + 1, dtype=torch.float64)
+    spread = ((nu.unsqueeze(-1) + 1 - index) / 2).digamma().sum(-1)
+    return nu[..., None, None] * torch.linalg.inv(scatter), spread + d * math.log(2) - scatter.logdet()
+
+
+@pytest.mark.parametrize("kind", cases.COVARIANCE_TYPES)
+@pytest.mark.parametrize("d", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, 3])
+def test_expected_natural_parameters_in_closed_form(kind: str, d: int, k: int) -> None:
+    """Moments of normal–Wishart and normal–gamma posteriors, written for each structure from the textbook."""
+    g = cases.gaussian(k, d, kind)
+    posterior = posterior_of(FactorCase(g, Batch(cases.randn(30, d)), cases.soft(30, k)))
+    count, dof = posterior["count"], posterior["dof"]
+    mean = posterior["first"] / count.unsqueeze(-1)
+    outer = count[:, None, None] * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    eye = torch.eye(d, dtype=torch.float64)
+    if kind == "full":
+        precision, log_det = wishart(dof + d, posterior["second"] - outer)
+        slope = -precision / 2
+    elif kind == "tied":
+        precision, log_det = wishart(dof.sum() - k + d + 1, posterior["second"] - outer.sum(0))
+        slope, precision, log_det = -precision / 2, precision.expand(k, d, d), log_det.expand(k)
+    elif kind == "diag":
+        rate = (posterior["second"] - outer.diagonal(dim1=-2, dim2=-1)) / 2
+        shape = (dof.unsqueeze(-1) + 1) / 2
+        precision, log_det = torch.diag_embed(shape / rate), (shape.digamma() - rate.log()).sum(-1)
+        slope = -(shape / rate) / 2
+    else:
+        rate = (posterior["second"] - outer.diagonal(dim1=-2, dim2=-1).sum(-1)) / 2
+        shape = (d * dof - d) / 2 + 1
+        precision, log_det = (shape / rate)[:, None, None] * eye, d * (shape.digamma() - rate.log())
+        slope = -(shape / rate) / 2
+    natural = g.expected_natural(posterior)
+    linear = torch.einsum("kij,kj->ki", precision, mean)
+    close(natural["dof"], log_det / 2)
+    close(natural["second"], slope)
+    close(natural["first"], linear)
+    close(natural["count"], -(d / count + (linear * mean).sum(-1)) / 2)
+
+
 @pytest.mark.parametrize("kind", cases.COVARIANCE_TYPES)
 def test_marginal_likelihood_by_normalizers_is_the_integral(kind: str) -> None:
     """exp(A(prior + S) − A(prior)) integrates the likelihood of one number over mean and precision (quadrature)."""
@@ -580,7 +631,7 @@ def test_marginal_likelihood_by_normalizers_is_the_integral(kind: str) -> None:
     data = Batch(torch.tensor([[-0.5], [0.3], [1.9]], dtype=torch.float64))
     prior = g.stats(data, torch.ones(3, 1, dtype=torch.float64))
     seen = g.stats(x, torch.ones(1, 1, dtype=torch.float64))
-    ratio = (g.log_normalizer(prior + seen) - g.log_normalizer(prior)).exp() / (2 * torch.pi) ** 0.5
+    ratio = (g.log_normalizer(prior + seen) - g.log_normalizer(prior)).exp() / math.sqrt(2 * math.pi)
     mean = torch.linspace(-40, 40, 4001, dtype=torch.float64).unsqueeze(-1)
     log_precision = torch.linspace(-25, 8, 2001, dtype=torch.float64)
     lam = log_precision.exp()
@@ -592,5 +643,5 @@ def test_marginal_likelihood_by_normalizers_is_the_integral(kind: str) -> None:
         flat = {name: leaf.reshape(()) for name, leaf in s.items()}
         return log_density(**flat).flatten().logsumexp(0)
 
-    close(ratio.log().squeeze(), integral(prior + seen) - integral(prior) - 0.5 * torch.tensor(2 * torch.pi).double().log(),
-          rtol=1e-3, atol=1e-3)  # fmt: skip
+    evidence = integral(prior + seen) - integral(prior) - 0.5 * math.log(2 * math.pi)
+    close(ratio.log().squeeze(), evidence, rtol=1e-3, atol=1e-3)

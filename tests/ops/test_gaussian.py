@@ -164,7 +164,9 @@ def test_clip_is_at_the_floor_in_the_data_s_own_units(kind: str) -> None:
 # ---- rounding -----------------------------------------------------------------------------------------------------
 
 
-def observed_error(structure: ops.Structure, mean: Tensor, raw: Tensor, origin: Tensor, x: Tensor) -> tuple[float, float]:
+def observed_error(
+    structure: ops.Structure, mean: Tensor, raw: Tensor, origin: Tensor, x: Tensor
+) -> tuple[float, float]:
     """Largest error of the features route in float32 against differences in float64, and the bound on it."""
     low = [t.float() for t in (mean, raw, origin, x)]
     exact = [t.double() for t in low]
@@ -181,7 +183,9 @@ def observed_error(structure: ops.Structure, mean: Tensor, raw: Tensor, origin: 
     spread=st.sampled_from([0.1, 1.0, 2.5]),
     seed=st.integers(0, 10_000),
 )
-def test_rounding_bounds_the_error_of_the_features_route(kind: str, d: int, shift: float, spread: float, seed: int) -> None:
+def test_rounding_bounds_the_error_of_the_features_route(
+    kind: str, d: int, shift: float, spread: float, seed: int
+) -> None:
     """For points within three standard deviations of their mean, however ill conditioned the covariance."""
     k = 3
     structure = ops.STRUCTURES[kind]
@@ -214,7 +218,11 @@ def test_rounding_is_not_wildly_pessimistic(kind: str) -> None:
 def test_tight_clusters_far_apart_are_seen(kind: str) -> None:
     structure = ops.STRUCTURES[kind]
     raw = torch.full(structure.shape(2, 2), 0.0)
-    raw = raw.diagonal_scatter(torch.full((*raw.shape[:-2], 2), math.log(1e-4)), 0, -2, -1) if kind in ("full", "tied") else raw + math.log(1e-4)
+    raw = (
+        raw.diagonal_scatter(torch.full((*raw.shape[:-2], 2), math.log(1e-4)), 0, -2, -1)
+        if kind in ("full", "tied")
+        else raw + math.log(1e-4)
+    )
     mean = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
     assert float(ops.rounding(structure, mean, raw, torch.zeros(1, 2))) > 1.0
     assert float(ops.spread(structure, mean, raw, torch.zeros(1, 2))) == pytest.approx(1e4, rel=1e-5)

@@ -75,7 +75,9 @@ def test_clip_passes_what_is_not_finite_and_clips_the_rest(bad: float) -> None:
 
 def test_backward_through_what_is_not_finite_does_not_raise() -> None:
     """One lost replica must not end the derivative of the others."""
-    batch = torch.stack([torch.full((3, 3), torch.nan, dtype=torch.float64), symmetric([-1.0, 2.0, 3.0])]).requires_grad_()
+    batch = torch.stack(
+        [torch.full((3, 3), torch.nan, dtype=torch.float64), symmetric([-1.0, 2.0, 3.0])]
+    ).requires_grad_()
     (grad,) = torch.autograd.grad(linalg.clip_spectrum(batch, 0.5).sum(), [batch])
     assert grad[1].isfinite().all()
 

@@ -20,8 +20,11 @@ from torchem.stopping import verdict
         ([-10.0, -math.inf], "nonfinite"),
         ([math.nan], "nonfinite"),
         ([-10.0, -10.0], "converged"),
-        ([-10.0, -9.9999], "converged"),
-        ([-10.0, -9.0], None),
+        ([-11.0, -10.0, -9.9999], "converged"),
+        ([-12.0, -10.0, -9.0], None),
+        # The first rise, and one that is greater than the last, are no plateau however small.
+        ([-10.0, -9.9999], None),
+        ([-10.0, -9.9999, -9.9995], None),
         ([-10.0], None),
         ([], None),
     ],

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.regressions.common import COVARIANCE_TYPES, DTYPES, blobs, dense, fit, healthy, mixture, randn
+from tests.regressions.common import COVARIANCE_TYPES, DTYPES, blobs, dense, fit, healthy, mixture, rand, randn, rng
 
 
 def duplicates() -> torch.Tensor:
@@ -104,3 +104,16 @@ def test_many_components_on_few_rows(covariance_type: str, dtype: torch.dtype, d
         assert bool((smallest[result.floored] < 3e-6).all())
         healthy_ones = [k for k in range(96) if k not in result.floored]
         assert bool((smallest[healthy_ones] > 0.5e-6).all())
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "diag"])
+def test_rounding_is_no_spread(covariance_type: str, device: torch.device) -> None:
+    """The weighted mean of a constant is not always that constant: what is left must not be taken for its variance."""
+    for seed in range(20):
+        value = 10 ** float(12 * rand(1, seed=seed) - 6)
+        x = torch.cat([randn(29, 1, seed=seed), torch.full((29, 1), value, dtype=torch.float64)], -1)
+        model = mixture(1, 2, covariance_type, device=device)
+        result = fit(model, x.to(device), weights=torch.randint(0, 3, (29,), generator=rng(seed)), max_iter=2)
+        assert result.floored == [0]
+        variance = dense(model)[0].diagonal()
+        assert float(variance[1] / variance[0]) == pytest.approx(1e-6, rel=1e-3)

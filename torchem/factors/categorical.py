@@ -62,17 +62,21 @@ class Categorical(Factor, Conjugate):
 
     @probs.setter
     def probs(self, value: Any) -> None:
+        self.assign_probs(value, "probs")
+
+    def assign_probs(self, value: Any, argument: str) -> None:
+        """Set `probs` on behalf of the view ``argument``, which messages then name."""
         table = torch.as_tensor(value, dtype=torch.float64, device=self.device)
         if table.shape != self.logits.shape:
-            raise invalid("probs", f"shape {list(self.logits.shape)}", list(table.shape), "give one entry per cell")
+            raise invalid(argument, f"shape {list(self.logits.shape)}", list(table.shape), "give one entry per cell")
         if not bool(((table >= 0) & table.isfinite()).all()):
             raise invalid(
-                "probs", "finite probabilities of at least zero", "a negative or non-finite entry", "correct it"
+                argument, "finite probabilities of at least zero", "a negative or non-finite entry", "correct it"
             )
         gap = float((table.sum(-1) - 1).abs().max())
         if gap > 1e-4:
             raise invalid(
-                "probs", "rows that sum to one", f"a row that is off by {gap:.3g}", "divide each row by its sum"
+                argument, "rows that sum to one", f"a row that is off by {gap:.3g}", "divide each row by its sum"
             )
         self.support.copy_(table > 0)
         self.restricted = bool((table == 0).any())
@@ -173,8 +177,8 @@ class Categorical(Factor, Conjugate):
         return Stats(counts=torch.where(self.support, alpha.digamma() - total.digamma(), 0.0))
 
     def forbid(self, states: Tensor) -> None:
-        last = torch.where(states.all(-1, keepdim=True), False, states)
-        self.support, self.restricted = self.support & ~last, True
+        left = self.support & ~states
+        self.support, self.restricted = torch.where(left.any(-1, keepdim=True), left, self.support), True
 
     def n_parameters(self) -> int:
         free = self.support
@@ -192,6 +196,9 @@ class Categorical(Factor, Conjugate):
         small = Categorical(*shape).to(self.device, self.dtype)
         probs = self.probs.detach().to(torch.float64).index_select(axis, index)
         small.probs = probs / probs.sum(-1, keepdim=True)
+        mask = self.frozen("logits")
+        if mask is not None:
+            small.register_buffer("frozen_logits", mask.index_select(axis, index) if mask.dim() else mask)
         return small
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:

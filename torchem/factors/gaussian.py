@@ -1,7 +1,6 @@
 """Multivariate normal components with full, tied, diagonal or spherical covariances."""
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,14 +8,14 @@ from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.errors import invalid, one_of
-from torchem.factor import Conjugate, Factor, Kernel, Moments
+from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments
 from torchem.ops import gaussian as ops
 from torchem.stats import Stats
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 FloorType = Literal["relative", "absolute", "additive"]
 
-#: Largest bound on the rounding error of a log-density, in nats per feature, at which moments about one origin are used.
+#: Largest bound on the rounding of a log-density, in nats per feature, at which moments about one origin are used.
 _TOLERANCE = {torch.float64: 2.5e-10, torch.float32: 5e-4}
 #: A mean further than this many standard deviations from its origin asks for a new one.
 _REACH = 30.0
@@ -230,10 +229,19 @@ class Gaussian(Factor, Conjugate):
         mean, variance = moments.mean, moments.variance
         if mean.shape != (self._d,):
             return
-        # A constant column has no scale of its own; it takes that of the others, or of its value, or one.
-        spread = variance[variance > 0]
+        limit = torch.finfo(self.dtype)
+        size = mean.square() + variance
+        if not bool((size < limit.max * 1e-6).all()):
+            raise invalid(
+                "data", f"numbers whose squares are well within the range of {self.dtype}",
+                f"a column of size {float(size.sqrt().amax()):.3g}",
+                "rescale it" + ("" if self.dtype == torch.float64 else ", or use model.double()"),
+            )  # fmt: skip
+        # A constant column, or one too small to be squared, has no scale of its own; it takes that of the others, or of
+        # its value, or one.
+        noise = (mean.abs() * limit.eps).square() + limit.tiny * 1e6
+        spread = variance[variance > noise]
         fallback = spread.mean() if spread.numel() else (mean.square().amax() * 1e-12).clamp(min=1e-12)
-        noise = (mean.abs() * torch.finfo(self.dtype).eps).square()
         with torch.no_grad():
             self.unit = torch.where(variance > noise, variance, fallback).to(self.unit)
             self.origin = mean.to(self.origin).unsqueeze(0)
@@ -250,19 +258,23 @@ class Gaussian(Factor, Conjugate):
                 self.scale.data = self.structure.raw(clipped).to(self.scale)
 
     @torch.no_grad()
-    def tune(self, rows: int) -> Callable[[Stats], Stats] | None:
+    def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
+        retake = False
         if rows * self._k * self._d <= _SMALL:
             self.direct = True
-        elif self.origin.shape[-2] == 1:
+            # The check costs as much as an iteration of so small a fit.
+            if iteration % 8 and iteration & (iteration - 1):
+                return None
+        elif self.origin.numel() == self._d:  # one origin for all
             error = float(ops.rounding(self.structure, self.mean, self.scale, self.origin))
-            self.direct = not error <= _TOLERANCE.get(self.dtype, 0.0) * max(4, self._d)
-        if not self.direct or not float(ops.spread(self.structure, self.mean, self.scale, self.origin)) > _REACH:
-            return None
-        old, new = self.origin, self.mean.detach().clone()
-        if not bool(new.isfinite().all()):
-            return None
+            before, self.direct = self.direct, not error <= _TOLERANCE.get(self.dtype, 0.0) * max(4, self._d)
+            retake = self.direct and not before
+        new = self.mean.detach().clone()
+        if not self.direct or not float(ops.spread(self.structure, new, self.scale, self.origin)) > _REACH:
+            return Adjustment(retake=True) if retake else None
+        delta = (new - self.origin).to(torch.float64)
         self.origin, self.version = new, self.version + 1
-        return lambda stats: self._translated(stats, (new - old).to(torch.float64))
+        return Adjustment(lambda stats: self._translated(stats, delta), retake)
 
     def _translated(self, stats: Stats, delta: Tensor) -> Stats:
         """Statistics about an origin moved by ``delta``: t − nδ, tt − tδᵀ − δtᵀ + nδδᵀ."""
@@ -273,8 +285,11 @@ class Gaussian(Factor, Conjugate):
         return out
 
     def degenerate(self) -> Tensor | None:
-        least = self.structure.smallest(self.covariances.detach().to(torch.float64), self._unit(), self._k)
-        return least <= max(self.covariance_floor, 1e-15) * 1.001
+        unit = self._unit()
+        least = self.structure.smallest(self.covariances.detach().to(torch.float64), unit, self._k)
+        # What the parameters' own rounding makes of an eigenvalue at the floor.
+        largest = (self.structure.variances(self.scale.detach(), self._k, self._d) / unit).amax(-1)
+        return least <= max(self.covariance_floor, 1e-15) * 1.001 + 10 * torch.finfo(self.dtype).eps * largest
 
     # ---- conjugate prior: normal–inverse-Wishart and its diagonal kin ------------------------------------------
 
@@ -318,6 +333,10 @@ class Gaussian(Factor, Conjugate):
             small.scale.copy_(self.scale if self.covariance_type == "tied" else self.scale[index])
         small.origin = self.origin if self.origin.shape[0] == 1 else self.origin[index]
         small.unit, small.direct = self.unit, self.direct
+        for name in ("mean", "scale"):
+            mask = self.frozen(name)
+            if mask is not None:
+                small.register_buffer(f"frozen_{name}", mask[index] if mask.dim() else mask)
         return small
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -71,7 +71,7 @@ class Mixture(DiscreteModel):
 
     @weights.setter
     def weights(self, value: Any) -> None:
-        self._table().probs = value
+        self._table().assign_probs(value, "weights")
 
     def _table(self) -> Categorical:
         if not isinstance(self.mixing, Categorical):
@@ -144,10 +144,19 @@ class Mixture(DiscreteModel):
     def degenerate(self) -> Tensor | None:
         return self.component.degenerate()
 
-    def twins(self, batch: Batch) -> list[tuple[int, int]]:
-        values = self.component.log_potential(self.cast(batch))
-        same = (values.unsqueeze(-1) == values.unsqueeze(-2)).all(-3).tril(-1)
-        return [(int(j), int(i)) for i, j in same.nonzero().tolist()] if same.dim() == 2 else []
+    def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
+        if self.replicas or self.n_components > 128:
+            return []
+        joint = self.component.log_potential(self.cast(batch)).to(torch.float64)
+        gap = (joint.unsqueeze(-1) - joint.unsqueeze(-2)).abs()
+        if tolerance > 0:
+            # Only where one of the two is responsible does it matter whether they differ.
+            share = reduce.responsibilities(
+                self._joint({"mixing": self.mixing.log_table(batch), "component": joint}, batch)
+            )[1]
+            gap = torch.where((share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01, gap, 0.0)
+        same = ~(gap > tolerance).any(0) & joint.isfinite().all(0)
+        return [(j, i) for i, j in same.tril(-1).nonzero().tolist()]
 
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
         """Put the components ``which [*r, K]`` at observations ``index [*r, K]``, with an even share of the mass."""

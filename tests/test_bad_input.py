@@ -1,0 +1,387 @@
+"""Input that cannot be used: the type of the exception, and a message that names the argument, what was expected, what
+came, and what to do. Types are checked as users meet them, without the checks of annotations that tests run under."""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import torchem
+from tests.regressions.common import COVARIANCE_TYPES, as_users_run_it, blobs, mixture, same, started
+from torchem.errors import (
+    DegenerateComponent,
+    InvalidArgument,
+    InvalidFile,
+    InvalidType,
+    MissingExtra,
+    TorchemError,
+    describe,
+    one_of,
+    require,
+)
+from torchem.factors import Categorical, Gaussian
+
+#: ``argument: expected …, got …; remedy.``
+FORM = re.compile(r"(?s)^([^:\n]+): expected (.+), got (.+); (.+)[.?]$")
+
+
+@pytest.fixture(autouse=True)
+def _unchecked() -> Iterator[None]:
+    with as_users_run_it():
+        yield
+
+
+def x(n: int = 20) -> torch.Tensor:
+    return blobs(n, 2, 2)
+
+
+def told(error: pytest.ExceptionInfo[BaseException], argument: str, *words: str) -> None:
+    """The message has the form of the house, begins with the argument, and holds these words."""
+    message = str(error.value)
+    found = FORM.match(message)
+    assert found, message
+    assert found[1] == argument, message
+    for word in words:
+        assert word in message
+
+
+# ---- fit's options ------------------------------------------------------------------------------------------------
+
+OPTIONS: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("init", "kmean", ("'kmeans'", "did you mean")),
+    ("init", "nonsense", ("'hierarchical'", "choose one of them")),
+    ("init", 3, ("'kmeans++'", "3")),
+    ("restarts", 0, ("at least 1", "0")),
+    ("restarts", -2, ("at least 1", "-2")),
+    ("restarts", 1.5, ("whole number", "1.5")),
+    ("restarts", True, ("whole number", "True")),
+    ("restarts", "3", ("whole number", "'3'")),
+    ("max_iter", -1, ("at least 0", "-1")),
+    ("max_iter", 2.0, ("whole number", "2.0")),
+    ("max_iter", None, ("whole number", "None")),
+    ("tol", -1e-3, ("at least 0", "-0.001")),
+    ("tol", math.nan, ("finite", "nan")),
+    ("tol", math.inf, ("finite", "inf")),
+    ("tol", "small", ("finite number", "'small'")),
+    ("tol", None, ("finite number", "None")),
+    ("seed", -1, ("at least 0", "-1")),
+    ("seed", 1.0, ("whole number", "1.0")),
+    ("seed", "zero", ("whole number", "'zero'")),
+    ("batch_size", 0, ("positive whole number", "0")),
+    ("batch_size", 2.5, ("positive whole number", "2.5")),
+    ("batch_size", True, ("positive whole number", "True")),
+    ("batch_size", 21, ("at most 20", "21")),
+    ("dead", "prone", ("did you mean 'prune'",)),
+    ("dead", None, ("'respawn'", "None")),
+    ("device", "gpu", ("cpu", "'gpu'")),
+    ("device", "cuda:99", ("cuda:99",)),
+    ("accumulate", "full", ("Accumulator", "str")),
+    ("callbacks", 3, ("functions", "int")),
+    ("callbacks", [3], ("functions", "int")),
+    ("weights", "heavy", ("real numbers",)),
+    ("weights", torch.ones(19), ("[20]", "[19]")),
+    ("weights", -torch.ones(20), ("non-negative", "row 0")),
+    ("weights", torch.full((20,), math.nan), ("finite", "nan at row 0")),
+    ("weights", torch.zeros(20), ("at least one positive weight", "all zero")),
+    ("inputs", torch.ones(19, 1), ("[20, M]", "[19, 1]")),
+    ("inputs", torch.full((20, 1), math.inf), ("finite covariates",)),
+    ("inputs", torch.ones(20, 1, 1), ("[20, M]", "[20, 1, 1]")),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), OPTIONS, ids=[f"{n}={v}"[:40] for n, v, _ in OPTIONS])
+def test_options(name: str, value: Any, words: tuple[str, ...]) -> None:
+    model = started(x(), 2)
+    before = copy.deepcopy(model)
+    with pytest.raises((InvalidArgument, InvalidType)) as error:
+        torchem.fit(model, x(), **{name: value}, progress=False)
+    told(error, name, *words)
+    assert same(model, before)
+
+
+def test_restarts_from_given_parameters() -> None:
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(mixture(2, 2), x(), init=None, restarts=3)
+    told(error, "restarts", "1 when init=None", "3")
+
+
+def test_an_option_that_does_not_exist() -> None:
+    with pytest.raises(TypeError, match="max_iters"):
+        torchem.fit(mixture(2, 2), x(), max_iters=3)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(2, 2), Gaussian(2, 2), torchem.GaussianMixture, "gmm"])
+def test_not_a_model(model: Any) -> None:
+    with pytest.raises(TorchemError) as error:
+        torchem.fit(model, x())
+    told(error, "model", "torchem.GaussianMixture")
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+DATA: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
+    ("no rows", lambda: torch.empty(0, 2), InvalidArgument, ("at least one observation", "[0, 2]")),
+    ("no columns", lambda: torch.empty(4, 0), InvalidArgument, ("at least one feature", "[4, 0]")),
+    ("three axes", lambda: torch.zeros(2, 3, 2), InvalidArgument, ("[N, D]", "[2, 3, 2]")),
+    ("scalar", lambda: torch.tensor(1.0), InvalidArgument, ("[N, D]", "[]")),
+    ("columns", lambda: torch.zeros(5, 3), InvalidArgument, ("2 features", "3")),
+    ("a vector", lambda: torch.zeros(5), InvalidArgument, ("2 features", "1")),
+    ("few rows", lambda: torch.zeros(1, 2), InvalidArgument, ("at least as many observations as components (2)", "1")),
+    ("nan", lambda: x().index_fill(0, torch.tensor([3]), math.nan), InvalidArgument, ("NaN at row 3, column 0",)),
+    ("inf", lambda: x().index_fill(0, torch.tensor([3]), math.inf), InvalidArgument, ("inf at row 3, column 0",)),
+    ("-inf", lambda: x().index_fill(0, torch.tensor([3]), -math.inf), InvalidArgument, ("-inf at row 3, column 0",)),
+    ("complex", lambda: x().to(torch.complex64), InvalidType, ("real numbers", "complex64")),
+    ("text", lambda: np.array([["a", "b"]]), InvalidType, ("real numbers", "<U1")),
+    ("objects", lambda: np.array([[1, None]], dtype=object), InvalidType, ("real numbers", "object")),
+    ("dates", lambda: np.array([["2020-01-01"] * 2], dtype="datetime64[D]"), InvalidType, ("real numbers", "datetime")),
+    ("structured", lambda: np.zeros(3, [("a", float), ("b", float)]), InvalidType, ("real numbers", "'a'")),
+    ("complex array", lambda: x().numpy() + 0j, InvalidType, ("real numbers", "complex128")),
+    ("ragged", lambda: [[1.0, 2.0], [3.0]], InvalidArgument, ("rectangular", "equal length")),
+    ("sparse", lambda: torch.eye(2).to_sparse(), InvalidType, ("dense tensor",)),
+    ("None", lambda: None, InvalidType, ("tensor, array", "NoneType")),
+    ("number", lambda: 3, InvalidType, ("tensor, array", "int")),
+    ("function", lambda: len, InvalidType, ("tensor, array",)),
+    ("generator", lambda: (row for row in x()), InvalidType, ("pass over repeatedly", "generator")),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "words"), [row[1:] for row in DATA], ids=[row[0] for row in DATA])
+def test_data(make: Callable[[], Any], kind: type[Exception], words: tuple[str, ...]) -> None:
+    model = started(x(), 2)
+    before = copy.deepcopy(model)
+    with pytest.raises(kind) as error:
+        torchem.fit(model, make(), progress=False)
+    told(error, "data", *words)
+    assert same(model, before)
+
+
+#: What a fit alone can say, and where data come from that only a fit reads.
+_FIT_ONLY = {"few rows", "None", "number", "function", "generator"}
+_USES = ("log_prob", "posterior", "most_likely", "forward")
+
+
+@pytest.mark.parametrize("use", _USES)
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [row[1:] for row in DATA if row[0] not in _FIT_ONLY],
+    ids=[row[0] for row in DATA if row[0] not in _FIT_ONLY],
+)
+def test_data_of_a_model_in_use(use: str, make: Callable[[], Any], kind: type[Exception], words: tuple[str, ...]) -> None:
+    with pytest.raises(kind) as error:
+        getattr(started(x(), 2), use)(make())
+    told(error, "data", *words)
+
+
+@pytest.mark.parametrize("use", _USES)
+def test_a_model_in_use_is_not_given_nothing(use: str) -> None:
+    for nothing in (None, "text", object()):
+        with pytest.raises((InvalidType, InvalidFile)):
+            getattr(started(x(), 2), use)(nothing)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor([[0.5]]), torch.tensor([[-1]]), torch.tensor([[3]]), torch.tensor([[0, 1]])], ids=str
+)
+def test_categories(value: torch.Tensor) -> None:
+    model = torchem.Mixture(Categorical(2), Categorical(2, 3))
+    with pytest.raises(InvalidArgument) as error:
+        model.log_prob(value)
+    told(error, "data")
+
+
+@pytest.mark.parametrize("shape", [(19, 2), (20, 3), (20,)])
+def test_evidence(shape: tuple[int, ...]) -> None:
+    model = started(x(), 2)
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(model, torchem.Batch(x(), evidence=torch.zeros(shape)))
+    told(error, "evidence")
+
+
+def test_labels_that_forbid_everything() -> None:
+    evidence = torch.zeros(20, 2)
+    evidence[6] = -math.inf
+    with pytest.raises(InvalidArgument, match="row 6"):
+        torchem.fit(started(x(), 2), torchem.Batch(x(), evidence=evidence), init=None)
+
+
+# ---- constructors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"),
+    [
+        ("n_components", (0, 2), {}),
+        ("n_components", (-1, 2), {}),
+        ("n_components", (2.0, 2), {}),
+        ("n_components", ("2", 2), {}),
+        ("n_components", (True, 2), {}),
+        ("n_features", (2, 0), {}),
+        ("n_features", (2, None), {}),
+        ("covariance_type", (2, 2, "ful"), {}),
+        ("covariance_type", (2, 2, None), {}),
+        ("covariance_type", (2, 2, "banded"), {}),
+        ("covariance_floor", (2, 2), {"covariance_floor": -1.0}),
+        ("covariance_floor", (2, 2), {"covariance_floor": math.nan}),
+        ("covariance_floor", (2, 2), {"covariance_floor": math.inf}),
+        ("covariance_floor", (2, 2), {"covariance_floor": "tiny"}),
+        ("floor_type", (2, 2), {"floor_type": "relativ"}),
+    ],
+)
+def test_gaussian_mixture(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    for kind in (torchem.GaussianMixture, Gaussian):
+        with pytest.raises(InvalidArgument) as error:
+            kind(*arguments, **options)
+        told(error, name)
+
+
+def test_the_nearest_option_is_named() -> None:
+    with pytest.raises(InvalidArgument, match="did you mean 'full'"):
+        torchem.GaussianMixture(2, 2, "ful")  # pyright: ignore
+    with pytest.raises(InvalidArgument, match="did you mean 'spherical'"):
+        torchem.GaussianMixture(2, 2, "sphericl")  # pyright: ignore
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, -1), (2.0,), ("2",), (True, 2)])
+def test_categorical(shape: tuple[Any, ...]) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        Categorical(*shape)
+    told(error, "shape")
+
+
+def test_mixture_of_unequal_parts() -> None:
+    with pytest.raises(InvalidArgument) as error:
+        torchem.Mixture(Categorical(3), Gaussian(2, 2))
+    told(error, "component", "3 components", "2")
+
+
+@pytest.mark.parametrize("parts", [(Categorical(2), None), (None, Gaussian(2, 2)), (2, 2), ("a", "b")])
+def test_mixture_of_no_factors(parts: tuple[Any, Any]) -> None:
+    with pytest.raises((InvalidArgument, InvalidType)) as error:
+        torchem.Mixture(*parts)
+    told(error, "mixing" if not isinstance(parts[0], Categorical) else "component")
+
+
+# ---- views --------------------------------------------------------------------------------------------------------
+
+VIEWS: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("weights", [0.5, 0.6], ("sum to one", "0.1")),
+    ("weights", [1.5, -0.5], ("at least zero",)),
+    ("weights", [math.nan, 0.5], ("finite",)),
+    ("weights", [1.0], ("[2]", "[1]")),
+    ("weights", [[0.5, 0.5]], ("[2]", "[1, 2]")),
+    ("weights", "even", ("numbers",)),
+    ("weights", None, ("numbers",)),
+    ("means", [[0.0, 0.0]], ("[2, 2]", "[1, 2]")),
+    ("means", [[0.0, math.inf], [0.0, 0.0]], ("finite",)),
+    ("means", [[0.0, 0.0], [0.0]], ("numbers",)),
+    ("means", [["a", "b"], ["c", "d"]], ("numbers",)),
+    ("covariances", [[1.0, 1.0]], ("[2, 2, 2]", "full")),
+    ("covariances", [[[1.0, 0.5], [0.0, 1.0]]] * 2, ("symmetric", "(C + C.mT) / 2")),
+    ("covariances", [[[1.0, 2.0], [2.0, 1.0]]] * 2, ("positive definite",)),
+    ("covariances", [[[0.0, 0.0], [0.0, 0.0]]] * 2, ("positive definite",)),
+    ("covariances", [[[math.nan, 0.0], [0.0, 1.0]]] * 2, ("positive definite",)),
+    ("covariances", [[[math.inf, 0.0], [0.0, 1.0]]] * 2, ("positive definite",)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), VIEWS, ids=[f"{n}={v}"[:40] for n, v, _ in VIEWS])
+def test_views(name: str, value: Any, words: tuple[str, ...]) -> None:
+    model = started(x(), 2)
+    before = copy.deepcopy(model)
+    with pytest.raises((InvalidArgument, InvalidType)) as error:
+        setattr(model, name, value)
+    told(error, name, *words)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES[1:])
+def test_covariances_of_other_types(covariance_type: str) -> None:
+    model = started(x(), 2, covariance_type)
+    shape = tuple(model.covariances.shape)
+    for value in (torch.ones(3, 3, 3), -torch.ones(shape), torch.full(shape, math.nan), torch.zeros(shape)):
+        with pytest.raises(InvalidArgument) as error:
+            model.covariances = value
+        told(error, "covariances")
+
+
+@pytest.mark.parametrize(
+    ("names", "mask", "argument"),
+    [
+        (("mean",), None, "freeze"),
+        (("weights",), None, "freeze"),
+        (("means", "covariances"), [True, False], "mask"),
+        ((), [True, False], "mask"),
+        (("means",), [True, False, True], "mask"),
+        (("means",), [[True, False], [False, True]], "mask"),
+        (("means",), "all", "mask"),
+    ],
+)
+def test_freeze(names: tuple[str, ...], mask: Any, argument: str) -> None:
+    model = started(x(), 2)
+    with pytest.raises((InvalidArgument, InvalidType)) as error:
+        model.component.freeze(*names, mask=mask)
+    told(error, argument)
+    # Half a freeze is none.
+    assert model.component.frozen("mean") is None
+
+
+def test_unfreeze_what_is_no_view() -> None:
+    with pytest.raises(InvalidArgument, match="did you mean 'means'"):
+        started(x(), 2).component.unfreeze("mean")
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, "3", None, True])
+def test_sample(n: Any) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        started(x(), 2).sample(n)
+    told(error, "n", "whole number")
+
+
+@pytest.mark.parametrize("covariance_type", ["tied"])
+def test_a_mask_of_what_is_shared(covariance_type: str) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        started(x(), 2, covariance_type).component.freeze("covariances", mask=torch.tensor([True, False]))
+    told(error, "mask", "freeze it whole")
+
+
+# ---- the exceptions themselves ------------------------------------------------------------------------------------
+
+
+def test_exceptions_are_also_pythons_own() -> None:
+    """Code that knows nothing of torchem may catch them by what they are."""
+    pairs = [
+        (InvalidArgument, ValueError), (InvalidType, TypeError), (InvalidFile, ValueError),
+        (MissingExtra, ImportError), (DegenerateComponent, RuntimeError),
+    ]  # fmt: skip
+    for ours, pythons in pairs:
+        assert issubclass(ours, TorchemError)
+        assert issubclass(ours, pythons)
+
+
+def test_describe() -> None:
+    assert describe("tol", "a number", "'x'", "give 1e-3") == "tol: expected a number, got 'x'; give 1e-3."
+
+
+@pytest.mark.parametrize(("value", "end"), [("floo", "did you mean 'floor'?"), ("zzz", "choose one of them.")])
+def test_one_of(value: str, end: str) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        one_of("dead", value, ["floor", "raise"])
+    assert str(error.value) == f"dead: expected one of 'floor', 'raise', got {value!r}; {end}"
+    one_of("dead", "floor", ["floor", "raise"])
+
+
+def test_a_missing_extra_names_the_command() -> None:
+    with pytest.raises(MissingExtra, match=re.escape("pip install 'torchem[plot]'")):
+        require("a_module_that_is_not_there", "plot")
+    assert require("math", "plot") is math
+
+
+@pytest.mark.parametrize("name", ["Gaussianmixture", "fits", "GMM"])
+def test_a_name_that_torchem_does_not_have(name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        getattr(torchem, name)
