@@ -171,7 +171,9 @@ _USES = ("log_prob", "posterior", "most_likely", "forward")
     [row[1:] for row in DATA if row[0] not in _FIT_ONLY],
     ids=[row[0] for row in DATA if row[0] not in _FIT_ONLY],
 )
-def test_data_of_a_model_in_use(use: str, make: Callable[[], Any], kind: type[Exception], words: tuple[str, ...]) -> None:
+def test_data_of_a_model_in_use(
+    use: str, make: Callable[[], Any], kind: type[Exception], words: tuple[str, ...]
+) -> None:
     with pytest.raises(kind) as error:
         getattr(started(x(), 2), use)(make())
     told(error, "data", *words)

@@ -59,7 +59,9 @@ SOURCES = {
     "loader of a stream": lambda: DataLoader(Stream(), batch_size=7),
     "shuffling loader": lambda: DataLoader(TensorDataset(data()), batch_size=13, shuffle=True),
     "loader of arrays": lambda: DataLoader(Rows(), batch_size=20, collate_fn=lambda rows: torch.stack(rows).numpy()),
-    "loader of batches": lambda: DataLoader(Rows(), batch_size=20, collate_fn=lambda rows: torchem.Batch(torch.stack(rows))),
+    "loader of batches": lambda: DataLoader(
+        Rows(), batch_size=20, collate_fn=lambda rows: torchem.Batch(torch.stack(rows))
+    ),
     "tuple of columns": lambda: tuple(map(tuple, data().tolist())),
 }
 
@@ -87,7 +89,9 @@ def test_weights_come_with_the_rows(make: Any, rows: int, device: torch.device) 
     weight = 0.5 + rand(60)
     expected = reference(weights=weight)
     for source in (make(weight), DataLoader(make(weight), batch_size=rows)):
-        result = fit(started(data(), 2, device=device), source, batch_size=rows if isinstance(source, Dataset) else None, **FIXED)
+        result = fit(
+            started(data(), 2, device=device), source, batch_size=rows if isinstance(source, Dataset) else None, **FIXED
+        )
         assert gap(result.model, expected.model) < 1e-10
         assert result.history == pytest.approx(expected.history, rel=1e-10)
 

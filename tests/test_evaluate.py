@@ -13,7 +13,9 @@ from tests.regressions.common import COVARIANCE_TYPES, blobs, fit, mixture, rand
 from torchem.errors import InvalidArgument
 
 
-def fitted(covariance_type: str = "full", k: int = 3, device: torch.device | str = "cpu") -> tuple[torchem.GaussianMixture, Tensor]:
+def fitted(
+    covariance_type: str = "full", k: int = 3, device: torch.device | str = "cpu"
+) -> tuple[torchem.GaussianMixture, Tensor]:
     x = blobs(90, 2, 3, gap=3.0).to(device)
     model = mixture(k, 2, covariance_type, device=device)
     fit(model, x)
@@ -64,7 +66,10 @@ def test_one_component_has_no_entropy(device: torch.device) -> None:
 def test_integer_weights_are_repetition(device: torch.device) -> None:
     model, x = fitted(device=device)
     times = torch.arange(90) % 4
-    weighted, repeated = torchem.criteria(model, x, times), torchem.criteria(model, x.repeat_interleave(times.to(device), 0))
+    weighted, repeated = (
+        torchem.criteria(model, x, times),
+        torchem.criteria(model, x.repeat_interleave(times.to(device), 0)),
+    )
     for name in ("loglik", "n", "aic", "bic", "icl"):
         assert getattr(weighted, name) == pytest.approx(getattr(repeated, name), rel=1e-12), name
 

@@ -1,5 +1,6 @@
 """Starts: every method, for one run and for many at once, in any units, with weights, duplicates and too few rows."""
 
+import itertools
 import math
 from typing import Any
 
@@ -72,7 +73,9 @@ def test_random_shares_start_near_the_whole(covariance_type: str, device: torch.
 
 
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
-def test_random_from_data_takes_observations_and_the_datas_covariance(covariance_type: str, device: torch.device) -> None:
+def test_random_from_data_takes_observations_and_the_datas_covariance(
+    covariance_type: str, device: torch.device
+) -> None:
     x = randn(50, 2, seed=2) * torch.tensor([1.0, 5.0]) + 3
     model = mixture(4, 2, covariance_type, device=device)
     start(model, x, "random_from_data")
@@ -255,6 +258,20 @@ def test_seeds_reach_every_cluster_far_apart() -> None:
         assert sorted(index % 6 for index in row) == list(range(6))
 
 
+def test_seeds_are_as_good_as_scikit_learns() -> None:
+    """The best of several candidates: on average closer to the data than one drawn at random."""
+    from sklearn.cluster import kmeans_plusplus
+
+    x = randn(300, 2, seed=4)
+    ours = [x[row] for row in kmeans.seed(x, 12, [rng(s) for s in range(60)])]
+    theirs = [torch.from_numpy(kmeans_plusplus(x.numpy(), 12, random_state=s)[0]) for s in range(60)]
+    mean, peer = (
+        sum(float(torch.cdist(x, centers).amin(-1).square().sum()) for centers in group) / 60
+        for group in (ours, theirs)
+    )
+    assert mean == pytest.approx(peer, rel=0.05)
+
+
 def test_seeds_where_all_rows_are_equal() -> None:
     assert kmeans.seed(torch.ones(5, 2, dtype=torch.float64), 3, [rng()]).shape == (1, 3)
 
@@ -282,7 +299,7 @@ def test_lloyd_descends() -> None:
     values = [kmeans.lloyd(x, centers, i, weight) for i in (0, 1, 2, 5, 50)]
     for r in range(2):
         costs = [inertia(x, labels[r], 5, weight) for labels in values]
-        assert all(b <= a * (1 + 1e-12) for a, b in zip(costs, costs[1:], strict=False))
+        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(costs))
         assert costs[-1] < costs[0]
 
 

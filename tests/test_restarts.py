@@ -42,7 +42,12 @@ def test_each_restart_is_the_single_run_from_its_start(covariance_type: str, ini
     # Shares drawn at random lie near a saddle, where a coarse tolerance would stop all of them at once.
     options = {"tol": 1e-9 if init == "random" else 1e-4, "max_iter": 40}
     many = fit(
-        mixture(4, 2, covariance_type, device=device), data(device), restarts=4, init=init, callbacks=[starts], **options
+        mixture(4, 2, covariance_type, device=device),
+        data(device),
+        restarts=4,
+        init=init,
+        callbacks=[starts],
+        **options,
     )
     assert len(starts.models) == 4
     lengths = {len(history) for history in many.histories}
@@ -60,7 +65,13 @@ def test_each_restart_is_the_single_run_from_its_start(covariance_type: str, ini
 def test_in_every_mode(options: dict[str, Any], device: torch.device) -> None:
     starts = Starts()
     many = fit(
-        mixture(4, 2, device=device), data(device), restarts=4, init="random", max_iter=30, callbacks=[starts], **options
+        mixture(4, 2, device=device),
+        data(device),
+        restarts=4,
+        init="random",
+        max_iter=30,
+        callbacks=[starts],
+        **options,
     )
     for r, start in enumerate(starts.models):
         single = fit(start, data(device), init=None, max_iter=30, **options)
@@ -69,10 +80,8 @@ def test_in_every_mode(options: dict[str, Any], device: torch.device) -> None:
 
 def test_float32(device: torch.device) -> None:
     starts = Starts()
-    many = fit(
-        mixture(4, 2, dtype=torch.float32, device=device), data(device), restarts=4, init="random", tol=0.0, max_iter=10,
-        callbacks=[starts],
-    )  # fmt: skip
+    model = mixture(4, 2, dtype=torch.float32, device=device)
+    many = fit(model, data(device), restarts=4, init="random", tol=0.0, max_iter=10, callbacks=[starts])
     for r, start in enumerate(starts.models):
         single = fit(start, data(device), init=None, tol=0.0, max_iter=10)
         assert single.history == pytest.approx(many.histories[r], rel=1e-4)
@@ -131,13 +140,16 @@ def test_a_single_run_has_nothing_to_align(device: torch.device) -> None:
 def test_ties_go_to_the_first(device: torch.device) -> None:
     # One component has one optimum: the first restart is as good as any.
     first = fit(mixture(1, 2, device=device), data(device), restarts=4, seed=3)
-    assert same(first.model, fit(mixture(1, 2, device=device), data(device), seed=3).model) or gap(
-        first.model, fit(mixture(1, 2, device=device), data(device), seed=3).model
-    ) < 1e-12
+    assert (
+        same(first.model, fit(mixture(1, 2, device=device), data(device), seed=3).model)
+        or gap(first.model, fit(mixture(1, 2, device=device), data(device), seed=3).model) < 1e-12
+    )
 
 
 def test_more_restarts_are_never_worse(device: torch.device) -> None:
-    bounds = [fit(mixture(6, 2, device=device), data(device), restarts=r, init="random_from_data").bound for r in (1, 3, 8)]
+    bounds = [
+        fit(mixture(6, 2, device=device), data(device), restarts=r, init="random_from_data").bound for r in (1, 3, 8)
+    ]
     assert bounds[0] <= bounds[1] + 1e-9 * abs(bounds[1])
     assert bounds[1] <= bounds[2] + 1e-9 * abs(bounds[2])
 

@@ -79,15 +79,15 @@ class LatentModel(nn.Module, ABC):
         The size of a piece is a function of shapes, dtype and device type alone, never of free memory, so results
         repeat. Data that live on the host are copied to an accelerator through pinned memory, piece by piece.
         """
-        width = torch.finfo(self.dtype).bits // 8
-        rows = rows_per_piece(self.row_size() * width, self.device, self.memory_budget)
-        if batch.x.device == self.device:
+        device = self.device
+        rows = rows_per_piece(self.row_size() * self.dtype.itemsize, device, self.memory_budget)
+        if batch.x.device == device:
             yield from map(self.cast, batch.split(rows))
             return
         for piece in batch.split(rows):
-            if self.device.type == "cuda":
+            if device.type == "cuda":
                 piece = piece.map(Tensor.pin_memory)
-            yield self.cast(piece.to(self.device))
+            yield self.cast(piece.to(device))
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -103,8 +103,10 @@ class LatentModel(nn.Module, ABC):
 
     def assign(self, values: dict[str, Tensor]) -> None:
         """Set parameters by name: the one place where a fit writes. The old tensors are left untouched."""
+        factors = dict(self.slots())
         for path, value in values.items():
-            self.get_parameter(path).data = value.detach()
+            slot, _, name = path.rpartition(".")
+            factors[slot].get_parameter(name).data = value.detach()
 
     def snapshot(self) -> dict[str, Tensor]:
         """The current parameters by name, to `assign` again."""
@@ -285,9 +287,12 @@ class DiscreteModel(LatentModel):
         with declared_precision(self.device):
             return self._e_step(batch)
 
-    def _e_step(self, batch: Batch) -> Stats:
+    def _kernels(self) -> dict[str, Kernel]:
         tables = self.table_slots()
-        kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+        return {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+
+    def _e_step(self, batch: Batch) -> Stats:
+        kernels = self._kernels()
         log_likelihood: Tensor | None = None
         for piece in self.stream(batch):
             potentials = {slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}
@@ -312,9 +317,8 @@ class DiscreteModel(LatentModel):
     def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Tensor]) -> Tensor:
         """Apply a function of potentials to the data piece by piece and join the results along the rows."""
         batch = self.check(data) if isinstance(data, Batch) else self.batch(data)
-        tables = self.table_slots()
         with declared_precision(self.device):
-            kernels = {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+            kernels = self._kernels()
             parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(self.replicas))
 

@@ -343,6 +343,11 @@ def test_kernel_equals_log_prob_and_stats(build, device: torch.device) -> None:
         # The route over features cancels terms of the size that `rounding` bounds; shifts of 50 σ cost digits.
         close(torch.cat(found), value, rtol=1e-8, atol=1e-8)
         close_stats(kernel.stats(), stats, rtol=1e-9)
+        # What the pass remembers of Q is Q: up to terms free of θ for families that leave these out.
+        inner = kernel.inner()
+        close(inner, factor.expected_log_prob(stats), rtol=1e-8, atol=1e-8)
+        if isinstance(factor, (Gaussian, Categorical)):
+            close(inner, expected_sum(value, expected), rtol=1e-8, atol=1e-8)
 
 
 @every_factor()

@@ -375,6 +375,7 @@ def test_float32_near_float64(build, device: torch.device) -> None:
     stats = small.e_step(batch)
     assert all(leaf.dtype == torch.float64 for leaf in stats.leaves())
     close(stats["log_likelihood"], case.model.e_step(case.batch)["log_likelihood"], rtol=1e-5, atol=1e-3)
+    close(small.bound(stats), stats["log_likelihood"], rtol=1e-6, atol=1e-4)
 
 
 # ---- replicas -----------------------------------------------------------------------------------------------------

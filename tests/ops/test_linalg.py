@@ -115,6 +115,19 @@ def test_every_order_of_modes(values: list[float]) -> None:
     torch.testing.assert_close(torch.func.jacrev(torch.func.jacfwd(clipped))(matrix), second)
 
 
+def test_second_derivative_is_symmetric_in_both_directions() -> None:
+    """Asked of the bare matrix, whose own symmetry would otherwise hide it."""
+    matrix, a, b = symmetric([0.1, 0.6, 2.0]), symmetric([1.0, -1.0, 0.5], 1), symmetric([0.3, 2.0, -1.0], 2)
+
+    def slope(m: Tensor, along: Tensor) -> Tensor:
+        return torch.func.grad(lambda v: (linalg.clip_spectrum(v, 0.5) * along).sum())(m)
+
+    bend = torch.func.grad(lambda m: (slope(m, a) * b).sum())(matrix)
+    assert float(bend.abs().max()) > 0.01
+    torch.testing.assert_close(bend, bend.mT)
+    torch.testing.assert_close(bend, torch.func.grad(lambda m: (slope(m, b) * a).sum())(matrix))
+
+
 def test_derivatives_at_equal_eigenvalues_where_those_of_eigh_are_nan() -> None:
     matrix = (2 * torch.eye(3, dtype=torch.float64)).requires_grad_()
     direction = symmetric([1.0, -2.0, 0.5], 3)

@@ -1,5 +1,6 @@
 """Data and fits that the regressions share: generated from seeds on the host, then moved to a device."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,12 @@ def blobs(n: int, d: int, k: int, *, gap: float = 6.0, seed: int = 0) -> Tensor:
 
 
 def mixture(
-    k: int, d: int, covariance_type: str = "full", dtype: torch.dtype = torch.float64, device: Any = "cpu", **options: Any
+    k: int,
+    d: int,
+    covariance_type: str = "full",
+    dtype: torch.dtype = torch.float64,
+    device: Any = "cpu",
+    **options: Any,
 ) -> torchem.GaussianMixture:
     return torchem.GaussianMixture(k, d, covariance_type, **options).to(device, dtype)  # pyright: ignore
 
@@ -120,7 +126,7 @@ def gap(a: torch.nn.Module, b: torch.nn.Module) -> float:
 def largest_fall(history: Iterable[float]) -> float:
     """The largest fall of an objective between neighbours, relative to its size; 0 if it never falls."""
     values = list(history)
-    falls = [(a - b) / max(abs(a), 1e-300) for a, b in zip(values, values[1:], strict=False)]
+    falls = [(a - b) / max(abs(a), 1e-300) for a, b in itertools.pairwise(values)]
     assert all(map(math.isfinite, values))
     return max([0.0, *falls])
 

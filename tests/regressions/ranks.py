@@ -80,7 +80,9 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def _work(rank: int, world: int, ports: list[int], functions: Sequence[Callable[[int, int], Any]], results: Any) -> None:
+def _work(
+    rank: int, world: int, ports: list[int], functions: Sequence[Callable[[int, int], Any]], results: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -90,7 +92,11 @@ def _work(rank: int, world: int, ports: list[int], functions: Sequence[Callable[
         began = time.monotonic()
         try:
             dist.init_process_group(
-                "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
+                "gloo",
+                init_method=f"tcp://127.0.0.1:{port}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=PATIENCE),
             )
             outcome = Outcome(function(rank, world))
         except BaseException as error:  # noqa: BLE001  whatever it was, the test wants to see it

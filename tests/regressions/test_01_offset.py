@@ -12,9 +12,7 @@ OFFSETS = (1e2, 1e3, 1e4, 1e5)
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
 # Both routes of the E-step: differences for few rows, features about an origin for many.
 @pytest.mark.parametrize("rows", [600, 20_000])
-def test_float32_variances_at_an_offset(
-    covariance_type: str, offset: float, rows: int, device: torch.device
-) -> None:
+def test_float32_variances_at_an_offset(covariance_type: str, offset: float, rows: int, device: torch.device) -> None:
     x = (blobs(rows, 2, 2) + offset).float().to(device)
     single, double = (mixture(2, 2, covariance_type, dtype, device) for dtype in (torch.float32, torch.float64))
     result = fit(single, x)

@@ -22,7 +22,10 @@ def test_variance_is_the_floor(
     assert float(covariances.min()) >= 0.09
     assert float(covariances.max()) <= 0.11
     torch.testing.assert_close(
-        model.means.detach().cpu().double().sort(0).values, torch.tensor([[0.0], [9999.0]]).double(), rtol=1e-6, atol=1e-2
+        model.means.detach().cpu().double().sort(0).values,
+        torch.tensor([[0.0], [9999.0]]).double(),
+        rtol=1e-6,
+        atol=1e-2,
     )
     if floor_type == "absolute":
         assert result.floored == [0, 1]

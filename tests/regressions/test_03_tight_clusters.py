@@ -36,7 +36,9 @@ def test_tight_clusters(covariance_type: str, rows: int, dtype: torch.dtype, dev
     torch.testing.assert_close(
         model.means.detach().double().cpu()[order], means[wanted], rtol=1e-7, atol=1e-9 if tolerance < 1e-6 else 1e-2
     )
-    torch.testing.assert_close(model.weights.detach().cpu().double(), torch.full((3,), 1 / 3).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.weights.detach().cpu().double(), torch.full((3,), 1 / 3).double(), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)

@@ -29,7 +29,13 @@ def test_objective_never_falls(covariance_type: str, make: object, device: torch
     for seed in DATA_SEEDS:
         x = make(seed).to(device)  # pyright: ignore[reportCallIssue]
         result = fit(
-            mixture(5, 2, covariance_type, device=device), x, restarts=RESTARTS, tol=0.0, max_iter=30, seed=seed, init="random"
+            mixture(5, 2, covariance_type, device=device),
+            x,
+            restarts=RESTARTS,
+            tol=0.0,
+            max_iter=30,
+            seed=seed,
+            init="random",
         )
         assert result.statuses == ["max_iter"] * RESTARTS
         for history in result.histories:

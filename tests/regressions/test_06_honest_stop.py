@@ -54,9 +54,7 @@ def scripted(*script: float, device: torch.device) -> Scripted:
     return model
 
 
-@pytest.mark.parametrize(
-    ("bad", "status"), [(-500.0, "diverged"), (math.nan, "nonfinite"), (math.inf, "nonfinite")]
-)
+@pytest.mark.parametrize(("bad", "status"), [(-500.0, "diverged"), (math.nan, "nonfinite"), (math.inf, "nonfinite")])
 def test_a_bad_step_is_named_and_undone(bad: float, status: str, device: torch.device) -> None:
     x = blobs(20, 1, 2).to(device)
     model = scripted(-30.0, -20.0, -10.0, bad, device=device)

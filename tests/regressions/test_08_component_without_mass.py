@@ -7,7 +7,9 @@ import torchem
 from tests.regressions.common import COVARIANCE_TYPES, DTYPES, blobs, dense, fit, healthy, mixture
 
 
-def away(covariance_type: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torchem.GaussianMixture]:
+def away(
+    covariance_type: str, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torchem.GaussianMixture]:
     """Two components on the data and one at a thousand standard deviations."""
     x = blobs(100, 2, 2).to(dtype).to(device)
     model = mixture(3, 2, covariance_type, dtype, device)
@@ -59,3 +61,17 @@ def test_a_row_beyond_the_reach_of_the_exponent(dtype: torch.dtype, device: torc
     result = fit(model, x, init=None)
     healthy(model)
     assert result.status in ("converged", "max_iter")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_a_component_that_is_forbidden(covariance_type: str, dtype: torch.dtype, device: torch.device) -> None:
+    # Of weight zero amid the data: there is nothing to estimate from, though its place would suit.
+    x = blobs(100, 2, 2).to(dtype).to(device)
+    model = mixture(3, 2, covariance_type, dtype, device)
+    model.weights, model.means = [0.5, 0.5, 0.0], [[0.0, 0.0], [6.0, -6.0], [1.0, -2.0]]
+    result = fit(model, x, init=None)
+    healthy(model)
+    assert result.dead == [2]
+    assert model.weights.tolist()[2] == 0.0
+    assert model.means.tolist()[2] == [1.0, -2.0]

@@ -157,7 +157,7 @@ def test_the_budget_is_the_users(device: torch.device) -> None:
 
 
 def _limit(device: torch.device) -> int:
-    """Elements that no tensor may have: N × K; on an accelerator pieces may legitimately be as large as their budget."""
+    """Elements that no tensor may have: N × K; on an accelerator a piece may be as large as its budget."""
     return N * K if device.type == "cpu" else max(N * K + 1, PIECE[device.type] // 4)
 
 

@@ -69,7 +69,10 @@ def test_loader(rows: int, shuffle: bool, device: torch.device) -> None:
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
 def test_order_of_rows(covariance_type: str, device: torch.device) -> None:
     x = data()[torch.randperm(N, generator=rng(4))]
-    agree(fit(started(data(), 3, covariance_type, device=device), x.to(device), **FIXED), reference(covariance_type, device))
+    agree(
+        fit(started(data(), 3, covariance_type, device=device), x.to(device), **FIXED),
+        reference(covariance_type, device),
+    )
 
 
 def test_order_of_batches(device: torch.device) -> None:
@@ -105,7 +108,13 @@ LAYOUTS: dict[int, dict[str, list[int]]] = {
 
 def _summary(result: torchem.Result) -> dict[str, Any]:
     state = {name: value.tolist() for name, value in parameters(result.model).items()}
-    return {"history": result.history, "bound": result.bound, "state": state, "status": result.status, "n": result.n_iter}
+    return {
+        "history": result.history,
+        "bound": result.bound,
+        "state": state,
+        "status": result.status,
+        "n": result.n_iter,
+    }
 
 
 def _shard(ends: list[int], rank: int) -> slice:

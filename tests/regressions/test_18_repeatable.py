@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,21 @@ from tests.regressions.common import COVARIANCE_TYPES, as_users_run_it, blobs, f
 from torchem.errors import ConvergenceWarning
 
 INITS = ["auto", "kmeans++", "kmeans", "random", "random_from_data", "hierarchical"]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA bits repeat where the user asks torch for deterministic kernels; on CPU they repeat anyway."""
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        # Matrix products are deterministic within one stream; the variable that torch asks for is set too early for us.
+        warnings.filterwarnings("ignore", ".*deterministic.*", UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(before)
 
 
 def run(device: torch.device, k: int = 4, covariance_type: str = "full", **options: Any) -> torchem.Result:

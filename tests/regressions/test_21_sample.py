@@ -17,7 +17,7 @@ def target(covariance_type: str, dtype: torch.dtype, device: torch.device) -> to
     full = torch.tensor([[[9.0, 4.0], [4.0, 4.0]], [[0.25, -0.2], [-0.2, 1.0]], [[81.0, 0.0], [0.0, 0.5]]])
     model.weights, model.means = [0.5, 0.2, 0.3], [[0.0, 0.0], [20.0, -5.0], [-60.0, 7.0]]
     model.covariances = {
-        "full": full, "tied": full[0], "diag": full.diagonal(dim1=-2, dim2=-1), "spherical": torch.tensor([9.0, 0.25, 81.0])
+        "full": full, "tied": full[0], "diag": full.diagonal(dim1=-2, dim2=-1), "spherical": [9.0, 0.25, 81.0],
     }[covariance_type]  # fmt: skip
     return model
 
@@ -64,9 +64,12 @@ def test_density_of_draws_in_one_dimension(covariance_type: str, device: torch.d
     """Kolmogorov–Smirnov against the integral of exp log_prob."""
     model = mixture(2, 1, covariance_type, device=device)
     model.weights, model.means = [0.3, 0.7], [[-4.0], [2.0]]
-    model.covariances = {"full": [[[9.0]], [[0.25]]], "tied": [[9.0]], "diag": [[9.0], [0.25]], "spherical": [9.0, 0.25]}[
-        covariance_type
-    ]
+    model.covariances = {
+        "full": [[[9.0]], [[0.25]]],
+        "tied": [[9.0]],
+        "diag": [[9.0], [0.25]],
+        "spherical": [9.0, 0.25],
+    }[covariance_type]
     x = draw(model)[0][:, 0].sort().values.cpu()
     grid = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
     density = model.log_prob(grid.unsqueeze(-1).to(device)).detach().exp().cpu()

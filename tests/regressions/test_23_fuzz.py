@@ -147,7 +147,7 @@ BAD: dict[str, Callable[[], Any]] = {
     "no rows": lambda: torch.empty(0, 2),
     "no columns": lambda: torch.empty(5, 0),
     "nothing": lambda: torch.empty(0),
-    "empty list": lambda: [],
+    "empty list": list,
     "list of empties": lambda: [[], []],
     "scalar": lambda: torch.tensor(1.0),
     "number": lambda: 3.0,
@@ -168,7 +168,7 @@ BAD: dict[str, Callable[[], Any]] = {
     "object": lambda: object(),
     "function": lambda: len,
     "mapping": lambda: {"a": [1.0, 2.0], "b": [3.0, 4.0]},
-    "empty mapping": lambda: {},
+    "empty mapping": dict,
     "set": lambda: {1.0, 2.0},
     "bytes": lambda: b"abc",
     "iterator": lambda: iter([torch.zeros(4, 2)]),
@@ -191,6 +191,14 @@ def test_what_cannot_be_read_is_refused(name: str, device: torch.device) -> None
     assert gap(model, before) == 0
 
 
+def attempt(model: torchem.LatentModel, data: Any, **options: Any) -> torchem.Result | TorchemError:
+    """What a fit comes to, an exception that torchem documents included; any other is raised."""
+    try:
+        return fit(model, data, **options)
+    except TorchemError as error:
+        return error
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("exponent", [-300, -150, -40, -20, 15, 30, 39, 150, 300])
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
@@ -201,10 +209,9 @@ def test_sizes_at_the_ends_of_the_range(
     x = PLAIN * 10.0**exponent
     model = mixture(2, 2, covariance_type, dtype, device)
     before = copy.deepcopy(model.state_dict())
-    try:
-        result = fit(model, x)
-    except TorchemError as error:
-        assert str(error).startswith("data: expected ")
+    result = attempt(model, x)
+    if isinstance(result, TorchemError):
+        assert str(result).startswith("data: expected ")
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         # No excuse where squares are far from the ends.
         assert abs(exponent) >= (15 if dtype == torch.float32 else 150)
@@ -217,9 +224,11 @@ def test_sizes_at_the_ends_of_the_range(
 def _arrays() -> st.SearchStrategy[np.ndarray]:
     shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=12)
     kinds = st.one_of(
-        hnp.floating_dtypes(endianness="?"), hnp.integer_dtypes(endianness="?"), hnp.unsigned_integer_dtypes(endianness="?"),
+        hnp.floating_dtypes(endianness="?"),
+        hnp.integer_dtypes(endianness="?"),
+        hnp.unsigned_integer_dtypes(endianness="?"),
         hnp.boolean_dtypes(),
-    )  # fmt: skip
+    )
     return kinds.flatmap(lambda dtype: hnp.arrays(dtype, shapes))
 
 
@@ -231,10 +240,9 @@ def test_any_array(x: np.ndarray, k: int, index: int, flip: bool, restarts: int)
     value = x[::-1] if flip and x.ndim else x
     before = value.copy()
     model = mixture(k, d, COVARIANCE_TYPES[index])
-    try:
-        result = fit(model, value, max_iter=5, restarts=restarts)
-    except TorchemError as error:
-        assert "; " in str(error)
+    result = attempt(model, value, max_iter=5, restarts=restarts)
+    if isinstance(result, TorchemError):
+        assert "; " in str(result)
     else:
         assert math.isfinite(result.bound)
         healthy(model)

@@ -260,11 +260,11 @@ class Gaussian(Factor, Conjugate):
     @torch.no_grad()
     def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
         retake = False
-        if rows * self._k * self._d <= _SMALL:
+        small = rows * self._k * self._d <= _SMALL
+        if small and iteration % 8 and iteration & (iteration - 1):
+            return None  # the check costs as much as an iteration of so small a fit
+        if small or self.structure.prefers_differences(self._k * max(1, *self.replicas, 1), self._d):
             self.direct = True
-            # The check costs as much as an iteration of so small a fit.
-            if iteration % 8 and iteration & (iteration - 1):
-                return None
         elif self.origin.numel() == self._d:  # one origin for all
             error = float(ops.rounding(self.structure, self.mean, self.scale, self.origin))
             before, self.direct = self.direct, not error <= _TOLERANCE.get(self.dtype, 0.0) * max(4, self._d)

@@ -93,6 +93,10 @@ class Structure(ABC):
         """Inverse factor of a quadratic term that all components share, if there is one."""
         return None
 
+    def prefers_differences(self, k: int, d: int) -> bool:
+        """Whether differences are faster than features for ``k`` components of ``d`` columns."""
+        return False
+
     # -- direct route --------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -221,6 +225,11 @@ class Full(Structure):
         p = next(p for p in range(1, product.shape[-1] + 1) if p * (p // 2 + 1) == product.shape[-1])
         gram = product[..., _pairs(p, str(product.device))[2]].unflatten(-1, (p, p))
         return gram[..., 0, 0], gram[..., 0, 1:], gram[..., 1:, 1:]
+
+    def prefers_differences(self, k: int, d: int) -> bool:
+        # D²/2 features are made once per row, K·D differences need none of them: measured on CPU, for D from 8 to 256
+        # and both dtypes, the two cost the same near this line.
+        return k <= 4 + d // 8
 
     def root(self, raw: Tensor) -> Tensor:
         return linalg.inverse_factor(linalg.from_log_cholesky(raw))
