@@ -38,6 +38,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def _routes_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rounding alone choose a Gaussian's route, so that small cases take the one of large problems too."""
+    from torchem.ops.gaussian import STRUCTURES
+
+    for structure in STRUCTURES.values():
+        monkeypatch.setattr(type(structure), "prefers_differences", lambda self, k, d: False)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
     torch.manual_seed(0)

@@ -31,7 +31,9 @@ class Source:
     """
 
     def __init__(self, model: LatentModel, data: Any, batch_size: int | None = None, weight: Any = None, u: Any = None):
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and (
+            not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
+        ):
             raise invalid(
                 "batch_size", "a positive whole number", repr(batch_size), "give the rows of a batch, or None"
             )

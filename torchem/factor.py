@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch
+from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.ops.dispatch import rows_per_piece
 from torchem.stats import Stats
@@ -264,7 +264,7 @@ class Factor(nn.Module, ABC):
 
     def gather(self, batch: Batch, expected: Tensor) -> Stats:
         """`stats` of a batch of rows, piece by piece, so that memory stays bounded."""
-        width = torch.finfo(self.dtype).bits // 8 * max(1, *self.replicas, 1)
+        width = self.dtype.itemsize * max(1, *self.replicas, 1)
         rows = rows_per_piece(self.row_size() * width, self.device)
         starts = range(0, max(1, len(batch)), rows)
         parts = (self.stats(batch[i : i + rows], expected[..., i : i + rows, :]) for i in starts)
@@ -336,7 +336,7 @@ class Factor(nn.Module, ABC):
             raise invalid("mask", "exactly one name to apply to", f"{len(names)} names", "freeze them one by one")
         for name in names or tuple(self.views):
             parameter = self.views[name]
-            rule = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask, dtype=torch.bool)
+            rule = torch.ones((), dtype=torch.bool) if mask is None else as_tensor(mask, "mask").to(torch.bool)
             self.check_mask(name, rule)
             self.register_buffer(f"frozen_{parameter}", rule.to(self.device))
         return self

@@ -55,7 +55,7 @@ def start(
         )
     batch = model.cast(sample)
     if method == "random_from_data":
-        index = torch.stack([_distinct(sample, n_states, g) for g in generators]).to(sample.x.device)
+        index = torch.stack([_different(sample, n_states, g) for g in generators]).to(sample.x.device)
         model.initialize_at(batch, index if model.replicas else index[0])
         return
     if method == "random":
@@ -76,6 +76,16 @@ def _shares(n: int, k: int, generator: torch.Generator) -> Tensor:
     """Rows drawn uniformly from the simplex: normalised exponentials."""
     draws = -torch.rand(n, k, generator=generator, dtype=torch.float64).clamp(min=1e-300).log()
     return draws / draws.sum(-1, keepdim=True)
+
+
+def _different(sample: Batch, k: int, generator: torch.Generator) -> Tensor:
+    """Random rows that differ in value, as far as there are as many: components that start equal stay equal."""
+    weight = torch.ones(len(sample)) if sample.weight is None else sample.weight.cpu()
+    draw = _distinct(sample, max(k, int((weight > 0).sum())), generator)
+    place = sample.x[draw.to(sample.x.device)].unique(dim=0, return_inverse=True)[1].cpu()
+    turn = torch.arange(len(draw))
+    first = torch.full((int(place.max()) + 1,), len(draw)).scatter_reduce(0, place, turn, "amin").sort().values
+    return draw[first[:k]] if len(first) >= k else draw[:k]
 
 
 def _distinct(sample: Batch, k: int, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torchem import distributed, initialize, stopping
 from torchem.accumulate import Accumulator, FullBatch
 from torchem.data import Source, Survey
-from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn
+from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
 from torchem.model import LatentModel
 from torchem.ops.dispatch import declared_precision
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
@@ -77,6 +77,10 @@ class Trainer:
         callbacks: Iterable[Callable[[Progress], Any]] = (),
         progress: bool = True,
     ):
+        if accumulate is not None and not isinstance(accumulate, Accumulator):
+            raise wrong_type("accumulate", "an Accumulator (reset, push, flush, translate)", accumulate, "pass for example torchem.FullBatch()")
+        if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
+            raise wrong_type("callbacks", "an iterable of functions", callbacks, "pass for example [print]")
         self.accumulate = FullBatch() if accumulate is None else accumulate
         if init is not None:
             one_of("init", init, ("auto", *initialize.METHODS))
@@ -92,8 +96,7 @@ class Trainer:
             raise invalid("restarts", "1 when init=None", restarts, "set init: equal starts end equal")
         self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
         self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
-        self.device = None if device is None else torch.device(device)
-        self.callbacks = tuple(callbacks)
+        self.device, self.callbacks = _device(device), callbacks
 
     # ---- the outside ------------------------------------------------------------------------------------------
 
@@ -133,9 +136,29 @@ class Trainer:
                 if runs[-1].status == "interrupted":
                     break
             result = report(model, runs, survey, k)
-        report_end(result, self.tol, blind=self.init in (None, "random"))
+        report_end(result, self.tol, blind=self.init in (None, "random", "random_from_data"))
         result.seconds = time.perf_counter() - began
         return result
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    """The device meant, if it is there.
+
+    Raises:
+        InvalidArgument: If there is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise invalid("device", "a device such as 'cpu' or 'cuda'", repr(device), "correct its name") from error
+    present = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= present:
+        raise invalid(
+            "device", f"one of {present} CUDA devices", repr(str(found)), "leave it out to stay where the model is"
+        )
+    return found
 
 
 def n_states(model: LatentModel) -> int:

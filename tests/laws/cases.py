@@ -122,6 +122,8 @@ def _categorical_cases() -> Iterator[tuple[str, Callable[[], FactorCase]]]:
 
 
 def _offered(kind: type) -> list[tuple[Factor, Batch]]:
+    if kind is Gaussian:
+        return [(gaussian(3, 2, c), Batch(2 * randn(20, 2, seed=5))) for c in COVARIANCE_TYPES]
     return list(getattr(kind, "examples", lambda: [kind.example()])())  # pyright: ignore
 
 

@@ -19,6 +19,8 @@ from torchem.batch import Batch
 from torchem.model import LatentModel
 from torchem.stats import Stats
 
+pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
+
 
 class Stochastic:
     """S ← (1 − ρ) S + ρ · scale · s_b (O. Cappé, E. Moulines 2009)."""

@@ -16,6 +16,7 @@ from torchem.batch import Batch, concatenate
 from torchem.model import DiscreteModel, LatentModel
 from torchem.models import GaussianMixture
 
+pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
 ROOMY = every_model(only=lambda name: "N1" not in name)
 
 

@@ -58,8 +58,8 @@ def test_objective_never_falls_from_clusters_and_points(
 
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
 def test_objective_never_falls_on_the_features_route(covariance_type: str, device: torch.device) -> None:
-    x = blobs(12_000, 3, 4, gap=2.0).to(device)
-    model = mixture(4, 3, covariance_type, device=device)
+    x = blobs(12_000, 3, 6, gap=2.0).to(device)
+    model = mixture(6, 3, covariance_type, device=device)
     result = fit(model, x, tol=0.0, max_iter=25)
     assert model.component.direct is False
     assert largest_fall(result.history) <= 1e-9

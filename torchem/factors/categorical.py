@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch
+from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid
 from torchem.factor import Conjugate, Factor
 from torchem.stats import Stats
@@ -42,7 +42,7 @@ class Categorical(Factor, Conjugate):
 
     def __init__(self, *shape: int):
         super().__init__()
-        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+        if not shape or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in shape):
             raise invalid("shape", "one or more positive sizes", shape, "give (K,) for weights or (K, M) for a table")
         self.shape = tuple(shape)
         self.new_parameter("logits", torch.zeros(shape))
@@ -66,7 +66,7 @@ class Categorical(Factor, Conjugate):
 
     def assign_probs(self, value: Any, argument: str) -> None:
         """Set `probs` on behalf of the view ``argument``, which messages then name."""
-        table = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        table = as_tensor(value, argument).to(self.device, torch.float64)
         if table.shape != self.logits.shape:
             raise invalid(argument, f"shape {list(self.logits.shape)}", list(table.shape), "give one entry per cell")
         if not bool(((table >= 0) & table.isfinite()).all()):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch
+from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments
 from torchem.ops import gaussian as ops
@@ -118,7 +118,7 @@ class Gaussian(Factor, Conjugate):
 
     @means.setter
     def means(self, value: Any) -> None:
-        means = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        means = as_tensor(value, "means").to(self.device, torch.float64)
         if means.shape != self.mean.shape:
             raise invalid("means", f"shape {list(self.mean.shape)}", list(means.shape), "give one row per component")
         if not bool(means.isfinite().all()):
@@ -135,7 +135,7 @@ class Gaussian(Factor, Conjugate):
 
     @covariances.setter
     def covariances(self, value: Any) -> None:
-        covariances = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        covariances = as_tensor(value, "covariances").to(self.device, torch.float64)
         if covariances.shape != self.scale.shape:
             raise invalid(
                 "covariances", f"shape {list(self.scale.shape)} ({self.covariance_type})", list(covariances.shape),
@@ -239,7 +239,7 @@ class Gaussian(Factor, Conjugate):
             )  # fmt: skip
         # A constant column, or one too small to be squared, has no scale of its own; it takes that of the others, or of
         # its value, or one.
-        noise = (mean.abs() * limit.eps).square() + limit.tiny * 1e6
+        noise = (64 * limit.eps * mean.abs()).square() + limit.tiny * 1e6
         spread = variance[variance > noise]
         fallback = spread.mean() if spread.numel() else (mean.square().amax() * 1e-12).clamp(min=1e-12)
         with torch.no_grad():

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch
-from torchem.errors import invalid
+from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -42,6 +42,9 @@ class Mixture(DiscreteModel):
 
     def __init__(self, mixing: Factor, component: Factor):
         super().__init__()
+        for name, factor in (("mixing", mixing), ("component", component)):
+            if not isinstance(factor, Factor):
+                raise wrong_type(name, "a torchem factor", factor, "pass for example factors.Categorical(K)")
         classes = mixing.shape[-1] if isinstance(mixing, Categorical) else component.n_components
         if component.n_components is not None and classes != component.n_components:
             raise invalid(
@@ -108,7 +111,7 @@ class Mixture(DiscreteModel):
     @torch.no_grad()
     def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
         """Draw ``n`` observations ``[n, D]``, and their components ``[n]`` when ``latents`` is True."""
-        if not isinstance(n, int) or n < 0:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
         table = self.mixing.log_table(Batch(torch.empty(n, 0, device=self.device))).exp()
         if table.shape[0] == 1:
