@@ -78,7 +78,12 @@ class Trainer:
         progress: bool = True,
     ):
         if accumulate is not None and not isinstance(accumulate, Accumulator):
-            raise wrong_type("accumulate", "an Accumulator (reset, push, flush, translate)", accumulate, "pass for example torchem.FullBatch()")
+            raise wrong_type(
+                "accumulate",
+                "an Accumulator (reset, push, flush, translate)",
+                accumulate,
+                "pass for example torchem.FullBatch()",
+            )
         if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
             raise wrong_type("callbacks", "an iterable of functions", callbacks, "pass for example [print]")
         self.accumulate = FullBatch() if accumulate is None else accumulate
@@ -248,7 +253,8 @@ class _Loop:
             bar.update(1)
             bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
         now = Progress(iteration, values, self.twin, list(self.going))
-        answers = [callback(now) for callback in self.options.callbacks]
+        # A pass made again at the same parameters is told of once.
+        answers = [] if self.retake else [callback(now) for callback in self.options.callbacks]
         # Ranks stop together: what one of them wants, the next pass tells the others.
         self.stopping = self.stopping or (any(answers) and distributed.active())
         if any(answers) and not distributed.active():
@@ -259,8 +265,9 @@ class _Loop:
             return False
         self.before, self.judged = self.twin.snapshot(), False
         self.twin.m_step(stats)
-        self._heal(stats, total)
         self._tune(iteration)
+        if not self.retake:
+            self._heal(stats, total)
         return True
 
     def _tune(self, iteration: int) -> None:

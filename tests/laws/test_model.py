@@ -580,7 +580,11 @@ COMPILED = every_model(only=lambda name: name.endswith(("K3-D2-N60", "Mixture-Ca
 
 @COMPILED
 @pytest.mark.usefixtures("_unchecked")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:The .grad attribute:UserWarning",
+    "ignore:.*_prims_common:FutureWarning",
+)
 def test_log_prob_compiles(build, device: torch.device) -> None:
     case = build().to(device)
     compiled(case.model, case.batch, "aot_eager")
@@ -589,7 +593,11 @@ def test_log_prob_compiles(build, device: torch.device) -> None:
 @pytest.mark.slow
 @COMPILED
 @pytest.mark.usefixtures("_unchecked")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:The .grad attribute:UserWarning",
+    "ignore:.*_prims_common:FutureWarning",
+)
 def test_log_prob_compiles_with_inductor(build, device: torch.device) -> None:
     case = build().to(device)
     compiled(case.model, case.batch, "inductor")
