@@ -192,6 +192,9 @@ def as_batch(
 
 
 def _check_finite(x: Tensor, observed: Tensor | None, allow_missing: bool) -> None:
+    # Inside vmap and grad nothing can be asked of values; whoever called them has the data outside.
+    if torch._C._are_functorch_transforms_active():
+        return
     # One cheap pass: a sum is finite unless some entry is not (or the sum overflows, which the slow path decides).
     if x.numel() == 0 or bool(x.detach().sum(dtype=torch.float64).isfinite()):
         return

@@ -212,6 +212,8 @@ class LatentModel(nn.Module, ABC):
         for mine, theirs in zip(_all_factors(self), _all_factors(other), strict=True):
             for name, value in theirs.named_parameters(recurse=False):
                 getattr(mine, name).data = value.detach().clone()
+            for name in set(mine._buffers) - set(theirs._buffers):
+                del mine._buffers[name]
             for name, value in theirs.named_buffers(recurse=False):
                 mine.register_buffer(name, value.detach().clone())
             for name, value in vars(theirs).items():

@@ -76,13 +76,13 @@ class Stats(dict[str, Any]):
         return self.map(torch.sub, other)
 
     def __mul__(self, factor: float | Tensor) -> "Stats":
-        return self.map(lambda leaf: leaf * factor)
+        return self.map(lambda leaf: leaf * _leading(factor, leaf))
 
     __rmul__ = __mul__
 
     def lerp(self, other: "Stats", rate: float | Tensor) -> "Stats":
         """``(1 − rate)·self + rate·other``: the decay of stochastic EM."""
-        return self.map(lambda a, b: a * (1 - rate) + b * rate, other)
+        return self.map(lambda a, b: a * (1 - _leading(rate, a)) + b * _leading(rate, a), other)
 
     def leaves(self) -> list[Tensor]:
         """All tensors, depth first, in the order of their names' insertion."""
@@ -108,6 +108,13 @@ class Stats(dict[str, Any]):
                 for name, leaf in self.items()
             }
         )
+
+
+def _leading(factor: float | Tensor, leaf: Tensor) -> float | Tensor:
+    """A factor per replica, ``[R]``, against the leading axis of a leaf."""
+    if not isinstance(factor, Tensor) or factor.dim() == 0:
+        return factor
+    return factor.reshape(*factor.shape, *[1] * (leaf.dim() - factor.dim()))
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], Any]:

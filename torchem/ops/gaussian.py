@@ -2,7 +2,8 @@
 
 *Features.* About one origin o, with z = (1, x − o), a log-density is linear in the products z_i z_j: potentials of all
 components and replicas are one matrix product ``W @ t`` and moments are its transpose. The products are laid out as
-cyclic shifts, t[s, d] = z_d · z_{d+s mod p}: one strided multiplication, each pair once.
+cyclic shifts, t[d, s] = z_d · z_{d+s mod p}: one strided multiplication, each pair once. (In this order of axes the
+product comes out contiguous; the other way round it would be copied, which costs as much again.)
 
 *Direct.* Differences x − μ_k through triangular factors, and moments about an origin per component: exact where
 tight clusters lie far apart, at more memory traffic.
@@ -32,8 +33,8 @@ def augment(x: Float[Tensor, "n d"], origin: Float[Tensor, "1 d"]) -> Float[Tens
 @lru_cache(maxsize=64)
 def _pairs(p: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Where each cyclic product z_d z_{d+s} stands in a symmetric ``p × p`` matrix, how often, and the way back."""
-    shift = torch.arange(p // 2 + 1).unsqueeze(-1)
-    first = torch.arange(p).expand(p // 2 + 1, p)
+    shift = torch.arange(p // 2 + 1)
+    first = torch.arange(p).unsqueeze(-1).expand(p, p // 2 + 1)
     second = (first + shift) % p
     there = first * p + second
     # A pair appears once among the shifts, except that s = p/2 meets each twice; off the diagonal it stands for two.
@@ -206,8 +207,8 @@ class Full(Structure):
 
     def features(self, z: Tensor) -> Tensor:
         p = z.shape[0]
-        wrapped = torch.cat([z, z[: p // 2]])
-        return (wrapped.unfold(0, p, 1).transpose(1, 2) * z).flatten(0, 1)
+        windows = torch.cat([z, z[: p // 2]]).unfold(0, p // 2 + 1, 1)
+        return (windows.transpose(1, 2) * z.unsqueeze(1)).flatten(0, 1)
 
     def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
         root = linalg.inverse_factor(linalg.from_log_cholesky(raw))

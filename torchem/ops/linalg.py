@@ -144,7 +144,8 @@ def clip_spectrum(matrix: Float[Tensor, "*n d d"], floor: float) -> Float[Tensor
         >>> clip_spectrum(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), 0.25).diagonal()
         tensor([1.0000, 0.2500], dtype=torch.float64)
     """
-    if matrix.requires_grad or torch._C._are_functorch_transforms_active():
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if matrix.requires_grad or forward_mode or torch._C._are_functorch_transforms_active():
         return _ClipSpectrum.apply(matrix, floor)  # pyright: ignore[reportReturnType]
     # A custom Function costs as much as the rest of a small M-step, and there is nothing to record here.
     return _clip(matrix, floor)

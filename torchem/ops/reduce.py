@@ -1,5 +1,7 @@
 """Reductions over latent axes that stay defined, with their gradients, at minus infinity."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -59,6 +61,10 @@ def responsibilities(joint: Float[Tensor, "*n k"]) -> tuple[Float[Tensor, "*n"],
     # The clamps act on impossible rows alone: elsewhere the maximum is finite and the total at least one. NaN passes,
     # so that a non-finite fit is seen as such.
     top = joint.detach().amax(-1, keepdim=True)
-    weight = (joint - top.clamp(min=torch.finfo(joint.dtype).min)).exp()
+    # exp is up to a hundred times slower where it underflows, and products with what is left are slow as well; such
+    # weights count for nothing, so they are cut off above the smallest normal number.
+    limits = torch.finfo(joint.dtype)
+    below = (joint - top.clamp(min=limits.min)).clamp(min=0.9 * math.log(limits.tiny))
+    weight = torch.nn.functional.threshold(below.exp(), limits.tiny**0.75, 0.0)
     total = weight.sum(-1, keepdim=True).clamp(min=0.5)
     return (top + total.log()).squeeze(-1), weight / total
