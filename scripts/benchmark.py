@@ -187,10 +187,12 @@ def flops(n: int, d: int, k: int, kind: str) -> float:
 
 
 def report(row: dict, ratios: list[float]) -> None:
+    """Print a row of the table."""
+    share = f"{100 * row['matrix_rate_share']:5.1f} % of matrix rate" if "matrix_rate_share" in row else ""
     print(
         f"{row['dtype']}  {row['covariance_type']:<9}  N={row['N']:<7} D={row['D']:<3} K={row['K']:<3} "
         f"torchem {row['torchem_ms']:9.2f} ms  scikit-learn {row['sklearn_ms']:9.2f} ms  "
-        f"ratio {spread(ratios):<20} {100 * row.get('matrix_rate_share', float('nan')):5.1f} % of matrix rate",
+        f"ratio {spread(ratios):<20} " + share,
         flush=True,
     )
 
@@ -207,8 +209,8 @@ def small(rounds: int) -> list[dict]:
             ours(2)
             mine, peer, ratios = [], [], []
             for _ in range(2 * rounds + 1):
-                mine.append(per_iteration(ours, 10, 110))
-                peer.append(per_iteration(theirs, 10, 110))
+                mine.append(per_iteration(ours, 20, 320))
+                peer.append(per_iteration(theirs, 20, 320))
                 ratios.append(peer[-1] / mine[-1])
             rows.append({
                 "dtype": "float64", "covariance_type": kind, "N": len(x), "D": 2, "K": k,
@@ -268,9 +270,13 @@ def summary(rows: list[dict]) -> list[dict]:
 
 def gmm(options: argparse.Namespace) -> dict:
     """Gaussian mixtures against scikit-learn."""
-    rows = large(options.device, options.rounds, options.quick)
-    result = {"large": rows, "summary": summary(rows), "memory": memory(options.device, options.quick)}
-    if options.device == "cpu":
+    result: dict = {}
+    if "large" in options.part:
+        rows = large(options.device, options.rounds, options.quick)
+        result |= {"large": rows, "summary": summary(rows)}
+    if "memory" in options.part:
+        result["memory"] = memory(options.device, options.quick)
+    if "small" in options.part and options.device == "cpu":
         tiny = small(1 if options.quick else options.rounds)
         for kind in ("full", "tied", "diag", "spherical"):
             ratios = [r["ratio"] for r in tiny if r["covariance_type"] == kind]
@@ -295,17 +301,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, for a first look")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", nargs="+", default=["large", "memory", "small"], choices=["large", "memory", "small"])
+    parser.add_argument("--json", type=Path, help="write the figures here; parts not measured now are kept")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    result = {
-        "machine": machine(options.device),
-        "command": " ".join(["python", *sys.argv]),
-        options.what: gmm(options),
-    }
+    figures = gmm(options)
+    command = " ".join(["python", *sys.argv])
+    result = {"machine": machine(options.device), "commands": [command], options.what: figures}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1))
+        if options.json.exists():
+            old = json.loads(options.json.read_text())
+            result["commands"] = [*old.get("commands", []), command]
+            result[options.what] = old.get(options.what, {}) | figures
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {options.json}")
 
 

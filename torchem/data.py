@@ -15,7 +15,7 @@ from torchem.errors import invalid, wrong_type
 from torchem.model import LatentModel
 
 #: Rows read at a time where only moments are taken.
-_SURVEY = 1 << 16
+_SURVEY = 1 << 13
 
 
 class Source:
@@ -169,7 +169,8 @@ class Moments:
         total = weight.sum()
         if float(total) == 0:
             return
-        x = torch.where(x.isnan(), x.nanmean(0), x)
+        if bool(x.isnan().any()):
+            x = torch.where(x.isnan(), x.nanmean(0), x)
         mean = (weight @ x) / total
         self._merge(total, mean, weight @ (x - mean).square())
 

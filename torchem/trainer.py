@@ -18,7 +18,7 @@ from torchem.accumulate import Accumulator, FullBatch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
 from torchem.model import LatentModel
-from torchem.ops.dispatch import declared_precision
+from torchem.ops.dispatch import declared_precision, fitting_threads
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
 from torchem.stopping import Status
@@ -136,11 +136,12 @@ class Trainer:
         with torch.no_grad(), declared_precision(model.device):
             survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
             runs: list[Run] = []
-            for group in groups:
-                runs += _Loop(self, model, source, survey, group, len(runs)).run()
-                if runs[-1].status == "interrupted":
-                    break
-            result = report(model, runs, survey, k)
+            with fitting_threads(survey.rows * model.row_size() * len(groups[0]), model.device):
+                for group in groups:
+                    runs += _Loop(self, model, source, survey, group, len(runs)).run()
+                    if runs[-1].status == "interrupted":
+                        break
+                result = report(model, runs, survey, k)
         report_end(result, self.tol, blind=self.init in (None, "random", "random_from_data"))
         result.seconds = time.perf_counter() - began
         return result

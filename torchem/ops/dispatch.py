@@ -22,6 +22,24 @@ def rows_per_piece(row_bytes: int, device: torch.device, budget: int | None = No
     return min(max(1 << (rows.bit_length() - 1), 128), 1 << 20)
 
 
+#: Numbers touched per pass below which waking a second thread costs more than it does.
+_ONE_THREAD = 1 << 18
+
+
+@contextmanager
+def fitting_threads(numbers: int, device: torch.device) -> Iterator[None]:
+    """Compute on one thread while a pass is tiny; the number of threads is left as found."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or numbers > _ONE_THREAD:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def declared_precision(device: torch.device) -> Iterator[None]:
     """Compute in the dtype that parameters declare, whatever autocast and TF32 or bfloat16 settings the user has.
