@@ -46,3 +46,19 @@ def test_declared_precision_holds_and_settings_are_left_as_found(setting: str) -
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_tiny_passes_run_on_one_thread_and_leave_the_number_as_found():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with dispatch.fitting_threads(1000, torch.device("cpu")):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with dispatch.fitting_threads(1 << 30, torch.device("cpu")):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), dispatch.fitting_threads(1000, torch.device("cpu")):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,7 @@
 """Reductions at minus infinity, at NaN and among ties."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -128,3 +130,13 @@ def test_under_vmap() -> None:
     log_z, posterior = torch.func.vmap(reduce.responsibilities)(x)
     torch.testing.assert_close(log_z, reduce.responsibilities(x)[0])
     torch.testing.assert_close(posterior, reduce.responsibilities(x)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_responsibilities_are_never_denormal(dtype):
+    """Products with denormal numbers are several times slower, and such weights count for nothing."""
+    joint = torch.linspace(0, 1.2 * math.log(torch.finfo(dtype).tiny), 500, dtype=dtype).unsqueeze(0)
+    _, posterior = reduce.responsibilities(joint)
+    assert ((posterior == 0) | (posterior >= torch.finfo(dtype).tiny)).all()
+    assert posterior[0, -1] == 0
+    assert posterior[0, 100] > 0
