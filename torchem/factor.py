@@ -120,6 +120,8 @@ class Factor(nn.Module, ABC):
     views: ClassVar[Mapping[str, str]] = {}
     #: Parameters that all components share.
     shared_parameters: frozenset[str] = frozenset()
+    #: How many earlier latent states of a sequence the density depends on, besides the present one.
+    memory: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,6 +233,17 @@ class Factor(nn.Module, ABC):
     def log_potential(self, batch: Batch) -> Tensor:
         """What inference is fed: `log_prob`, unless a wrapper changes it."""
         return self.log_prob(batch)
+
+    def context(self, batch: Batch) -> Batch:
+        """What the factor reads of whole sequences ``[N, T, D]``, before they are cut into rows of frames.
+
+        An autoregression puts the frames before into ``u`` and marks the first ones, which it is given, as missing.
+        """
+        return batch
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Conditional mean and variance of each column, ``[*r, *n or 1s, K, D]``: what forecasts are made of."""
+        raise NotImplementedError(f"{type(self).__name__} has no mean and variance; define moments")
 
     def kernel(self) -> Kernel:
         """One pass over the data at the current parameters, as an observed child."""
