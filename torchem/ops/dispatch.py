@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 #: Bytes of one piece. On CPU what the caches of a few cores hold, so that a piece's features are still there when its
 #: moments are taken; on an accelerator enough to fill it.
@@ -62,3 +65,46 @@ def declared_precision(device: torch.device) -> Iterator[None]:
     finally:
         if setting != "highest":
             torch.set_float32_matmul_precision(setting)
+
+
+#: Cost of one step of a sweep over time (its few kernel calls), in seconds, and operations per second beside that.
+_STEP = {"cpu": (2e-5, 4e9), "cuda": (3e-5, 2e12)}
+
+
+def time_blocks(sequences: int, frames: int, states: int, device: torch.device) -> int:
+    """Number of blocks that a chain's frames are cut into, by the estimated cost of sweeping them.
+
+    Example:
+        >>> time_blocks(1, 50_000, 8, torch.device("cpu")) > 1, time_blocks(1000, 100, 4, torch.device("cpu"))
+        (True, 1)
+    """
+    call, rate = _STEP.get(device.type, _STEP["cuda"])
+
+    def cost(blocks: int) -> float:
+        size = -(-frames // blocks)
+        sweep = size * (call + 2 * sequences * blocks * states**2 / rate)
+        if blocks == 1:
+            return 2 * sweep
+        return 2 * sweep + size * (call + 2 * sequences * blocks * states**3 / rate) + blocks * call
+
+    return min((1 << i for i in range(max(1, frames).bit_length())), key=cost)
+
+
+@cache
+def _compiled_chain() -> ModuleType | None:
+    """The compiled kernels for chains, where numba is installed."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    return import_module("torchem.ops.numba_.chain") if find_spec("numba") and find_spec("torchem.ops.numba_") else None
+
+
+def chain_kernel(emission: Tensor) -> ModuleType:
+    """The kernels for chains of these potentials ``[S, T, K]``: `numba_.chain` on CPU if it is there, else `scan`.
+
+    A fused kernel for CUDA would be picked here too.
+    """
+    from torchem.ops import scan
+
+    compiled = _compiled_chain() if emission.device.type == "cpu" else None
+    return scan if compiled is None else compiled
