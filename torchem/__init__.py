@@ -5,13 +5,13 @@ Models are ``nn.Module``s made of factors; `fit` runs EM on them, on CPU or CUDA
 
 from typing import TYPE_CHECKING, Any
 
-from torchem import errors, factors
+from torchem import errors, factors, priors
 from torchem.accumulate import FullBatch
 from torchem.batch import Batch
 from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.model import DiscreteModel, LatentModel, em_map
-from torchem.models import GaussianMixture, Mixture
+from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit
@@ -30,7 +30,9 @@ __all__ = [
     "ExponentialFamily",
     "Factor",
     "FullBatch",
+    "GaussianHMM",
     "GaussianMixture",
+    "HMM",
     "LatentModel",
     "Mixture",
     "Progress",
@@ -44,6 +46,7 @@ __all__ = [
     "fit",
     "load",
     "plot",
+    "priors",
     "save",
 ]
 

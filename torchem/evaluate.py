@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchem.batch import Batch
-from torchem.model import LatentModel
+from torchem.model import DiscreteModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Criteria:
 
 
 @torch.no_grad()
-def criteria(model: LatentModel, data: Any, weights: Any = None) -> Criteria:
+def criteria(model: DiscreteModel, data: Any, weights: Any = None) -> Criteria:
     """Information criteria of a model on data.
 
     Source: H. Akaike (1974); G. Schwarz (1978); C. Biernacki, G. Celeux, G. Govaert (2000).
@@ -43,15 +43,12 @@ def criteria(model: LatentModel, data: Any, weights: Any = None) -> Criteria:
         2
     """
     batch = data if isinstance(data, Batch) and weights is None else model.batch(data, weight=weights)
-    loglik, entropy = 0.0, 0.0
-    for piece in model.stream(batch):
-        weight = 1.0 if piece.weight is None else piece.weight
-        log_prob = model.log_prob(piece)
-        if piece.weight is not None:
-            log_prob = torch.where(piece.weight > 0, log_prob, 0.0)
-        posterior = model.posterior(piece)
-        loglik += float((log_prob * weight).sum(dtype=torch.float64))
-        entropy += float((torch.special.entr(posterior).sum(-1) * weight).sum(dtype=torch.float64))
-    count, k = float(batch.total_weight()), model.n_parameters()
+    log_prob = model.log_prob(batch)
+    if batch.weight is not None:
+        weight = batch.weight.to(log_prob.device)
+        log_prob = torch.where(weight > 0, log_prob, 0.0) * weight
+    loglik = float(log_prob.sum(dtype=torch.float64))
+    entropy = float(model.entropy(batch))
+    count, k = float(model.count(batch)), model.n_parameters()
     bic = -2 * loglik + k * math.log(count)
     return Criteria(loglik, k, count, -2 * loglik + 2 * k, bic, bic + 2 * entropy)

@@ -100,6 +100,29 @@ class Moments(Protocol):
         ...
 
 
+class Prior(ABC):
+    """A prior over the parameters of a factor, in data coordinates; see `torchem.priors`."""
+
+    @abstractmethod
+    def mode_stats(self, factor: "Factor") -> Stats:
+        """What joins the statistics in an M-step, so that the maximiser is the posterior mode."""
+
+    @abstractmethod
+    def posterior_stats(self, factor: "Factor") -> Stats:
+        """The prior as a vector of the family's natural coordinates, for a posterior = prior + statistics."""
+
+    @abstractmethod
+    def log_prob(self, factor: "Factor") -> Tensor:
+        """Normalised log-density of the factor's parameters, ``[*r]``, float64."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, as plain numbers and lists."""
+
+    def check(self, factor: "Factor") -> None:
+        """Refuse a factor that the prior cannot stand over, or a prior without a mode."""
+
+
 class Factor(nn.Module, ABC):
     """One conditional distribution, with unconstrained parameters and a pure M-step.
 
@@ -126,6 +149,7 @@ class Factor(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._rank: dict[str, int] = {}
+        self._prior: Prior | None = None
 
     # ---- parameters -------------------------------------------------------------------------------------------
 
@@ -266,6 +290,25 @@ class Factor(nn.Module, ABC):
     @abstractmethod
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """New values of the parameters: the maximiser of `expected_log_prob` given what is frozen. Pure."""
+
+    @property
+    def prior(self) -> Prior | None:
+        """The prior over the parameters, None for maximum likelihood; assignable."""
+        return self._prior
+
+    @prior.setter
+    def prior(self, value: Prior | None) -> None:
+        if value is not None:
+            value.check(self)
+        self._prior = value
+
+    def penalized(self, stats: Stats) -> Stats:
+        """Statistics with the prior's share: what the M-step maximises."""
+        return stats if self._prior is None else stats + self._prior.mode_stats(self)
+
+    def log_prior(self) -> Tensor | None:
+        """Log-density of the parameters under the prior, ``[*r]``, if there is one."""
+        return None if self._prior is None else self._prior.log_prob(self)
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """Q(θ; S) at the current parameters, differentiable in them; terms free of θ may be left out."""

@@ -10,19 +10,22 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchem.batch import Batch, as_batch
+from torchem.sequences import as_sequences
 from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
 from torchem.stats import Stats
 
 Reduction = Callable[[Tensor, int], Tensor]
+#: What an E-step takes for the latents: their posterior, or the most likely configuration alone.
+EStep = Literal["soft", "hard"]
 
 
 class LatentModel(nn.Module, ABC):
@@ -32,6 +35,8 @@ class LatentModel(nn.Module, ABC):
     (`bound`, replicas, files, the pure EM map) is inherited.
     """
 
+    #: Whether an observation is a sequence of frames.
+    sequential: ClassVar[bool] = False
     #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
     memory_budget: int | None = None
 
@@ -40,12 +45,20 @@ class LatentModel(nn.Module, ABC):
         """Module paths and factors; one factor may stand in two slots and is then one parameter."""
 
     @abstractmethod
-    def e_step(self, batch: Batch) -> Stats:
-        """Expected statistics of a batch: ``{slot: Stats, …, entropy, log_likelihood, count}``, all additive."""
+    def e_step(self, batch: Batch, kind: EStep = "soft") -> Stats:
+        """Expected statistics of a batch: ``{slot: Stats, …, entropy, log_likelihood, count}``, all additive.
+
+        With ``kind="hard"`` the most likely configuration stands for the posterior, and ``log_likelihood`` is its joint
+        log-density: the objective of classification EM (Viterbi training).
+        """
 
     @abstractmethod
     def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
         """Draw ``n`` observations, with their latent states on request."""
+
+    def table_slots(self) -> frozenset[str]:
+        """Slots that hold a latent child and are asked for `Factor.log_table`."""
+        return frozenset()
 
     def factors(self) -> dict[Factor, list[str]]:
         """Each distinct factor with the slots that it stands in."""
@@ -62,8 +75,28 @@ class LatentModel(nn.Module, ABC):
 
     def batch(self, data: Any, **fields: Any) -> Batch:
         """Validate data for this model."""
-        missing = all(f.handles_missing for f in self.factors())
-        return self.check(as_batch(data, allow_missing=missing, **fields))
+        build = as_sequences if self.sequential else as_batch
+        if fields.get("labels") is not None:
+            fields.setdefault("n_states", getattr(self, "n_components", None))
+        return self.check(build(data, allow_missing=self.handles_missing, **fields))
+
+    @property
+    def handles_missing(self) -> bool:
+        """Whether single entries of an observation may be missing."""
+        tables = self.table_slots()
+        return all(factor.handles_missing for slot, factor in self.slots() if slot not in tables)
+
+    def rows(self, batch: Batch) -> Batch:
+        """The observations that starts and moments look at: rows, or the frames of sequences."""
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Weight of all observations (frames, for sequences), float64."""
+        return batch.total_weight()
+
+    def surprise(self, rows: Batch) -> Tensor:
+        """How badly each of `rows` is explained, ``[*r, n]``: where components are reseeded."""
+        return -self.log_prob(rows)
 
     def cast(self, batch: Batch) -> Batch:
         """A piece in the types that the factors compute with."""
@@ -95,9 +128,7 @@ class LatentModel(nn.Module, ABC):
         """New values of all parameters, by their names in the model: the pure half of an M-step."""
         values: dict[str, Tensor] = {}
         for factor, slots in self.factors().items():
-            total = stats[slots[0]]
-            for slot in slots[1:]:
-                total = total + stats[slot]
+            total = factor.penalized(functools.reduce(operator.add, (stats[slot] for slot in slots)))
             values |= {f"{slots[0]}.{name}": value for name, value in factor.maximize(total).items()}
         return values
 
@@ -121,11 +152,15 @@ class LatentModel(nn.Module, ABC):
         return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
 
     def bound(self, stats: Stats) -> Float[Tensor, "*r"]:
-        """The evidence lower bound Σ_f Q_f(θ; S) + entropy, at the current θ and the posteriors behind S.
+        """The evidence lower bound Σ_f Q_f(θ; S) + entropy + log prior, at the current θ and the posteriors behind S.
 
         Source: R. M. Neal, G. E. Hinton (1998), equation 7.
         """
-        return self.expected_log_prob(stats) + stats["entropy"]
+        return self.expected_log_prob(stats) + stats["entropy"] + self.log_prior()
+
+    def log_prior(self) -> Tensor | float:
+        """Log-density of all parameters under their priors, ``[*r]``; 0 where there is none."""
+        return sum(value for factor in self.factors() if (value := factor.log_prior()) is not None)
 
     # ---- starts -----------------------------------------------------------------------------------------------
 
@@ -270,10 +305,6 @@ class DiscreteModel(LatentModel):
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         """log Σ_z exp Σ potentials, ``[*r, N]``; with ``plus=reduce.maximum`` the value of the best configuration."""
 
-    def table_slots(self) -> frozenset[str]:
-        """Slots that hold a latent child and are asked for `Factor.log_table`."""
-        return frozenset()
-
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """log Z per row, and weighted expectations in the shape of each potential.
 
@@ -281,39 +312,67 @@ class DiscreteModel(LatentModel):
 
         Source: M. J. Wainwright, M. I. Jordan (2008), proposition 3.1.
         """
-        log_z, pull, *_ = torch.func.vjp(lambda p: self.log_partition(p, batch), potentials)
+        return self._gradient(potentials, batch, reduce.logsumexp)
+
+    def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Joint log-potential of the most likely configuration of each row, and that configuration, weighted, as 0 and 1.
+
+        This default differentiates `log_partition` with a maximum that attains one index, ties at the lowest.
+        """
+        return self._gradient(potentials, batch, reduce.maximum)
+
+    def _gradient(
+        self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_z, pull, *_ = torch.func.vjp(lambda p: self.log_partition(p, batch, plus), potentials)
         weight = torch.ones_like(log_z) if batch.weight is None else batch.weight.to(log_z).expand_as(log_z)
         return log_z, pull(weight)[0]
 
-    def e_step(self, batch: Batch) -> Stats:
+    def entropy(self, batch: Batch) -> Tensor:
+        """Weighted entropy of the posteriors of all latents, ``[*r]`` in nats: Σ w (log Z − E[potentials])."""
+        kernels = self._kernels()
+        total: Tensor | float = 0.0
+        for piece in self.stream(batch):
+            potentials = {slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}
+            log_z, expected = self.infer(potentials, piece)
+            total = total + _weighted(log_z, piece)
+            lead = len(self.replicas)
+            for slot, value in potentials.items():
+                each = torch.where(expected[slot] > 0, value * expected[slot], 0.0)
+                total = total - each.sum(tuple(range(lead, each.dim())), dtype=torch.float64)
+            if piece.evidence is not None:
+                total = total - self._known(expected, piece)
+        assert isinstance(total, Tensor)
+        return total
+
+    def _known(self, expected: dict[str, Tensor], batch: Batch) -> Tensor:
+        """What the evidence contributes to the expected potentials."""
+        raise NotImplementedError(f"{type(self).__name__} takes no evidence")
+
+    def e_step(self, batch: Batch, kind: EStep = "soft") -> Stats:
         with declared_precision(self.device):
-            return self._e_step(batch)
+            return self._e_step(batch, self.infer if kind == "soft" else self.infer_hard)
 
     def _kernels(self) -> dict[str, Kernel]:
         tables = self.table_slots()
         return {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
 
-    def _e_step(self, batch: Batch) -> Stats:
+    def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
         kernels = self._kernels()
         log_likelihood: Tensor | None = None
         for piece in self.stream(batch):
             potentials = {slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}
-            log_z, expected = self.infer(potentials, piece)
+            log_z, expected = infer(potentials, piece)
             for slot, kernel in kernels.items():
                 kernel.collect(piece, expected[slot])
-            if piece.weight is not None:
-                log_z = torch.where(piece.weight > 0, log_z, 0.0) * piece.weight
-            subtotal = log_z.sum(-1, dtype=torch.float64)
+            subtotal = _weighted(log_z, piece)
             log_likelihood = subtotal if log_likelihood is None else log_likelihood + subtotal
         assert log_likelihood is not None
         stats = Stats({slot: kernel.stats() for slot, kernel in kernels.items()})
         # ≡ Σ w log Z − Q at this θ: the entropy of the posteriors plus all that Q leaves out (base measures).
         stats["entropy"] = log_likelihood - sum(kernel.inner() for kernel in kernels.values())
         stats["log_likelihood"] = log_likelihood
-        if batch.weight is None:
-            stats["count"] = torch.full_like(log_likelihood, len(batch))
-        else:
-            stats["count"] = batch.total_weight().to(self.device).expand_as(log_likelihood)
+        stats["count"] = self.count(batch).to(log_likelihood).expand_as(log_likelihood)
         return stats
 
     def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Tensor]) -> Tensor:
@@ -326,6 +385,13 @@ class DiscreteModel(LatentModel):
 
     def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
         return self._each(data, self.log_partition)
+
+
+def _weighted(log_z: Tensor, batch: Batch) -> Tensor:
+    """Σ w log Z over the rows, float64; weight 0 silences −inf."""
+    if batch.weight is not None:
+        log_z = torch.where(batch.weight > 0, log_z, 0.0) * batch.weight
+    return log_z.sum(-1, dtype=torch.float64)
 
 
 class _TablePass(Kernel):

@@ -69,6 +69,8 @@ def align(best: Int[Tensor, "n"], other: Int[Tensor, "n"], n_states: int) -> tup
         >>> align(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0]), 2)
         ([1, 0], 1.0)
     """
+    known = (best >= 0) & (other >= 0)  # not padding
+    best, other = best[known], other[known]
     pairs = torch.bincount(best.cpu() * n_states + other.cpu(), minlength=n_states**2)
     table = pairs.reshape(n_states, n_states).to(torch.float64)
     order = assignment(table)

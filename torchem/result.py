@@ -94,6 +94,8 @@ class Run:
     bound: float = -math.inf
     respawns: int = 0
     rested: bool = False
+    #: Mass of each state at the end, in average observations.
+    mass: torch.Tensor | None = None
     forbidden: set[int] = field(default_factory=set)
 
 
@@ -106,8 +108,8 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     alignment = agreement = None
     if len(runs) > 1:
         models = [run.model for run in runs if run.model is not None]
-        alignment, agreement = restarts.compare(models, best, survey.sample, n_states)
-    dead, floored = _health(chosen.model, survey)
+        alignment, agreement = restarts.compare(models, best, survey.glance, n_states)
+    dead, floored = _health(chosen)
     pruned = sorted(chosen.forbidden)
     model.load_from(chosen.model)
     if pruned:
@@ -124,16 +126,13 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     )  # fmt: skip
 
 
-def _health(model: LatentModel, survey: Survey) -> tuple[list[int], list[int]]:
-    """Indices of components without mass and of components at the floor."""
-    sample, rows = survey.sample, survey.rows
-    mass = model.occupancy(model.e_step(sample))
-    # What a sample of the data does not show may still be alive: scaled up, one unseen observation counts.
+def _health(run: Run) -> tuple[list[int], list[int]]:
+    """Indices of components that had no mass at the end and of components at the floor."""
     dead: list[int] = []
-    if mass is not None:
-        share = mass / sample.total_weight().to(mass) * max(1, rows)
-        dead = (share < DEAD).nonzero()[:, 0].tolist()
-    floored = model.degenerate()
+    if run.mass is not None:
+        dead = (run.mass < DEAD).nonzero()[:, 0].tolist()
+    assert run.model is not None
+    floored = run.model.degenerate()
     return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
 
 

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from torchem import distributed, initialize, stopping
 from torchem.accumulate import Accumulator, FullBatch
+from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
-from torchem.model import LatentModel
+from torchem.model import EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
@@ -46,6 +47,8 @@ class Trainer:
         batch_size: Rows per batch; invisible to full-batch EM except in memory.
         seed: Seeds the fit's own generators; the global one is never touched. None draws a fresh seed.
         device: Where to compute; the model moves there. Data move too, or are streamed if they live on the host.
+        e_step: ``"soft"`` takes the posterior of the latents (EM), ``"hard"`` the most likely configuration alone
+            (classification EM, Viterbi training), whose own objective is the joint log-density.
         dead: What to do with components that lose their mass or collapse to the floor: keep them at the floor,
             ``"respawn"`` them at badly explained observations, ``"prune"`` them or ``"raise"``.
         callbacks: Functions of a `Progress`, called after each pass; a true return value interrupts.
@@ -73,6 +76,7 @@ class Trainer:
         batch_size: int | None = None,
         seed: int | np.integer | None = None,
         device: torch.device | str | None = None,
+        e_step: EStep = "soft",
         dead: Dead = "floor",
         callbacks: Iterable[Callable[[Progress], Any]] = (),
         progress: bool = True,
@@ -97,22 +101,34 @@ class Trainer:
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
             raise invalid("seed", "a whole number of at least 0, or None", repr(seed), "give for example seed=0")
         one_of("dead", dead, ("floor", "respawn", "prune", "raise"))
+        one_of("e_step", e_step, ("soft", "hard"))
         if init is None and restarts > 1:
             raise invalid("restarts", "1 when init=None", restarts, "set init: equal starts end equal")
         self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
         self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
-        self.device, self.callbacks = _device(device), callbacks
+        self.device, self.callbacks, self.e_step = _device(device), callbacks, e_step
 
     # ---- the outside ------------------------------------------------------------------------------------------
 
-    def fit(self, model: LatentModel, data: Any, *, weights: Any = None, inputs: Any = None) -> Result:
+    def fit(
+        self,
+        model: LatentModel,
+        data: Any,
+        *,
+        weights: Any = None,
+        inputs: Any = None,
+        lengths: Any = None,
+        labels: Any = None,
+    ) -> Result:
         """Fit a model in place.
 
         Args:
             model: Changed only when the fit ends well or is interrupted; an exception leaves it as it was.
             data: See `torchem.fit`.
-            weights: Non-negative weight per observation.
-            inputs: Covariates per observation.
+            weights: Non-negative weight per observation or sequence.
+            inputs: Covariates per observation or frame.
+            lengths: Frames of each sequence.
+            labels: What is known of the latent states.
         """
         began = time.perf_counter()
         if not isinstance(model, LatentModel):
@@ -120,7 +136,7 @@ class Trainer:
         if self.device is not None:
             model.to(self.device)
         try:
-            source = Source(model, data, self.batch_size, weights, inputs)
+            source = Source(model, data, self.batch_size, weights, inputs, lengths, labels)
         except Exception as error:
             distributed.agree(error)
             raise
@@ -244,8 +260,8 @@ class _Loop:
     def _iterate(self, iteration: int, bar: Any) -> bool:
         """One E-step over the data, the verdict on it, and the M-step; False when nothing is left to do."""
         stats, fresh = self._pass(iteration < self.options.max_iter)
-        # Statistics that were all taken at the current θ make the bound tight: it is the log-likelihood.
-        objective = stats["log_likelihood"] if fresh else self.twin.bound(stats)
+        # Statistics that were all taken at the current θ make the bound tight: it is the log-likelihood, and the prior.
+        objective = stats["log_likelihood"] + self.twin.log_prior() if fresh else self.twin.bound(stats)
         values = objective.reshape(-1).tolist()
         self._refuse_impossible(values)
         total = float(stats["count"].reshape(-1)[0])
@@ -307,7 +323,7 @@ class _Loop:
             if self.stopping:
                 raise KeyboardInterrupt
             for key, batch in self.source:
-                ready = self.rule.push(key, twin.e_step(batch))
+                ready = self.rule.push(key, self._e_step(batch))
                 if ready is not None:
                     last, fresh = self._reduce(ready), False
                     if update:
@@ -325,6 +341,10 @@ class _Loop:
         assert last is not None
         return last, fresh
 
+    def _e_step(self, batch: Batch) -> Stats:
+        # A model of one's own need not know of kinds.
+        return self.twin.e_step(batch) if self.options.e_step == "soft" else self.twin.e_step(batch, "hard")
+
     def _reduce(self, stats: Stats) -> Stats:
         """The sum over ranks, after all have said that they come to it."""
         self.agreed = True
@@ -337,7 +357,7 @@ class _Loop:
         if not ended:
             return stats
         for place, status in ended.items():
-            self._retire([self.going[place]], status)
+            self._retire([self.going[place]], status, stats)
         keep = [place for place in range(len(self.going)) if place not in ended]
         self.going = [self.going[place] for place in keep]
         if keep:
@@ -346,11 +366,15 @@ class _Loop:
             stats = pytree.tree_map(lambda leaf: leaf[index], stats)
         return stats
 
-    def _retire(self, ids: Sequence[int], status: Status) -> None:
+    def _retire(self, ids: Sequence[int], status: Status, stats: Stats | None = None) -> None:
         """Record how restarts ended, at the last parameters whose objective is known and sound."""
+        mass = None if stats is None else self.twin.occupancy(stats)
         for r in list(ids):
             run = self.runs[r]
             run.status = status
+            if mass is not None:
+                share = mass * self.survey.rows / stats["count"].unsqueeze(-1)  # pyright: ignore[reportOptionalSubscript]
+                run.mass = (share[self.going.index(r)] if self.twin.replicas else share).clone()
             twin = copy.deepcopy(self.twin)
             if self.before is not None and (status in ("diverged", "nonfinite") or not self.judged):
                 twin.assign(self.before)
@@ -405,7 +429,7 @@ class _Loop:
             self.runs[r].respawns += count
             self.runs[r].rested = self.runs[r].rested or count > 0
         sample = self.survey.sample
-        surprise = -self.twin.log_prob(sample).reshape(len(self.going), -1)
+        surprise = self.twin.surprise(sample).reshape(len(self.going), -1)
         pool = surprise.topk(max(rows.shape[-1], len(sample) // 20), -1).indices
         picks = torch.stack(
             [torch.randperm(pool.shape[-1], generator=self.generators[r])[: rows.shape[-1]] for r in self.going]
@@ -425,7 +449,8 @@ class _Loop:
         found = distributed.gather(self._impossible_row(one))
         for rank, row in enumerate(found):
             if row is not None:
-                where = f"row {row}" + (f" of rank {rank}" if len(found) > 1 else "")
+                unit = "sequence" if self.twin.sequential else "row"
+                where = f"{unit} {row}" + (f" of rank {rank}" if len(found) > 1 else "")
                 raise invalid(
                     "data", "observations of positive probability", f"probability zero at {where}",
                     "remove the outlier or the structural zero that forbids it",
@@ -480,6 +505,9 @@ def fit(
     device: torch.device | str | None = None,
     weights: Any = None,
     inputs: Any = None,
+    lengths: Any = None,
+    labels: Any = None,
+    e_step: EStep = "soft",
     dead: Dead = "floor",
     callbacks: Iterable[Callable[[Progress], Any]] = (),
     progress: bool = True,
@@ -488,7 +516,9 @@ def fit(
 
     Args:
         model: Any torchem model; its dtype is the one computed in.
-        data: A tensor ``[N, D]``, an array, nested lists, a `Batch`, a ``Dataset`` or ``DataLoader``, or a path.
+        data: A tensor ``[N, D]``, an array, nested lists, a `Batch`, a ``Dataset`` or ``DataLoader``, or a path. Models
+            of sequences take one sequence ``[T, D]``, several ``[N, T, D]``, a list of them, or all one after the other
+            with ``lengths``; see `torchem.sequences.as_sequences`.
         accumulate: See `Trainer`, as for all that follow.
         init: How to start.
         restarts: How many starts to run together.
@@ -497,8 +527,12 @@ def fit(
         batch_size: Rows per batch.
         seed: Makes the fit repeatable, bit for bit on CPU.
         device: Where to compute.
-        weights: Non-negative weight per observation, ``[N]``.
-        inputs: Covariates per observation, ``[N, M]``.
+        weights: Non-negative weight per observation or sequence, ``[N]``.
+        inputs: Covariates per observation, ``[N, M]``, or per frame.
+        lengths: Frames of each sequence, ``[N]``.
+        labels: What is known of the latent states: ``[N]`` (per frame, for sequences) whole numbers with −1 for unknown,
+            Boolean ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
+        e_step: ``"soft"`` or ``"hard"``.
         dead: Policy for components that die or collapse.
         callbacks: Called after each pass.
         progress: Show a progress bar on a terminal.
@@ -519,6 +553,6 @@ def fit(
     """
     trainer = Trainer(
         accumulate=accumulate, init=init, restarts=restarts, max_iter=max_iter, tol=tol, batch_size=batch_size,
-        seed=seed, device=device, dead=dead, callbacks=callbacks, progress=progress,
+        seed=seed, device=device, e_step=e_step, dead=dead, callbacks=callbacks, progress=progress,
     )  # fmt: skip
-    return trainer.fit(model, data, weights=weights, inputs=inputs)
+    return trainer.fit(model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels)

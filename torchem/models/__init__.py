@@ -1,5 +1,6 @@
 """Models: one file each, inference only."""
 
+from torchem.models.hmm import HMM, GaussianHMM
 from torchem.models.mixture import GaussianMixture, Mixture
 
-__all__ = ["GaussianMixture", "Mixture"]
+__all__ = ["HMM", "GaussianHMM", "GaussianMixture", "Mixture"]

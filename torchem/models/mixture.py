@@ -100,6 +100,25 @@ class Mixture(DiscreteModel):
         joint = potentials["mixing"] + potentials["component"]
         return joint if batch.evidence is None else joint + batch.evidence.to(joint)
 
+    def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        joint = self._joint(potentials, batch)
+        best = reduce.first_max(joint.detach())
+        score = joint.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        chosen = torch.nn.functional.one_hot(best, joint.shape[-1]).to(joint.dtype)
+        # An impossible observation has no best component.
+        mass = torch.where(score == -torch.inf, 0.0, 1.0 if batch.weight is None else batch.weight).to(joint.dtype)
+        chosen = chosen * mass.unsqueeze(-1)
+        mixing = chosen
+        if potentials["mixing"].shape[-2] == 1:
+            mixing = chosen.sum(-2, keepdim=True, dtype=torch.float64)
+        return score, {"mixing": mixing, "component": chosen}
+
+    def _known(self, expected: dict[str, Tensor], batch: Batch) -> Tensor:
+        posterior = expected["component"]
+        assert batch.evidence is not None
+        known = torch.where(posterior > 0, posterior * batch.evidence.to(posterior), 0.0)
+        return known.sum((-2, -1), dtype=torch.float64)
+
     def posterior(self, data: Any) -> Float[Tensor, "*r n k"]:
         """Responsibilities ``[N, K]``; rows sum to one, or to zero where an observation is impossible."""
         return self._each(data, lambda p, b: reduce.responsibilities(self._joint(p, b))[1])

@@ -1,0 +1,841 @@
+"""Hidden Markov models: a chain of discrete states behind a sequence of observations."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from torchem.batch import Batch, as_tensor
+from torchem.errors import invalid, wrong_type
+from torchem.factor import Factor, Kernel
+from torchem.factors import Categorical, Gaussian
+from torchem.factors.gaussian import CovarianceType, FloorType
+from torchem.model import DiscreteModel, Reduction
+from torchem.models.stationary import Stationary
+from torchem.ops import chain, reduce
+from torchem.ops.dispatch import declared_precision, rows_per_piece
+from torchem.stats import Stats
+
+#: Bytes that the messages of one piece of sequences may take.
+_MESSAGES = {"cpu": 256 << 20, "cuda": 2 << 30}
+#: Numbers held per frame and state while messages run both ways.
+_PER_STATE = 6
+
+
+class HMM(DiscreteModel):
+    """p(x, z) = p(z_1) Π_t p(z_{t+1} | z_t, u_{t+1}) Π_t p(x_t | z_t, u_t): Markov states, any factor as emission.
+
+    E-step: the posterior of each state and the expected number of each step, by forward–backward. M-step: each factor
+    under them (Baum–Welch). A transition that reads covariates takes those of the frame it leads to.
+
+    Args:
+        initial: Law of the first state: ``Categorical(K)`` (freeze it to keep it), or ``"stationary"`` for that of the
+            transition matrix.
+        transition: ``Categorical(K, K)`` (zeros assigned to it stay zero), or a gate with K parents.
+        emission: An observed child with K components.
+        end: ``Categorical(K, 2)``: probabilities that the sequence goes on, and that it ends, after each frame. None for
+            sequences that are simply observed for as long as they are.
+
+    Raises:
+        InvalidArgument: If they disagree about K.
+
+    Source: L. R. Rabiner (1989); W. Zucchini, I. L. MacDonald (2009).
+
+    Example:
+        >>> m = HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3))
+        >>> m.posterior([[0], [2], [1]]).shape
+        torch.Size([1, 3, 2])
+    """
+
+    sequential: ClassVar[bool] = True
+
+    initial: Factor
+    transition: Factor
+    emission: Factor
+    end: Factor | None
+
+    def __init__(
+        self,
+        initial: Factor | Literal["stationary"],
+        transition: Factor,
+        emission: Factor,
+        end: Factor | None = None,
+    ):
+        super().__init__()
+        if initial == "stationary":
+            initial = Stationary(transition)  # pyright: ignore[reportArgumentType]
+        slots = {"initial": initial, "transition": transition, "emission": emission, "end": end}
+        for name, factor in slots.items():
+            if not isinstance(factor, Factor) and not (name == "end" and factor is None):
+                raise wrong_type(name, "a torchem factor", factor, "pass for example factors.Categorical(K, K)")
+        k = emission.n_components
+        if k is None:
+            raise invalid("emission", "a factor with states", type(emission).__name__, "build it with K components")
+        shapes = {"initial": (k,), "transition": (k, k), "end": (k, 2)}
+        for name, shape in shapes.items():
+            own = getattr(slots[name], "shape", shape)
+            if tuple(own) != shape:
+                raise invalid(
+                    name, f"a table of shape {list(shape)}, for the {k} states of the emission", list(own),
+                    "build them with the same K",
+                )  # fmt: skip
+        self.initial, self.transition, self.emission, self.end = initial, transition, emission, end
+
+    def slots(self) -> tuple[tuple[str, Factor], ...]:
+        slots = ("initial", self.initial), ("transition", self.transition), ("emission", self.emission)
+        return slots if self.end is None else (*slots, ("end", self.end))
+
+    def table_slots(self) -> frozenset[str]:
+        return frozenset({"initial", "transition", "end"})
+
+    @property
+    def n_components(self) -> int:
+        """K, the number of states."""
+        k = self.emission.n_components
+        assert k is not None
+        return k
+
+    @property
+    def n_states(self) -> int:
+        """K, the number of states."""
+        return self.n_components
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.emission.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.emission.device
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        return self.emission.replicas
+
+    @property
+    def initial_probs(self) -> Float[Tensor, "*r k"]:
+        """Probabilities of the first state ``[*r, K]``; assignable, must sum to one."""
+        if isinstance(self.initial, Stationary):
+            return self.initial.probs
+        return self._table("initial").probs
+
+    @initial_probs.setter
+    def initial_probs(self, value: Any) -> None:
+        self._table("initial").assign_probs(value, "initial_probs")
+
+    @property
+    def transition_matrix(self) -> Float[Tensor, "*r k k"]:
+        """Probabilities ``[*r, K, K]`` of each step, rows from; assignable, rows sum to one, zeros stay zero."""
+        return self._table("transition").probs
+
+    @transition_matrix.setter
+    def transition_matrix(self, value: Any) -> None:
+        self._table("transition").assign_probs(value, "transition_matrix")
+
+    @property
+    def end_probs(self) -> Float[Tensor, "*r k"]:
+        """Probability ``[*r, K]`` that a sequence ends after a frame in each state; assignable."""
+        return self._table("end").probs[..., 1]
+
+    @end_probs.setter
+    def end_probs(self, value: Any) -> None:
+        stop = as_tensor(value, "end_probs").to(torch.float64)
+        self._table("end").assign_probs(torch.stack([1 - stop, stop], -1), "end_probs")
+
+    def _table(self, slot: str) -> Categorical:
+        factor = getattr(self, slot)
+        if not isinstance(factor, Categorical):
+            raise invalid(slot, "a table of probabilities", type(factor).__name__, f"read model.{slot} instead")
+        return factor
+
+    def restrict(self, mask: Any) -> None:
+        """Allow only some transitions, for good: the others become structural zeros, rows are renormalised.
+
+        Args:
+            mask: ``[K, K]`` Boolean, True where a step from row to column is allowed; see `left_right`, `cyclic` and
+                `banded`.
+
+        Raises:
+            InvalidArgument: If a state has no successor left (an absorbing state has itself).
+
+        Example:
+            >>> m = GaussianHMM(3, 1)
+            >>> m.restrict(left_right(3))
+            >>> m.transition_matrix[2]
+            tensor([0., 0., 1.], grad_fn=<SelectBackward0>)
+        """
+        allowed = as_tensor(mask, "mask").to(self.device, torch.bool)
+        table, k = self._table("transition"), self.n_components
+        if allowed.shape != (k, k):
+            raise invalid("mask", f"shape [{k}, {k}]", list(allowed.shape), "give a row for each state")
+        stuck = (~allowed.any(-1)).nonzero()[:, 0].tolist()
+        if stuck:
+            raise invalid(
+                "mask", "a successor for each state", f"none for state {stuck[0]}", "an absorbing state keeps itself"
+            )
+        probs = torch.where(allowed, table.probs.detach().to(torch.float64), 0.0)
+        total = probs.sum(-1, keepdim=True)
+        even = allowed / allowed.sum(-1, keepdim=True)
+        self.transition_matrix = torch.where(total > 0, probs / total.clamp(min=1e-300), even)
+
+    # ---- potentials -------------------------------------------------------------------------------------------
+
+    def _kernels(self) -> dict[str, Kernel]:
+        return {**super()._kernels(), "emission": _Frames(self.emission)}
+
+    def _chain(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials of the chain of `Factor.memory` + 1 states that inference runs on."""
+        emission, k, memory = potentials["emission"], self.n_components, self.emission.memory
+        extra = None if batch.evidence is None else batch.evidence.to(emission)
+        if self.end is not None:
+            going, ending = potentials["end"].unbind(-1)
+            last = self._last(batch).unsqueeze(-1)
+            stops = torch.where(last, ending.unsqueeze(-2), going.unsqueeze(-2))
+            extra = stops if extra is None else extra + stops
+        if extra is not None:
+            emission = emission + extra.repeat_interleave(k**memory, -1)
+        initial, transition = potentials["initial"], potentials["transition"]
+        if self.varying(transition):
+            transition = transition[..., 1:, :, :]
+        if memory:
+            wide = _Expansion(k, memory, emission.device)
+            initial, transition = wide.initial(initial), wide.transition(transition)
+        return initial, transition, emission
+
+    def varying(self, transition: Tensor) -> bool:
+        """Whether potentials of the transition differ from frame to frame."""
+        return transition.dim() > len(self.replicas) + 3
+
+    def _last(self, batch: Batch) -> Tensor:
+        """``[N or 1, T]`` Boolean, True at the last frame of each sequence."""
+        frames = batch.x.shape[1]
+        ends = torch.tensor([frames], device=batch.x.device) if batch.lengths is None else batch.lengths
+        return torch.arange(frames, device=batch.x.device) == ends.unsqueeze(-1) - 1
+
+    def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
+        return chain.reference(*self._chain(potentials, batch), batch.lengths, plus)
+
+    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
+        return self._each(data, lambda p, b: chain.log_normalizer(*self._chain(p, b), b.lengths))
+
+    def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        initial, transition, emission = self._chain(potentials, batch)
+        weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
+        log_z, first, pairs, gamma = chain.expectations(initial, transition, emission, batch.lengths, weight)
+        return log_z, self._folded(first, pairs, gamma, potentials, batch)
+
+    def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        initial, transition, emission = self._chain(potentials, batch)
+        score, path = chain.viterbi(initial, transition, emission, batch.lengths)
+        mass = torch.ones_like(score) if batch.weight is None else batch.weight.to(score).expand_as(score)
+        # A path is −1 in the padding and where there is none: those frames count for nothing.
+        gamma = torch.nn.functional.one_hot(path.clamp(min=0), emission.shape[-1]).to(emission)
+        gamma = gamma * torch.where(path >= 0, mass.unsqueeze(-1), 0.0).unsqueeze(-1)
+        ahead = torch.where(path[..., 1:, None] >= 0, gamma[..., 1:, :], 0.0)
+        before = (gamma[..., :-1, :] > 0).to(gamma)
+        first = gamma[..., 0, :].to(torch.float64).sum_to_size(initial.shape)
+        if self.varying(potentials["transition"]):
+            pairs = before.unsqueeze(-1) * ahead.unsqueeze(-2)
+        else:
+            pairs = (before.flatten(-3, -2).mT @ ahead.flatten(-3, -2)).to(torch.float64).unsqueeze(-3)
+        return score, self._folded(first, pairs, gamma, potentials, batch)
+
+    def _folded(
+        self, first: Tensor, pairs: Tensor, gamma: Tensor, potentials: dict[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Expectations of the chain that inference ran on in the shapes of the slots' potentials."""
+        states = gamma
+        if self.emission.memory:
+            wide = _Expansion(self.n_components, self.emission.memory, gamma.device)
+            first, pairs = wide.folded_initial(first), wide.folded_transition(pairs)
+            states = self._present(gamma)
+        if self.varying(potentials["transition"]):
+            pairs = torch.cat([torch.zeros_like(pairs[..., :1, :, :]), pairs], -3)
+        expected = {"initial": first, "transition": pairs, "emission": gamma}
+        if self.end is not None:
+            last = self._last(batch).unsqueeze(-1)
+            sums = [torch.where(mask, states, 0.0).sum((-3, -2), dtype=torch.float64) for mask in (~last, last)]
+            expected["end"] = torch.stack(sums, -1).unsqueeze(-3)
+        return expected
+
+    def _present(self, value: Tensor) -> Tensor:
+        """Expectations ``[…, K^(L+1)]`` summed over the states before the present one."""
+        return value.unflatten(-1, (self.n_components, -1)).sum(-1) if self.emission.memory else value
+
+    def _known(self, expected: dict[str, Tensor], batch: Batch) -> Tensor:
+        posterior = self._present(expected["emission"])
+        assert batch.evidence is not None
+        known = torch.where(posterior > 0, posterior * batch.evidence.to(posterior), 0.0)
+        return known.sum((-3, -2, -1), dtype=torch.float64)
+
+    # ---- use --------------------------------------------------------------------------------------------------
+
+    def posterior(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t k"]:
+        """p(z_t | x) of each frame, ``[N, T, K]``; zeros in the padding and where a sequence is impossible.
+
+        Args:
+            data: Sequences, as for `torchem.fit`.
+            **fields: ``lengths``, ``u``, ``labels``, … as for `LatentModel.batch`.
+        """
+        return self._each(self._read(data, fields), self._posterior)
+
+    def _posterior(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        bare = Batch(batch.x, lengths=batch.lengths, evidence=batch.evidence)
+        return self._present(self.infer(potentials, bare)[1]["emission"])
+
+    def filter(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t k"]:
+        """p(z_t | x_1, …, x_t) of each frame, ``[N, T, K]``: what could be known at the time."""
+        return self._each(
+            self._read(data, fields), lambda p, b: self._present(chain.filter(*self._chain(p, b), b.lengths)[1])
+        )
+
+    def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
+        """The most likely path of states, ``[N, T]`` (Viterbi); −1 in the padding and where there is none."""
+        return self._each(self._read(data, fields), lambda p, b: self._viterbi(p, b)[1])
+
+    def _viterbi(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        score, path = chain.viterbi(*self._chain(potentials, batch), batch.lengths)
+        return score, self._digits(path)
+
+    def _digits(self, path: Tensor) -> Tensor:
+        """Paths of expanded states as paths of the present one."""
+        return path.div(self.n_components**self.emission.memory, rounding_mode="floor")
+
+    def best_paths(self, data: Any, count: int, **fields: Any) -> tuple[Tensor, Tensor]:
+        """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise invalid("count", "a whole number of at least 1", repr(count), "give how many paths to list")
+        batch = self._read(data, fields)
+
+        def paths(p: dict[str, Tensor], b: Batch) -> Tensor:
+            scores, found = chain.best_paths(*self._chain(p, b), count, b.lengths)
+            return torch.cat([scores.unsqueeze(-1).to(torch.float64), self._digits(found).to(torch.float64)], -1)
+
+        both = self._each(batch, paths)
+        return both[..., 0].to(self.dtype), both[..., 1:].long()
+
+    def sample_posterior(
+        self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
+    ) -> Int[Tensor, "n_draws n t"]:
+        """``n`` draws of the path of states given the data, ``[n, N, T]``."""
+        batch = self._read(data, fields)
+        draws = [
+            self._each(batch, lambda p, b: self._digits(chain.sample(*self._chain(p, b), b.lengths, generator)))
+            for _ in range(n)
+        ]
+        return torch.stack(draws)
+
+    def forecast(
+        self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> "Forecast":  # fmt: skip
+        """What follows each sequence: laws of states and observations ``1 … steps`` frames ahead.
+
+        Args:
+            data: Sequences, as for `torchem.fit`.
+            steps: H, how far to look.
+            inputs: Covariates ``[N, H, M]`` of the frames to come, where a factor reads them.
+            n: Number of continuations to draw.
+            generator: Source of the draws.
+            **fields: ``lengths``, ``u``, … of the data.
+
+        Raises:
+            InvalidArgument: If the emission depends on earlier frames or states, whose future only draws can follow.
+
+        Source: W. Zucchini, I. L. MacDonald (2009), section 5.2.
+
+        Example:
+            >>> m = GaussianHMM(2, 1)
+            >>> m.forecast(torch.zeros(5, 1), 3).mean.shape
+            torch.Size([1, 3, 1])
+        """
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise invalid("steps", "a whole number of at least 1", repr(steps), "give how many frames to look ahead")
+        if self.emission.memory or getattr(self.emission, "lags", 0):
+            raise invalid(
+                "forecast", "an emission that depends on the present state alone", type(self.emission).__name__,
+                "continue the sequence with missing frames, or simulate",
+            )  # fmt: skip
+        batch = self._read(data, fields)
+        with torch.no_grad():
+            filtered = self.filter(batch)
+            last = torch.full((len(batch),), batch.x.shape[1]) if batch.lengths is None else batch.lengths
+            place = (last.to(filtered.device) - 1).view(-1, 1, 1).expand(*filtered.shape[:-2], 1, filtered.shape[-1])
+            state = filtered.gather(-2, place).squeeze(-2)
+            u = None if inputs is None else as_tensor(inputs, "inputs").to(filtered)
+            u = u.unsqueeze(0).expand(len(batch), *u.shape) if u is not None and u.dim() == 2 else u
+            ahead = Batch(torch.zeros(len(batch), steps, batch.x.shape[-1], device=self.device), u=u)
+            table = self.transition.log_table(ahead).exp()
+            states = []
+            for step in range(steps):
+                matrix = table[..., step, :, :] if self.varying(table) else table
+                state = (state.unsqueeze(-2) @ matrix).squeeze(-2)
+                states.append(state)
+            laws = torch.stack(states, -2)
+            mean, variance = self._outlook(laws, ahead)
+            draws = [self._continued(laws, table, ahead, generator) for _ in range(n)]
+        return Forecast(laws, mean, variance, torch.stack(draws) if draws else None)
+
+    def _outlook(self, laws: Tensor, ahead: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and variance of a mixture over states, by the law of total variance; None for families without."""
+        try:
+            center, spread = self.emission.moments(ahead)
+        except NotImplementedError:
+            return None, None
+        share = laws.unsqueeze(-1)
+        mean = (share * center).sum(-2)
+        return mean, (share * (spread + (center - mean.unsqueeze(-2)).square())).sum(-2)
+
+    def _continued(
+        self, laws: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
+    ) -> Tensor:
+        size, steps = ahead.x.shape[:2]
+        z = torch.multinomial(laws[:, 0], 1, generator=generator)[:, 0]
+        path = [z]
+        for step in range(1, steps):
+            matrix = (table[:, step] if self.varying(table) else table).expand(size, -1, -1)
+            z = torch.multinomial(matrix[torch.arange(size), z], 1, generator=generator)[:, 0]
+            path.append(z)
+        flat = ahead.map(lambda value: value.flatten(0, 1))
+        return self.emission.sample(torch.stack(path, 1).flatten(), flat, generator).unflatten(0, (size, steps))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int = 1,
+        length: int | None = None,
+        *,
+        latents: bool = False,
+        inputs: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Draw ``n`` sequences ``[n, length, D]``, and their states ``[n, length]`` when ``latents`` is True.
+
+        Args:
+            n: Number of sequences.
+            length: Frames of each; may be left out where the model has `end_probs`, and then a list of sequences of
+                random lengths is drawn.
+            latents: Whether to return the states as well.
+            inputs: Covariates ``[n, length, M]`` or ``[length, M]``, where a factor reads them.
+            generator: Source of the draws.
+        """
+        for name, value, least in (("n", n, 0), ("length", length, 1)):
+            free = name == "length" and value is None and self.end is not None
+            if not free and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+        draw = _Draw(self, n, length, inputs, generator)
+        x, z = draw.run()
+        return (x, z) if latents else x
+
+    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
+        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+
+    # ---- starts and health ------------------------------------------------------------------------------------
+
+    def rows(self, batch: Batch) -> Batch:
+        rows = self.emission.context(batch).rows()
+        if not rows.x.is_floating_point():
+            return rows
+        missing = rows.x.isnan().all(-1)
+        return rows[~missing] if bool(missing.any()) else rows
+
+    @property
+    def default_init(self) -> str:
+        return self.emission.default_init
+
+    def _wide(self, expected: Tensor) -> Tensor:
+        """Responsibilities of K states shared evenly among the expanded ones."""
+        copies = self.n_components**self.emission.memory
+        return expected.repeat_interleave(copies, -1) / copies
+
+    def initialize(self, batch: Batch, expected: Tensor) -> None:
+        if batch.weight is not None:
+            expected = expected * batch.weight.unsqueeze(-1).to(expected)
+        values = self.emission.initialize(batch, self._wide(expected))
+        self.assign({f"emission.{name}": value for name, value in values.items()})
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> None:
+        values = self.emission.initialize_at(batch, index)
+        self.assign({f"emission.{name}": value for name, value in values.items()})
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        values = super().maximize(stats)
+        if isinstance(self.initial, Stationary):
+            steps = self.transition.penalized(stats["transition"])
+            joint = self.initial.maximize_jointly(stats["initial"], steps)
+            values |= {f"transition.{name}": value for name, value in joint.items()}
+        return values
+
+    def occupancy(self, stats: Stats) -> Tensor | None:
+        first, steps = stats["initial"].get("counts"), stats["transition"].get("counts")
+        return None if first is None or steps is None else first + steps.sum(-2)
+
+    def degenerate(self) -> Tensor | None:
+        return self.emission.degenerate()
+
+    def surprise(self, rows: Batch) -> Tensor:
+        return -self.emission.log_potential(rows.with_x(self.emission.cast(rows.x))).logsumexp(-1)
+
+    def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
+        k = self.n_components
+        if self.replicas or k > 128 or self.emission.memory or not isinstance(self.transition, Categorical):
+            return []
+        rows = self.rows(batch) if batch.x.dim() == 3 else batch
+        value = self.emission.log_potential(rows.with_x(self.emission.cast(rows.x))).detach().to(torch.float64)
+        gap = (value.unsqueeze(-1) - value.unsqueeze(-2)).abs()
+        if tolerance > 0:
+            share = value.softmax(-1)
+            gap = torch.where((share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01, gap, 0.0)
+        alike = ~(gap > tolerance).any(0) & value.isfinite().all(0)
+        pairs = [(j, i) for i, j in alike.tril(-1).nonzero().tolist()]
+        return [pair for pair in pairs if self._interchangeable(*pair, max(tolerance, 1e-12))]
+
+    def _interchangeable(self, a: int, b: int, tolerance: float) -> bool:
+        """Whether the chain stays the same when two of its states change names."""
+        order = list(range(self.n_components))
+        order[a], order[b] = b, a
+        table, first = self.transition_matrix.detach(), self.initial_probs.detach()
+        moved = (table[order][:, order] - table).abs().max(), (first[order] - first).abs().max()
+        return all(float(gap) <= tolerance for gap in moved)
+
+    def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
+        """Put the emissions of the states ``which [*r, K]`` at observations ``index [*r, K]``."""
+        values = self.emission.replace_components(which, self.emission.initialize_at(batch, index))
+        self.assign({f"emission.{name}": value for name, value in values.items()})
+
+    def forbid(self, which: Tensor) -> None:
+        """Take states ``which [*r, K]`` out of the chain, in place; never the last successor of another."""
+        self.initial.forbid(which)
+        self.transition.forbid(which.unsqueeze(-2))
+
+    def prune(self, keep: Tensor) -> None:
+        """Keep only some states, in place; tables are renormalised."""
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        if not isinstance(self.initial, Stationary):
+            self.initial = self.initial.select(index)
+        probs = self._table("transition").probs.detach().to(torch.float64)[index][:, index]
+        small = Categorical(len(index), len(index)).to(self.device, self.dtype)
+        total = probs.sum(-1, keepdim=True)
+        small.probs = torch.where(total > 0, probs / total.clamp(min=1e-300), 1.0 / len(index))
+        self.transition, self.emission = small, self.emission.select(index)
+        if isinstance(self.initial, Stationary):
+            self.initial = Stationary(small)
+        if self.end is not None:
+            self.end = self.end.select(index)
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch) -> Batch:
+        self.emission.check(batch)
+        if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
+            raise invalid(
+                "evidence", f"{self.n_components} columns, one per state", batch.evidence.shape[-1],
+                "give a log-potential for each state",
+            )  # fmt: skip
+        return batch
+
+    def stream(self, batch: Batch) -> Iterator[Batch]:
+        """Sequences in pieces whose messages fit the budget, on the model's device.
+
+        Emissions are computed in smaller pieces still, which fit the cache.
+        """
+        frames = max(1, batch.x.shape[1])
+        states = self.n_components ** (self.emission.memory + 1)
+        size = _PER_STATE * states * self.dtype.itemsize * max(1, *self.replicas, 1)
+        if not isinstance(self.transition, Categorical):
+            size += states * states * self.dtype.itemsize * 3
+        budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
+        for piece in batch.split(max(1, budget // (size * frames))):
+            if piece.x.device != self.device:
+                piece = piece.map(Tensor.pin_memory) if self.device.type == "cuda" else piece
+                piece = piece.to(self.device)
+            yield piece
+
+
+class GaussianHMM(HMM):
+    """A hidden Markov model with Gaussian emissions.
+
+    Args:
+        n_states: K.
+        n_features: D.
+        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        covariance_floor: Smallest variance, relative to the data's (see `Gaussian`).
+        floor_type: ``"relative"``, ``"absolute"`` or ``"additive"``.
+
+    Raises:
+        InvalidArgument: For sizes below one or an unknown option.
+
+    Source: L. R. Rabiner (1989), section IV.
+
+    Example:
+        >>> m = GaussianHMM(2, 1)
+        >>> m.means, m.transition_matrix = [[-1.0], [1.0]], [[0.9, 0.1], [0.1, 0.9]]
+        >>> m.most_likely(torch.tensor([[-1.0], [-2.0], [1.0], [2.0]]))
+        tensor([[0, 0, 1, 1]])
+    """
+
+    initial: Categorical
+    transition: Categorical
+    emission: Gaussian
+
+    def __init__(
+        self,
+        n_states: int,
+        n_features: int,
+        covariance_type: CovarianceType = "diag",
+        *,
+        covariance_floor: float = 1e-6,
+        floor_type: FloorType = "relative",
+    ):
+        emission = Gaussian(n_states, n_features, covariance_type, covariance_floor, floor_type)
+        super().__init__(Categorical(n_states), Categorical(n_states, n_states), emission)
+        self.n_features = n_features
+        self.covariance_type = covariance_type
+        self.covariance_floor = covariance_floor
+        self.floor_type = floor_type
+
+    @property
+    def means(self) -> Float[Tensor, "*r k d"]:
+        """Means ``[*r, K, D]``; assignable."""
+        return self.emission.means
+
+    @means.setter
+    def means(self, value: Any) -> None:
+        self.emission.means = value
+
+    @property
+    def covariances(self) -> Float[Tensor, "*shape"]:
+        """Covariances in scikit-learn's shapes; assignable."""
+        return self.emission.covariances
+
+    @covariances.setter
+    def covariances(self, value: Any) -> None:
+        self.emission.covariances = value
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What follows a sequence.
+
+    Attributes:
+        states: p(z_{T+h} | x), ``[N, H, K]``.
+        mean: E[x_{T+h} | x], ``[N, H, D]``; None where the emission has no mean.
+        variance: Variance of each column, ``[N, H, D]``, likewise.
+        draws: Continuations ``[n, N, H, D]``, if any were asked for.
+    """
+
+    states: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    draws: Tensor | None
+
+
+# ---- masks of transitions -----------------------------------------------------------------------------------------
+
+
+def left_right(n_states: int, jump: int | None = None) -> Tensor:
+    """``[K, K]`` mask of a chain that never goes back, nor further than ``jump`` states ahead.
+
+    Example:
+        >>> left_right(3, jump=1).int()
+        tensor([[1, 1, 0],
+                [0, 1, 1],
+                [0, 0, 1]], dtype=torch.int32)
+    """
+    ahead = torch.arange(n_states) - torch.arange(n_states).unsqueeze(-1)
+    return (ahead >= 0) & (ahead <= (n_states if jump is None else jump))
+
+
+def cyclic(n_states: int) -> Tensor:
+    """``[K, K]`` mask of a chain that stays or steps to the next state, from the last to the first."""
+    ahead = (torch.arange(n_states) - torch.arange(n_states).unsqueeze(-1)) % n_states
+    return ahead <= 1
+
+
+def banded(n_states: int, width: int) -> Tensor:
+    """``[K, K]`` mask of a chain that moves by at most ``width`` states either way."""
+    return (torch.arange(n_states) - torch.arange(n_states).unsqueeze(-1)).abs() <= width
+
+
+# ---- frames -------------------------------------------------------------------------------------------------------
+
+
+class _Frames(Kernel):
+    """An emission's pass over sequences: frames as rows, in pieces that fit the cache, missing frames left out."""
+
+    def __init__(self, factor: Factor):
+        self.factor = factor
+        self.kernel = factor.kernel()
+        self.pieces: list[Batch] = []
+        self.missing: Tensor | None = None
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        factor = self.factor
+        batch = factor.context(batch)
+        axes = batch.x.shape[:2]
+        rows = Batch(
+            batch.x.flatten(0, 1),
+            **{name: value.flatten(0, 1) for name in ("u", "offset", "trials") if (value := getattr(batch, name)) is not None},
+        )  # fmt: skip
+        rows, self.missing = _without_missing(rows)
+        width = factor.row_size() * factor.dtype.itemsize * max(1, *factor.replicas, 1)
+        self.pieces = list(rows.split(rows_per_piece(width, factor.device)))
+        parts = [self._of(piece) for piece in self.pieces]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        if self.missing is not None:
+            value = torch.where(self.missing, 0.0, value)
+        return value.unflatten(-2, axes)
+
+    def _of(self, piece: Batch) -> Tensor:
+        return self.kernel.log_potential(piece.with_x(self.factor.cast(piece.x)))
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        flat = expected.flatten(-3, -2)
+        if self.missing is not None:
+            flat = torch.where(self.missing, 0.0, flat)
+        start = 0
+        for piece in self.pieces:
+            if len(self.pieces) > 1:
+                self._of(piece)
+            self.kernel.collect(piece.with_x(self.factor.cast(piece.x)), flat[..., start : start + len(piece), :])
+            start += len(piece)
+
+    def stats(self) -> Stats:
+        return self.kernel.stats()
+
+    def inner(self) -> Tensor:
+        return self.kernel.inner()
+
+
+def _without_missing(rows: Batch) -> tuple[Batch, Tensor | None]:
+    """Rows with those wholly missing replaced by another, and which they are, ``[F, 1]``; None if there are none."""
+    x = rows.x
+    if not x.is_floating_point() or not len(rows):
+        return rows, None
+    plain = not torch._C._are_functorch_transforms_active()
+    if plain and not bool(x.detach().sum(dtype=torch.float64).isnan()):
+        return rows, None
+    missing = x.isnan().all(-1, keepdim=True)
+    if plain and not bool(missing.any()):
+        return rows, None
+    stand_in = x[reduce.first_max((~missing).to(x.dtype), 0)]
+    return rows.with_x(torch.where(missing, stand_in.nan_to_num(nan=0.0), x)), missing
+
+
+class _Expansion:
+    """States that remember the L before them: s = (z_t, …, z_{t−L}), the present one most significant."""
+
+    def __init__(self, k: int, memory: int, device: torch.device):
+        self.k, self.size = k, k ** (memory + 1)
+        code = torch.arange(self.size, device=device)
+        kept = k**memory
+        # From (z_t, z_{t−1}, …) to (z_{t+1}, z_t, …): what is kept of the one must be what the other remembers.
+        self.allowed = (code.unsqueeze(-1) // k) == (code % kept)
+        present = code // kept
+        self.cell = present.unsqueeze(-1) * k + present
+        # Before the first frame nothing has been: that past is written as the first state over and over.
+        self.start = torch.arange(k, device=device) * sum(k**power for power in range(memory + 1))
+
+    def initial(self, value: Tensor) -> Tensor:
+        wide = value.new_full((*value.shape[:-1], self.size), -torch.inf)
+        return wide.index_copy(-1, self.start, value)
+
+    def transition(self, value: Tensor) -> Tensor:
+        return torch.where(self.allowed, value.flatten(-2)[..., self.cell], -torch.inf)
+
+    def folded_initial(self, value: Tensor) -> Tensor:
+        return value[..., self.start]
+
+    def folded_transition(self, value: Tensor) -> Tensor:
+        cells = self.cell[self.allowed]
+        flat = value.flatten(-2)[..., self.allowed.flatten()]
+        total = flat.new_zeros(*flat.shape[:-1], self.k**2).index_add(-1, cells, flat)
+        return total.unflatten(-1, (self.k, self.k))
+
+
+# ---- draws --------------------------------------------------------------------------------------------------------
+
+
+class _Draw:
+    """Sequences drawn frame by frame."""
+
+    def __init__(self, model: HMM, n: int, length: int | None, inputs: Any, generator: torch.Generator | None):
+        self.model, self.n, self.length, self.generator = model, n, length, generator
+        u = None if inputs is None else as_tensor(inputs, "inputs").to(model.device, model.dtype)
+        self.u = u.expand(n, -1, -1) if u is not None and u.dim() == 2 else u
+        if self.u is not None and self.u.shape[:2] != (n, length):
+            raise invalid("inputs", f"[{n}, {length}, M]", list(self.u.shape), "give covariates for each frame")
+
+    def run(self) -> tuple[Any, Any]:
+        model = self.model
+        if self.length is None:
+            return self._random_lengths()
+        z = self._states(self.n, self.length, self.u)
+        return self._observations(z, self.u), z
+
+    def _pick(self, probs: Tensor) -> Tensor:
+        if not len(probs):
+            return torch.empty(0, dtype=torch.long, device=probs.device)
+        return torch.multinomial(probs, 1, generator=self.generator)[:, 0]
+
+    def _states(self, n: int, length: int, u: Tensor | None) -> Tensor:
+        model = self.model
+        blank = Batch(torch.zeros(n, length, 1, device=model.device), u=u)
+        table = model.transition.log_table(blank).exp()
+        z = self._pick(model.initial.log_table(blank).exp().expand(n, -1))
+        path = [z]
+        for t in range(1, length):
+            matrix = table[:, t] if model.varying(table) else table
+            z = self._pick(matrix.expand(n, -1, -1)[torch.arange(n), z])
+            path.append(z)
+        return torch.stack(path, 1)
+
+    def _observations(self, z: Tensor, u: Tensor | None) -> Tensor:
+        model, (n, length) = self.model, z.shape
+        lags = max(getattr(model.emission, "lags", 0), model.emission.memory)
+        if lags:
+            return self._fed_back(z, u, lags)
+        batch = Batch(torch.zeros(n * length, 1, device=model.device), u=None if u is None else u.flatten(0, 1))
+        return model.emission.sample(z.flatten(), batch, self.generator).unflatten(0, (n, length))
+
+    def _fed_back(self, z: Tensor, u: Tensor | None, lags: int) -> Tensor:
+        """Frames that depend on those before: one at a time, from zeros, with a run-up that is cut off."""
+        model, (n, length) = self.model, z.shape
+        k, memory = model.n_components, model.emission.memory
+        runup = 50 * lags
+        past = z[:, :1].expand(-1, runup)
+        states = torch.cat([past, z], 1)
+        covariates = None if u is None else torch.cat([u[:, :1].expand(-1, runup, -1), u], 1)
+        features = model.emission.n_features or 1
+        x = torch.zeros(n, lags, features, dtype=model.dtype, device=model.device)
+        for t in range(states.shape[1]):
+            window = torch.cat([x[:, -lags:], torch.zeros_like(x[:, :1])], 1)
+            own = None if covariates is None else covariates[:, t : t + 1].expand(-1, lags + 1, -1)
+            frame = model.emission.context(Batch(window, u=own))
+            code = states[:, t]
+            for back in range(1, memory + 1):
+                code = code * k + states[:, max(t - back, 0)]
+            now = Batch(window[:, -1], u=None if frame.u is None else frame.u[:, -1])
+            x = torch.cat([x, model.emission.sample(code, now, self.generator).unsqueeze(1)], 1)
+        return x[:, -length:]
+
+    def _random_lengths(self) -> tuple[list[Tensor], list[Tensor]]:
+        model = self.model
+        stop = model.end_probs
+        xs, zs = [], []
+        blank = Batch(torch.zeros(1, 1, 1, device=model.device))
+        table = model.transition_matrix
+        for _ in range(self.n):
+            z = self._pick(model.initial.log_table(blank).exp().reshape(1, -1))
+            path = [z]
+            # Bounded: a chain that never ends is cut after a million frames.
+            while len(path) < 1_000_000 and not bool(
+                torch.rand((), generator=self.generator).to(stop) < stop[path[-1]]
+            ):
+                path.append(self._pick(table[path[-1]]))
+            zs.append(torch.cat(path))
+            xs.append(self._observations(zs[-1].unsqueeze(0), None)[0])
+        return xs, zs

@@ -1,0 +1,153 @@
+"""The initial law of a chain that has been running for ever."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.errors import wrong_type
+from torchem.factor import Factor
+from torchem.factors import Categorical
+from torchem.stats import Stats
+
+#: Steps of the inner ascent, and how far each may be damped, in multiples of the largest gradient.
+_STEPS = 12
+_DAMPING = (0.0, 0.5, 2.0, 10.0, 100.0)
+#: Share of a uniform law that makes the stationary one unique where the chain falls apart.
+_MIX = 1e-13
+
+
+class Stationary(Factor):
+    """The stationary law π of a transition matrix, πA = π, as initial law: no parameters of its own.
+
+    The M-step is that of the transition matrix, and joint: it climbs Σ n_i log π_i(A) + Σ n_ij log A_ij from the better
+    of the current matrix and the closed form without π, by growth transforms
+
+        A_ij ∝ n_ij + A_ij (g_ij + c),   g_ij = ∂ Σ n_i log π_i / ∂A_ij = π_i [Z (n/π)]_j,   Z = (I − A + 1π)⁻¹,
+
+    whose fixed points are the stationary points of the objective, damped by c until the objective does not fall.
+
+    Args:
+        transition: The table of the same model.
+
+    Source: P. J. Schweitzer (1968) for the derivative; P. S. Gopalakrishnan et al. (1991) for the transform.
+
+    Example:
+        >>> from torchem.factors import Categorical
+        >>> table = Categorical(2, 2)
+        >>> table.probs = [[0.9, 0.1], [0.2, 0.8]]
+        >>> Stationary(table).probs
+        tensor([0.6667, 0.3333], grad_fn=<...>)
+    """
+
+    def __init__(self, transition: Categorical):
+        super().__init__()
+        if not isinstance(transition, Categorical):
+            raise wrong_type(
+                "initial", "a stationary law of a Categorical transition", transition, "use a free initial law"
+            )
+        # Not a submodule: the table belongs to the transition slot, and is one parameter there.
+        self.__dict__["transition"] = transition
+
+    def _first(self) -> Tensor:
+        return self.transition.logits
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        return self.transition.replicas
+
+    @property
+    def probs(self) -> Tensor:
+        """π ``[*r, K]``."""
+        return _stationary(self.transition.probs.to(torch.float64)).to(self.dtype)
+
+    def log_table(self, batch: Batch) -> Tensor:
+        probs = _stationary(self.transition.probs.to(torch.float64))
+        return probs.clamp(min=torch.finfo(torch.float64).tiny).log().to(self.dtype).unsqueeze(-2)
+
+    def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``counts [*r, K]`` of first states."""
+        lead = len(self.replicas)
+        return Stats(counts=expected.flatten(lead, -2).sum(lead, dtype=torch.float64))
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        raise NotImplementedError("Stationary is a latent child: it has table_stats")
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        return _gain(self.transition.probs.to(torch.float64), stats["counts"])
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        return {}
+
+    def maximize_jointly(self, first: Stats, steps: Stats) -> dict[str, Tensor]:
+        """New logits of the transition matrix from the counts of first states and of steps (prior included). Pure."""
+        table, starts, counts = self.transition, first["counts"], steps["counts"]
+        closed = table.maximize(steps)["logits"]
+        best, value = table.logits, self._objective(table.logits, starts, counts)
+        best, value = self._better(best, value, closed, starts, counts)
+        for _ in range(_STEPS):
+            probs = self._probs(best)
+            gradient = _score(probs, starts)
+            lowest = gradient.amin(-1, keepdim=True)
+            size = (gradient - lowest).amax((-2, -1), keepdim=True)
+            trial, gain = best, value
+            for damping in _DAMPING:
+                pseudo = counts + probs * (gradient - lowest + damping * size)
+                new = table.maximize(steps.like({"counts": pseudo}))["logits"]
+                trial, gain = self._better(trial, gain, new, starts, counts)
+            best, value = trial, gain
+        return {"logits": best}
+
+    def _better(
+        self, best: Tensor, value: Tensor, new: Tensor, starts: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        reached = self._objective(new, starts, counts)
+        higher = reached > value
+        return torch.where(higher[..., None, None], new, best), torch.where(higher, reached, value)
+
+    def _probs(self, logits: Tensor) -> Tensor:
+        logits = logits.to(torch.float64)
+        return logits.masked_fill(~self.transition.support, -torch.inf).softmax(-1)
+
+    def _objective(self, logits: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+        probs, support = self._probs(logits), self.transition.support
+        steps = torch.where(support, counts, 0.0) * torch.where(support, probs, 1.0).clamp(min=1e-300).log()
+        return _gain(probs, starts) + steps.sum((-2, -1))
+
+    def n_parameters(self) -> int:
+        return 0
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        table = Categorical(3, 3).double()
+        table.probs = [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]]
+        return cls(table), Batch(torch.zeros(4, 1))
+
+
+def _stationary(probs: Tensor) -> Tensor:
+    """π with πA = π, Σπ = 1: the solution of π(I − A + 11ᵀ) = 1ᵀ."""
+    k = probs.shape[-1]
+    probs = (1 - _MIX) * probs + _MIX / k
+    eye = torch.eye(k, dtype=probs.dtype, device=probs.device)
+    law = torch.linalg.solve((eye - probs + 1.0).mT, torch.ones_like(probs[..., :1])).squeeze(-1)
+    law = law.clamp(min=0)
+    return law / law.sum(-1, keepdim=True)
+
+
+def _gain(probs: Tensor, starts: Tensor) -> Tensor:
+    """Σ n_i log π_i."""
+    law = _stationary(probs)
+    return torch.where(starts > 0, starts * law.clamp(min=torch.finfo(law.dtype).tiny).log(), 0.0).sum(-1)
+
+
+def _score(probs: Tensor, starts: Tensor) -> Tensor:
+    """∂ Σ n_i log π_i / ∂A_ij, up to a constant per row."""
+    law = _stationary(probs)
+    eye = torch.eye(probs.shape[-1], dtype=probs.dtype, device=probs.device)
+    ratio = starts / law.clamp(min=torch.finfo(law.dtype).tiny)
+    solved = torch.linalg.solve(eye - probs + law.unsqueeze(-2), ratio.unsqueeze(-1)).mT
+    return law.unsqueeze(-1) * solved

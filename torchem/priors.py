@@ -1,0 +1,120 @@
+"""Priors over parameters, in data coordinates, for maximum a posteriori estimates.
+
+Give one to a factor, ``factor.prior = Dirichlet(2.0)``: its `mode_stats` join the statistics in every M-step, and its
+log-density joins the objective that a fit climbs and reports. Statistics themselves never hold a prior.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.batch import as_tensor
+from torchem.errors import invalid
+from torchem.factor import Factor, Prior
+from torchem.stats import Stats
+
+
+class _Concentrations(Prior, ABC):
+    """Independent Dirichlet laws over the rows of a probability table, each over its row's support."""
+
+    @abstractmethod
+    def concentrations(self, table: Tensor) -> Tensor:
+        """α, float64, in the shape of a table's logits."""
+
+    def _alpha(self, factor: Factor) -> tuple[Tensor, Tensor]:
+        support = getattr(factor, "support", None)
+        if support is None:
+            raise invalid("prior", "a table of probabilities to stand over", type(factor).__name__, "use its own prior")
+        return self.concentrations(factor.get_parameter("logits")), support
+
+    def mode_stats(self, factor: Factor) -> Stats:
+        alpha, support = self._alpha(factor)
+        return Stats(counts=torch.where(support, alpha - 1, 0.0))
+
+    def posterior_stats(self, factor: Factor) -> Stats:
+        alpha, support = self._alpha(factor)
+        return Stats(counts=torch.where(support, alpha, 0.0))
+
+    def check(self, factor: Factor) -> None:
+        alpha, support = self._alpha(factor)
+        low = alpha[support]
+        if bool((low < 1).any()):
+            raise invalid(
+                "prior", "concentrations of at least 1 (the mode of a lower one is at zero)", float(low.min()),
+                "raise it, or use variational EM",
+            )  # fmt: skip
+
+    def log_prob(self, factor: Factor) -> Tensor:
+        alpha, support = self._alpha(factor)
+        log_probs = torch.where(support, factor.log_probs().to(torch.float64), 0.0)  # pyright: ignore
+        inside = torch.where(support, alpha, 1.0)
+        total = torch.where(support, alpha, 0.0).sum(-1)
+        rows = total.lgamma() - inside.lgamma().sum(-1) + ((inside - 1) * log_probs).sum(-1)
+        lead = len(factor.replicas)
+        return rows.flatten(lead).sum(-1) if rows.dim() > lead else rows
+
+
+class Dirichlet(_Concentrations):
+    """Rows of a table a priori Dirichlet: p(π) ∝ Π_j π_j^{α_j − 1} over the cells that are allowed.
+
+    Args:
+        concentration: α, one number or a tensor that broadcasts to the table; at least 1 for a mode inside.
+
+    Source: A. Gelman et al. (2013), section 3.4.
+
+    Example:
+        >>> import torchem
+        >>> weights = torchem.factors.Categorical(2)
+        >>> weights.prior = Dirichlet(2.0)
+        >>> weights.prior.mode_stats(weights)["counts"]
+        tensor([1., 1.], dtype=torch.float64)
+    """
+
+    def __init__(self, concentration: float | Tensor = 1.0):
+        value = as_tensor(concentration, "concentration").to(torch.float64)
+        if not bool(((value > 0) & value.isfinite()).all()):
+            raise invalid("concentration", "positive finite numbers", concentration, "1 is the uniform law")
+        self.concentration = value
+
+    def concentrations(self, table: Tensor) -> Tensor:
+        return self.concentration.to(table.device).expand(table.shape)
+
+    def config(self) -> dict[str, Any]:
+        return {"concentration": self.concentration.tolist()}
+
+
+class StickyDirichlet(_Concentrations):
+    """Rows of a transition matrix a priori Dirichlet with more weight on staying: α_ij = α + κ [i = j].
+
+    Args:
+        stickiness: κ, prior transitions from each state to itself, at least 0.
+        concentration: α of every allowed cell, at least 1 for a mode inside.
+
+    Source: E. B. Fox, E. B. Sudderth, M. I. Jordan, A. S. Willsky (2011).
+
+    Example:
+        >>> import torchem
+        >>> table = torchem.factors.Categorical(2, 2)
+        >>> table.prior = StickyDirichlet(10.0)
+        >>> table.prior.mode_stats(table)["counts"]
+        tensor([[10.,  0.],
+                [ 0., 10.]], dtype=torch.float64)
+    """
+
+    def __init__(self, stickiness: float, concentration: float = 1.0):
+        for name, value, least in (("stickiness", stickiness, 0.0), ("concentration", concentration, 0.0)):
+            if not isinstance(value, (int, float)) or not least <= value < math.inf:
+                raise invalid(name, f"a finite number of at least {least:g}", repr(value), "correct it")
+        self.stickiness, self.concentration = float(stickiness), float(concentration)
+
+    def concentrations(self, table: Tensor) -> Tensor:
+        if table.dim() < 2 or table.shape[-1] != table.shape[-2]:
+            raise invalid("prior", "a square table for a sticky prior", list(table.shape), "use Dirichlet")
+        eye = torch.eye(table.shape[-1], dtype=torch.float64, device=table.device)
+        return (self.concentration + self.stickiness * eye).expand(table.shape)
+
+    def config(self) -> dict[str, Any]:
+        return {"stickiness": self.stickiness, "concentration": self.concentration}
