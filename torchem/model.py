@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
 from torchem.sequences import as_sequences
@@ -335,7 +336,7 @@ class DiscreteModel(LatentModel):
         for piece in self.stream(batch):
             potentials = {slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}
             log_z, expected = self.infer(potentials, piece)
-            total = total + _weighted(log_z, piece)
+            total = total + weighted(log_z, piece)
             lead = len(self.replicas)
             for slot, value in potentials.items():
                 each = torch.where(expected[slot] > 0, value * expected[slot], 0.0)
@@ -365,9 +366,13 @@ class DiscreteModel(LatentModel):
             log_z, expected = infer(potentials, piece)
             for slot, kernel in kernels.items():
                 kernel.collect(piece, expected[slot])
-            subtotal = _weighted(log_z, piece)
+            subtotal = weighted(log_z, piece)
             log_likelihood = subtotal if log_likelihood is None else log_likelihood + subtotal
         assert log_likelihood is not None
+        return self._assembled(kernels, log_likelihood, batch)
+
+    def _assembled(self, kernels: dict[str, Kernel], log_likelihood: Tensor, batch: Batch) -> Stats:
+        """The statistics that kernels collected in a pass."""
         stats = Stats({slot: kernel.stats() for slot, kernel in kernels.items()})
         # ≡ Σ w log Z − Q at this θ: the entropy of the posteriors plus all that Q leaves out (base measures).
         stats["entropy"] = log_likelihood - sum(kernel.inner() for kernel in kernels.values())
@@ -375,19 +380,19 @@ class DiscreteModel(LatentModel):
         stats["count"] = self.count(batch).to(log_likelihood).expand_as(log_likelihood)
         return stats
 
-    def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Tensor]) -> Tensor:
-        """Apply a function of potentials to the data piece by piece and join the results along the rows."""
+    def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Any]) -> Any:
+        """Apply a function of potentials to the data piece by piece and join the results, tensors, along the rows."""
         batch = self.check(data) if isinstance(data, Batch) else self.batch(data)
         with declared_precision(self.device):
             kernels = self._kernels()
             parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(self.replicas))
+        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
 
     def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
         return self._each(data, self.log_partition)
 
 
-def _weighted(log_z: Tensor, batch: Batch) -> Tensor:
+def weighted(log_z: Tensor, batch: Batch) -> Tensor:
     """Σ w log Z over the rows, float64; weight 0 silences −inf."""
     if batch.weight is not None:
         log_z = torch.where(batch.weight > 0, log_z, 0.0) * batch.weight

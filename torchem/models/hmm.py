@@ -1,6 +1,6 @@
 """Hidden Markov models: a chain of discrete states behind a sequence of observations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
-from torchem.model import DiscreteModel, Reduction
+from torchem.model import DiscreteModel, Reduction, weighted
 from torchem.models.stationary import Stationary
 from torchem.ops import chain, reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
@@ -23,6 +23,8 @@ from torchem.stats import Stats
 _MESSAGES = {"cpu": 256 << 20, "cuda": 2 << 30}
 #: Numbers held per frame and state while messages run both ways.
 _PER_STATE = 6
+#: Bytes that the tables of a transition that reads covariates may take.
+_TABLES = 64 << 20
 
 
 class HMM(DiscreteModel):
@@ -186,24 +188,33 @@ class HMM(DiscreteModel):
     def _kernels(self) -> dict[str, Kernel]:
         return {**super()._kernels(), "emission": _Frames(self.emission)}
 
-    def _chain(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Potentials of the chain of `Factor.memory` + 1 states that inference runs on."""
-        emission, k, memory = potentials["emission"], self.n_components, self.emission.memory
-        extra = None if batch.evidence is None else batch.evidence.to(emission)
+    @property
+    def _states(self) -> int:
+        """Number of states of the chain that inference runs on."""
+        return self.n_components ** (self.emission.memory + 1)
+
+    def _informed(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Potentials of the emissions with what is known of the states and of the ends of sequences."""
+        emission, extra = potentials["emission"], None
+        if batch.evidence is not None:
+            extra = batch.evidence.to(emission)
         if self.end is not None:
             going, ending = potentials["end"].unbind(-1)
             last = self._last(batch).unsqueeze(-1)
             stops = torch.where(last, ending.unsqueeze(-2), going.unsqueeze(-2))
             extra = stops if extra is None else extra + stops
-        if extra is not None:
-            emission = emission + extra.repeat_interleave(k**memory, -1)
+        if extra is None:
+            return emission
+        return emission + extra.repeat_interleave(self.n_components**self.emission.memory, -1)
+
+    def _chain(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials of the chain of `Factor.memory` + 1 states that inference runs on."""
         initial, transition = potentials["initial"], potentials["transition"]
         if self.varying(transition):
             transition = transition[..., 1:, :, :]
-        if memory:
-            wide = _Expansion(k, memory, emission.device)
-            initial, transition = wide.initial(initial), wide.transition(transition)
-        return initial, transition, emission
+        wide = _Expansion(self.n_components, self.emission.memory, initial.device)
+        initial, transition = wide.initial(initial), wide.transition(transition)
+        return initial, transition, self._informed(potentials, batch)
 
     def varying(self, transition: Tensor) -> bool:
         """Whether potentials of the transition differ from frame to frame."""
@@ -225,7 +236,7 @@ class HMM(DiscreteModel):
         initial, transition, emission = self._chain(potentials, batch)
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         log_z, first, pairs, gamma = chain.expectations(initial, transition, emission, batch.lengths, weight)
-        return log_z, self._folded(first, pairs, gamma, potentials, batch)
+        return log_z, self._folded(first, pairs, gamma, batch, self.varying(potentials["transition"]))
 
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         initial, transition, emission = self._chain(potentials, batch)
@@ -241,22 +252,19 @@ class HMM(DiscreteModel):
             pairs = before.unsqueeze(-1) * ahead.unsqueeze(-2)
         else:
             pairs = (before.flatten(-3, -2).mT @ ahead.flatten(-3, -2)).to(torch.float64).unsqueeze(-3)
-        return score, self._folded(first, pairs, gamma, potentials, batch)
+        return score, self._folded(first, pairs, gamma, batch, self.varying(potentials["transition"]))
 
     def _folded(
-        self, first: Tensor, pairs: Tensor, gamma: Tensor, potentials: dict[str, Tensor], batch: Batch
+        self, first: Tensor, pairs: Tensor | None, gamma: Tensor, batch: Batch, varying: bool = False
     ) -> dict[str, Tensor]:
         """Expectations of the chain that inference ran on in the shapes of the slots' potentials."""
-        states = gamma
-        if self.emission.memory:
-            wide = _Expansion(self.n_components, self.emission.memory, gamma.device)
-            first, pairs = wide.folded_initial(first), wide.folded_transition(pairs)
-            states = self._present(gamma)
-        if self.varying(potentials["transition"]):
-            pairs = torch.cat([torch.zeros_like(pairs[..., :1, :, :]), pairs], -3)
-        expected = {"initial": first, "transition": pairs, "emission": gamma}
+        wide = _Expansion(self.n_components, self.emission.memory, gamma.device)
+        expected = {"initial": wide.folded_initial(first), "emission": gamma}
+        if pairs is not None:
+            pairs = wide.folded_transition(pairs)
+            expected["transition"] = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 1, 0)) if varying else pairs
         if self.end is not None:
-            last = self._last(batch).unsqueeze(-1)
+            states, last = self._present(gamma), self._last(batch).unsqueeze(-1)
             sums = [torch.where(mask, states, 0.0).sum((-3, -2), dtype=torch.float64) for mask in (~last, last)]
             expected["end"] = torch.stack(sums, -1).unsqueeze(-3)
         return expected
@@ -270,6 +278,53 @@ class HMM(DiscreteModel):
         assert batch.evidence is not None
         known = torch.where(posterior > 0, posterior * batch.evidence.to(posterior), 0.0)
         return known.sum((-3, -2, -1), dtype=torch.float64)
+
+    # ---- transitions that read covariates ---------------------------------------------------------------------
+
+    def _block(self, batch: Batch) -> int:
+        """Frames whose K × K tables are held at once; 0 where all steps are alike or all tables fit."""
+        if isinstance(self.transition, Categorical):
+            return 0
+        width = len(batch) * max(1, *self.replicas, 1) * self._states**2 * self.dtype.itemsize * _PER_STATE
+        block = max(16, (self.memory_budget or _TABLES) // max(1, width))
+        return block if block < batch.x.shape[1] else 0
+
+    def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
+        streamed = infer == self.infer and self._block(batch) and not torch.is_grad_enabled()
+        if not streamed or torch._C._are_functorch_transforms_active():
+            return super()._e_step(batch, infer)
+        kernels = self._kernels()
+        gate = kernels["transition"]
+        total: Tensor | float = 0.0
+        for piece in self.stream(batch):
+            tables = {slot: kernel for slot, kernel in kernels.items() if slot != "transition"}
+            potentials = {slot: kernel.log_potential(piece) for slot, kernel in tables.items()}
+            log_z, expected = self._streamed(potentials, piece, gate)
+            for slot, kernel in tables.items():
+                kernel.collect(piece, expected[slot])
+            total = total + weighted(log_z, piece)
+        assert isinstance(total, Tensor)
+        return self._assembled(kernels, total, batch)
+
+    def _streamed(
+        self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`infer` with the transition's tables made, and their expectations taken, block by block of time."""
+        wide = _Expansion(self.n_components, self.emission.memory, batch.x.device)
+        initial, emission = wide.initial(potentials["initial"]), self._informed(potentials, batch)
+
+        def table(start: int, stop: int) -> Tensor:
+            return wide.transition(gate.log_potential(_window(batch, start, stop)))
+
+        def collect(start: int, stop: int, pairs: Tensor) -> None:
+            gate.collect(_window(batch, start, stop), wide.folded_transition(pairs))
+
+        weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
+        block = self._block(batch) or batch.x.shape[1]
+        log_z, first, gamma = chain.stream_expectations(
+            initial, table, emission, batch.lengths, weight, block, collect
+        )
+        return log_z, self._folded(first, None, gamma, batch)
 
     # ---- use --------------------------------------------------------------------------------------------------
 
@@ -308,14 +363,12 @@ class HMM(DiscreteModel):
         """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise invalid("count", "a whole number of at least 1", repr(count), "give how many paths to list")
-        batch = self._read(data, fields)
 
-        def paths(p: dict[str, Tensor], b: Batch) -> Tensor:
-            scores, found = chain.best_paths(*self._chain(p, b), count, b.lengths)
-            return torch.cat([scores.unsqueeze(-1).to(torch.float64), self._digits(found).to(torch.float64)], -1)
+        def paths(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+            scores, found = chain.best_paths(*self._chain(potentials, batch), count, batch.lengths)
+            return scores, self._digits(found)
 
-        both = self._each(batch, paths)
-        return both[..., 0].to(self.dtype), both[..., 1:].long()
+        return self._each(self._read(data, fields), paths)
 
     def sample_posterior(
         self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
@@ -543,10 +596,8 @@ class HMM(DiscreteModel):
         Emissions are computed in smaller pieces still, which fit the cache.
         """
         frames = max(1, batch.x.shape[1])
-        states = self.n_components ** (self.emission.memory + 1)
+        states = self._states
         size = _PER_STATE * states * self.dtype.itemsize * max(1, *self.replicas, 1)
-        if not isinstance(self.transition, Categorical):
-            size += states * states * self.dtype.itemsize * 3
         budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
         for piece in batch.split(max(1, budget // (size * frames))):
             if piece.x.device != self.device:
@@ -710,6 +761,11 @@ class _Frames(Kernel):
         return self.kernel.inner()
 
 
+def _window(batch: Batch, start: int, stop: int) -> Batch:
+    """What a gate reads of some of the frames."""
+    return Batch(batch.x[:, start:stop], u=None if batch.u is None else batch.u[:, start:stop])
+
+
 def _without_missing(rows: Batch) -> tuple[Batch, Tensor | None]:
     """Rows with those wholly missing replaced by another, and which they are, ``[F, 1]``; None if there are none."""
     x = rows.x
@@ -726,10 +782,12 @@ def _without_missing(rows: Batch) -> tuple[Batch, Tensor | None]:
 
 
 class _Expansion:
-    """States that remember the L before them: s = (z_t, …, z_{t−L}), the present one most significant."""
+    """States that remember the L before them: s = (z_t, …, z_{t−L}), the present one most significant; L may be 0."""
 
     def __init__(self, k: int, memory: int, device: torch.device):
-        self.k, self.size = k, k ** (memory + 1)
+        self.k, self.memory, self.size = k, memory, k ** (memory + 1)
+        if not memory:
+            return
         code = torch.arange(self.size, device=device)
         kept = k**memory
         # From (z_t, z_{t−1}, …) to (z_{t+1}, z_t, …): what is kept of the one must be what the other remembers.
@@ -740,16 +798,24 @@ class _Expansion:
         self.start = torch.arange(k, device=device) * sum(k**power for power in range(memory + 1))
 
     def initial(self, value: Tensor) -> Tensor:
+        if not self.memory:
+            return value
         wide = value.new_full((*value.shape[:-1], self.size), -torch.inf)
         return wide.index_copy(-1, self.start, value)
 
     def transition(self, value: Tensor) -> Tensor:
+        if not self.memory:
+            return value
         return torch.where(self.allowed, value.flatten(-2)[..., self.cell], -torch.inf)
 
     def folded_initial(self, value: Tensor) -> Tensor:
+        if not self.memory:
+            return value
         return value[..., self.start]
 
     def folded_transition(self, value: Tensor) -> Tensor:
+        if not self.memory:
+            return value
         cells = self.cell[self.allowed]
         flat = value.flatten(-2)[..., self.allowed.flatten()]
         total = flat.new_zeros(*flat.shape[:-1], self.k**2).index_add(-1, cells, flat)

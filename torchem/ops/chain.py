@@ -10,14 +10,16 @@ the same number of leading axes, which broadcast; ``lengths [*b]`` says how many
 one signature, picked in `dispatch`: blocks of time in torch (`scan`) or compiled loops (`numba_.chain`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchem.ops import reduce
-from torchem.ops.dispatch import chain_kernel
+from torchem.ops import reduce, scan
+from torchem.ops.dispatch import compiled_chain
 
 
 def reference(
@@ -39,6 +41,11 @@ def reference(
         new = plus(message.unsqueeze(-1) + step, -2) + emission[..., t, :]
         message = new if lengths is None else torch.where((t < lengths).unsqueeze(-1), new, message)
     return plus(message, -1)
+
+
+def chain_kernel(emission: Tensor) -> ModuleType:
+    """The kernels that run on potentials like these."""
+    return compiled_chain(emission.device) or scan
 
 
 # ---- from broadcast axes to the layout of kernels ------------------------------------------------------------------
@@ -251,6 +258,89 @@ def _plain(*tensors: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
+
+
+# ---- steps that differ, streamed over time ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stream_expectations(
+    initial: Tensor,
+    table: Callable[[int, int], Tensor],
+    emission: Tensor,
+    lengths: Tensor | None,
+    weight: Tensor | None,
+    block: int,
+    collect: Callable[[int, int, Tensor], None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expectations` of a chain whose steps differ, without ever holding more than ``block`` of its K × K tables.
+
+    Tables are made twice: a forward pass keeps the message at each block's start, a backward pass takes the blocks as
+    short chains between the messages from both sides.
+
+    Args:
+        initial: ``[*b, K]``.
+        table: Gives the potentials ``[*b, stop − start, K, K]`` of the steps into frames ``start … stop − 1``.
+        emission: ``[*b, T, K]``.
+        lengths: ``[*b]`` or None.
+        weight: ``[*b]`` or None.
+        block: Frames per block.
+        collect: Takes ``(start, stop, expected)``: weighted expectations in the shape of the table. None to spare them.
+
+    Returns:
+        log Z ``[*b]``, expectations of the first state in the shape of ``initial``, posteriors ``[*b, T, K]``.
+    """
+    frames = emission.shape[-2]
+    starts = list(range(0, frames, block))
+    log_z = torch.zeros(emission.shape[:-2], dtype=torch.float64, device=emission.device)
+    message, messages = initial, []
+
+    def part(start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Steps, emissions and lengths of the chain from the frame before the block (silent) to its last."""
+        stop = min(start + block, frames)
+        inside = emission[..., start:stop, :]
+        steps = table(max(start, 1), stop)
+        left = None if lengths is None else (lengths - start).clamp(max=stop - start)
+        if start:
+            inside = torch.cat([torch.zeros_like(inside[..., :1, :]), inside], -2)
+            left = None if left is None else (left + 1).clamp(min=1)
+        return steps, inside, left
+
+    for start in starts:
+        messages.append(message)
+        steps, inside, left = part(start)
+        gain, message = _last_message(message, steps, inside, left)
+        log_z += gain
+    behind = torch.zeros_like(emission[..., 0, :])
+    gamma = torch.empty_like(emission)
+    for start, message in zip(reversed(starts), reversed(messages), strict=True):
+        steps, inside, left = part(start)
+        ends = torch.tensor(inside.shape[-2] - 1, device=emission.device) if left is None else left - 1
+        last = torch.arange(inside.shape[-2], device=emission.device) == ends.unsqueeze(-1)
+        inside = torch.where(last.unsqueeze(-1), inside + behind.unsqueeze(-2), inside)
+        _, first, pairs, share = expectations(message, steps, inside, left, weight)
+        gamma[..., start : start + block, :] = share if start == 0 else share[..., 1:, :]
+        if collect is not None:
+            stop = min(start + block, frames)
+            collect(start, stop, torch.cat([torch.zeros_like(pairs[..., :1, :, :]), pairs], -3) if start == 0 else pairs)
+        behind = torch.where(message == -torch.inf, -torch.inf, share[..., 0, :].log() - message)
+        behind = torch.where((behind == -torch.inf).all(-1, keepdim=True), 0.0, behind).to(emission)
+    return log_z.to(emission), first, gamma
+
+
+def _last_message(
+    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log Z and the normalised log forward message at the end of each chain."""
+    chains = layout(initial, transition, emission, lengths)
+    # Structural zeros may make a later frame need what a probability flushes: then the logarithms are kept.
+    kernel = scan if bool((chains.transition == -torch.inf).any()) else chain_kernel(chains.emission)
+    take = kernel.log_filter if kernel is scan else kernel.filter
+    log_z, value = take(chains.initial, chains.transition, chains.emission, chains.lengths)
+    ends = value.new_full((len(value),), value.shape[1], dtype=torch.long) if lengths is None else chains.lengths
+    assert ends is not None
+    last = value.gather(1, (ends - 1)[:, None, None].expand(-1, 1, value.shape[-1])).squeeze(1)
+    return chains.restored(log_z), chains.restored(last if kernel is scan else last.log())
 
 
 # ---- posteriors and paths -----------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 #: Bytes of one piece. On CPU what the caches of a few cores hold, so that a piece's features are still there when its
 #: moments are taken; on an accelerator enough to fill it.
@@ -91,20 +92,13 @@ def time_blocks(sequences: int, frames: int, states: int, device: torch.device) 
 
 
 @cache
-def _compiled_chain() -> ModuleType | None:
-    """The compiled kernels for chains, where numba is installed."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
+def _numba_chain() -> ModuleType | None:
     return import_module("torchem.ops.numba_.chain") if find_spec("numba") and find_spec("torchem.ops.numba_") else None
 
 
-def chain_kernel(emission: Tensor) -> ModuleType:
-    """The kernels for chains of these potentials ``[S, T, K]``: `numba_.chain` on CPU if it is there, else `scan`.
+def compiled_chain(device: torch.device) -> ModuleType | None:
+    """The compiled kernels for chains on a device, where there are any: numba's on CPU, if it is installed.
 
-    A fused kernel for CUDA would be picked here too.
+    A fused kernel for CUDA has its place here.
     """
-    from torchem.ops import scan
-
-    compiled = _compiled_chain() if emission.device.type == "cpu" else None
-    return scan if compiled is None else compiled
+    return _numba_chain() if device.type == "cpu" else None
