@@ -1,0 +1,65 @@
+"""What every benchmark measures with: clocks, memory, medians with their range."""
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def clock(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, the device's queue drained before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations a second of a large matrix product: the roof that the E-step is held against."""
+    size = 2048 if device == "cpu" else 8192
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    times = [clock(lambda: a @ a, device) for _ in range(6)]
+    return 2 * size**3 / min(times)
+
+
+class PeakMemory:
+    """Peak of resident memory above its level at entry, sampled every millisecond."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.base = self.peak = resident()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.001):
+            self.peak = max(self.peak, resident())
+
+    def __exit__(self, *exception: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.extra = max(self.peak, resident()) - self.base
+
+
+def resident() -> int:
+    """Resident memory of this process, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def spread(values: list[float]) -> str:
+    """Median with the range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def per_iteration(run: Callable, few: int, many: int, device: str = "cpu") -> float:
+    """Seconds per EM iteration: the difference of two runs, so that set-up cancels."""
+    short, long = clock(lambda: run(few), device), clock(lambda: run(many), device)
+    return max(long - short, 1e-9) / (many - few)
