@@ -119,6 +119,7 @@ class Prior(ABC):
     def config(self) -> dict[str, Any]:
         """Constructor arguments, as plain numbers and lists."""
 
+    @abstractmethod
     def check(self, factor: "Factor") -> None:
         """Refuse a factor that the prior cannot stand over, or a prior without a mode."""
 

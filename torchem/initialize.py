@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchem import restarts
 from torchem.batch import Batch
 from torchem.errors import invalid, one_of
 from torchem.model import LatentModel
@@ -56,6 +57,8 @@ def start(
     batch = model.cast(sample)
     if method == "random_from_data":
         index = torch.stack([_different(sample, n_states, g) for g in generators]).to(sample.x.device)
+        if sample.evidence is not None:
+            index = torch.stack([_labelled(row, sample.evidence, g) for row, g in zip(index, generators, strict=True)])
         model.initialize_at(batch, index if model.replicas else index[0])
         return
     if method == "random":
@@ -68,8 +71,44 @@ def start(
         empty = hard.sum(-2, keepdim=True) == 0
         blur = torch.stack([_shares(len(sample), n_states, g) for g in generators]).to(hard.device)
         shares = torch.where(empty, _BLUR * blur, hard)
+    if sample.evidence is not None:
+        shares = _informed(shares, sample.evidence)
     shares = shares.to(batch.x.device, model.dtype)
     model.initialize(batch, shares if model.replicas else shares[0])
+
+
+def _telling(evidence: Tensor) -> tuple[Tensor, Tensor]:
+    """What labels say of each row, as probabilities ``[n, K]``, and whether they say anything, ``[n]``."""
+    known = evidence.to(torch.float64).softmax(-1).nan_to_num(0.0)
+    return known, (known.amax(-1) - known.amin(-1)) > 1e-9
+
+
+def _informed(shares: Tensor, evidence: Tensor) -> Tensor:
+    """Responsibilities ``[R, n, K]`` renamed to agree with what is known of some rows, and bound by it there.
+
+    Clusters have no names: those of the labels are given to the clusters that share most rows with them.
+    """
+    known, telling = _telling(evidence)
+    if not bool(telling.any()):
+        return shares
+    overlap = shares[:, telling].mT @ known[telling]
+    order = torch.tensor([restarts.assignment(table) for table in overlap], device=shares.device)
+    place = order.argsort(-1).unsqueeze(-2).expand_as(shares)
+    bound = shares.gather(-1, place) * (evidence - evidence.amax(-1, keepdim=True)).nan_to_num(0.0).exp()
+    total = bound.sum(-1, keepdim=True)
+    return torch.where(total > 0, bound / torch.where(total > 0, total, 1.0), known)
+
+
+def _labelled(index: Tensor, evidence: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows for each state, drawn from those that are labelled with it where there are any."""
+    known, telling = _telling(evidence)
+    named = torch.where(telling, known.argmax(-1), -1).cpu()
+    out = index.clone()
+    for state in range(len(index)):
+        rows = (named == state).nonzero()[:, 0]
+        if len(rows):
+            out[state] = rows[torch.randint(len(rows), (), generator=generator)]
+    return out
 
 
 def _shares(n: int, k: int, generator: torch.Generator) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
-from torchem.sequences import as_sequences
 from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
+from torchem.sequences import as_sequences
 from torchem.stats import Stats
 
 Reduction = Callable[[Tensor, int], Tensor]
@@ -161,7 +161,8 @@ class LatentModel(nn.Module, ABC):
 
     def log_prior(self) -> Tensor | float:
         """Log-density of all parameters under their priors, ``[*r]``; 0 where there is none."""
-        return sum(value for factor in self.factors() if (value := factor.log_prior()) is not None)
+        known = [value for factor in self.factors() if (value := factor.log_prior()) is not None]
+        return functools.reduce(operator.add, known, 0.0)
 
     # ---- starts -----------------------------------------------------------------------------------------------
 
@@ -316,7 +317,7 @@ class DiscreteModel(LatentModel):
         return self._gradient(potentials, batch, reduce.logsumexp)
 
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Joint log-potential of the most likely configuration of each row, and that configuration, weighted, as 0 and 1.
+        """Joint log-potential of each row's most likely configuration, and that configuration, weighted, as 0 and 1.
 
         This default differentiates `log_partition` with a maximum that attains one index, ties at the lowest.
         """

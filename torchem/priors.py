@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchem.batch import as_tensor
+from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid
 from torchem.factor import Factor, Prior
 from torchem.stats import Stats
+
+#: Tables are free of data.
+_NOTHING = Batch(torch.empty(0, 1))
 
 
 class _Concentrations(Prior, ABC):
@@ -49,7 +52,7 @@ class _Concentrations(Prior, ABC):
 
     def log_prob(self, factor: Factor) -> Tensor:
         alpha, support = self._alpha(factor)
-        log_probs = torch.where(support, factor.log_probs().to(torch.float64), 0.0)  # pyright: ignore
+        log_probs = torch.where(support, factor.log_table(_NOTHING).to(torch.float64).reshape(alpha.shape), 0.0)
         inside = torch.where(support, alpha, 1.0)
         total = torch.where(support, alpha, 0.0).sum(-1)
         rows = total.lgamma() - inside.lgamma().sum(-1) + ((inside - 1) * log_probs).sum(-1)

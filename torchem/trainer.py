@@ -530,8 +530,8 @@ def fit(
         weights: Non-negative weight per observation or sequence, ``[N]``.
         inputs: Covariates per observation, ``[N, M]``, or per frame.
         lengths: Frames of each sequence, ``[N]``.
-        labels: What is known of the latent states: ``[N]`` (per frame, for sequences) whole numbers with −1 for unknown,
-            Boolean ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
+        labels: What is known of the latent states, per observation or frame: whole numbers with −1 for unknown, Boolean
+            ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
         e_step: ``"soft"`` or ``"hard"``.
         dead: Policy for components that die or collapse.
         callbacks: Called after each pass.

@@ -16,7 +16,7 @@ from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, weighted
 from torchem.models.stationary import Stationary
 from torchem.ops import chain, reduce
-from torchem.ops.dispatch import declared_precision, rows_per_piece
+from torchem.ops.dispatch import rows_per_piece
 from torchem.stats import Stats
 
 #: Bytes that the messages of one piece of sequences may take.
@@ -38,8 +38,8 @@ class HMM(DiscreteModel):
             transition matrix.
         transition: ``Categorical(K, K)`` (zeros assigned to it stay zero), or a gate with K parents.
         emission: An observed child with K components.
-        end: ``Categorical(K, 2)``: probabilities that the sequence goes on, and that it ends, after each frame. None for
-            sequences that are simply observed for as long as they are.
+        end: ``Categorical(K, 2)``: probabilities that a sequence goes on, and that it ends, after each frame. None
+            where sequences end for reasons of their own.
 
     Raises:
         InvalidArgument: If they disagree about K.
@@ -306,9 +306,7 @@ class HMM(DiscreteModel):
         assert isinstance(total, Tensor)
         return self._assembled(kernels, total, batch)
 
-    def _streamed(
-        self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _streamed(self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel) -> tuple[Tensor, dict[str, Tensor]]:
         """`infer` with the transition's tables made, and their expectations taken, block by block of time."""
         wide = _Expansion(self.n_components, self.emission.memory, batch.x.device)
         initial, emission = wide.initial(potentials["initial"]), self._informed(potentials, batch)
@@ -321,9 +319,7 @@ class HMM(DiscreteModel):
 
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         block = self._block(batch) or batch.x.shape[1]
-        log_z, first, gamma = chain.stream_expectations(
-            initial, table, emission, batch.lengths, weight, block, collect
-        )
+        log_z, first, gamma = chain.stream_expectations(initial, table, emission, batch.lengths, weight, block, collect)
         return log_z, self._folded(first, None, gamma, batch)
 
     # ---- use --------------------------------------------------------------------------------------------------
@@ -442,9 +438,7 @@ class HMM(DiscreteModel):
         mean = (share * center).sum(-2)
         return mean, (share * (spread + (center - mean.unsqueeze(-2)).square())).sum(-2)
 
-    def _continued(
-        self, laws: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def _continued(self, laws: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None) -> Tensor:
         size, steps = ahead.x.shape[:2]
         z = torch.multinomial(laws[:, 0], 1, generator=generator)[:, 0]
         path = [z]
@@ -727,10 +721,8 @@ class _Frames(Kernel):
         factor = self.factor
         batch = factor.context(batch)
         axes = batch.x.shape[:2]
-        rows = Batch(
-            batch.x.flatten(0, 1),
-            **{name: value.flatten(0, 1) for name in ("u", "offset", "trials") if (value := getattr(batch, name)) is not None},
-        )  # fmt: skip
+        known = {name: getattr(batch, name) for name in ("x", "u", "offset", "trials")}
+        rows = Batch(**{name: value.flatten(0, 1) for name, value in known.items() if value is not None})
         rows, self.missing = _without_missing(rows)
         width = factor.row_size() * factor.dtype.itemsize * max(1, *factor.replicas, 1)
         self.pieces = list(rows.split(rows_per_piece(width, factor.device)))
@@ -836,7 +828,7 @@ class _Draw:
             raise invalid("inputs", f"[{n}, {length}, M]", list(self.u.shape), "give covariates for each frame")
 
     def run(self) -> tuple[Any, Any]:
-        model = self.model
+        """Observations and states."""
         if self.length is None:
             return self._random_lengths()
         z = self._states(self.n, self.length, self.u)

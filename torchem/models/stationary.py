@@ -41,6 +41,8 @@ class Stationary(Factor):
         tensor([0.6667, 0.3333], grad_fn=<...>)
     """
 
+    transition: Categorical
+
     def __init__(self, transition: Categorical):
         super().__init__()
         if not isinstance(transition, Categorical):
@@ -48,7 +50,7 @@ class Stationary(Factor):
                 "initial", "a stationary law of a Categorical transition", transition, "use a free initial law"
             )
         # Not a submodule: the table belongs to the transition slot, and is one parameter there.
-        self.__dict__["transition"] = transition
+        object.__setattr__(self, "transition", transition)
 
     def _first(self) -> Tensor:
         return self.transition.logits

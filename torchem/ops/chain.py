@@ -10,10 +10,11 @@ the same number of leading axes, which broadcast; ``lengths [*b]`` says how many
 one signature, picked in `dispatch`: blocks of time in torch (`scan`) or compiled loops (`numba_.chain`).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -87,6 +88,14 @@ def layout(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tenso
     return Chains(_flat(initial, lead, 1), _flat(transition, lead, 2 + extra), flat, ends, lead)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Kernels look at values and leave torch: a compiler goes around them."""
+    return cast(F, torch.compiler.disable(function))
+
+
 def _summed(value: Tensor, like: Tensor, event: int, lead: torch.Size) -> Tensor:
     """``[G, …]`` expectations summed to the shape of a potential with its own leading axes."""
     own = tuple(like.shape[: like.dim() - event])
@@ -95,14 +104,14 @@ def _summed(value: Tensor, like: Tensor, event: int, lead: torch.Size) -> Tensor
     return out.sum_to_size(like.shape)
 
 
-@torch.compiler.disable
+@_eager
 def _normalize(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Tensor:
     chains = layout(initial, transition, emission, lengths)
     kernel = chain_kernel(chains.emission)
     return chains.restored(kernel.log_normalizer(chains.initial, chains.transition, chains.emission, chains.lengths))
 
 
-@torch.compiler.disable
+@_eager
 def _expect(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,7 +140,7 @@ def _reference_expectations(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `expectations` gives, as the gradient of `reference`: itself differentiable."""
-    log_z, pull = torch.func.vjp(lambda *p: reference(*p, lengths), initial, transition, emission)
+    log_z, pull, *_ = torch.func.vjp(lambda *p: reference(*p, lengths), initial, transition, emission)
     return log_z, *pull(weight.expand_as(log_z))
 
 
@@ -171,7 +180,7 @@ class _Expectations(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         initial, transition, emission, lengths, weight = ctx.saved_tensors
-        _, pull = torch.func.vjp(
+        _, pull, *_ = torch.func.vjp(
             lambda i, t, e, w: _reference_expectations(i, t, e, lengths, w), initial, transition, emission, weight
         )
         first, pairs, gamma, mass = pull(grads)
@@ -187,7 +196,7 @@ class _Expectations(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        return _batched(_Expectations.apply, info, in_dims, *args)
+        return _batched(functools.partial(_apply, _Expectations), info, in_dims, *args)
 
 
 class _LogNormalizer(torch.autograd.Function):
@@ -205,7 +214,7 @@ class _LogNormalizer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         initial, transition, emission, lengths = ctx.saved_tensors
-        _, first, pairs, gamma = _Expectations.apply(initial, transition, emission, lengths, grads[0])  # pyright: ignore
+        _, first, pairs, gamma = _apply(_Expectations, initial, transition, emission, lengths, grads[0])
         return first, pairs, gamma, None
 
     @staticmethod
@@ -217,7 +226,7 @@ class _LogNormalizer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        return _batched(_LogNormalizer.apply, info, in_dims, *args)
+        return _batched(functools.partial(_apply, _LogNormalizer), info, in_dims, *args)
 
 
 def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -233,7 +242,7 @@ def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, length
     """
     if _plain(initial, transition, emission):
         return _normalize(initial, transition, emission, lengths)
-    return _LogNormalizer.apply(initial, transition, emission, lengths)  # pyright: ignore[reportReturnType]
+    return _apply(_LogNormalizer, initial, transition, emission, lengths)
 
 
 def expectations(
@@ -250,7 +259,11 @@ def expectations(
         return _expect(initial, transition, emission, lengths, weight)
     lead = layout(initial, transition, emission, lengths).lead
     weight = torch.ones(lead, dtype=emission.dtype, device=emission.device) if weight is None else weight.to(emission)
-    return _Expectations.apply(initial, transition, emission, lengths, weight.expand(lead))  # pyright: ignore
+    return _apply(_Expectations, initial, transition, emission, lengths, weight.expand(lead))
+
+
+def _apply(function: type[torch.autograd.Function], *args: Tensor | None) -> Any:
+    return function.apply(*args)
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -322,7 +335,8 @@ def stream_expectations(
         gamma[..., start : start + block, :] = share if start == 0 else share[..., 1:, :]
         if collect is not None:
             stop = min(start + block, frames)
-            collect(start, stop, torch.cat([torch.zeros_like(pairs[..., :1, :, :]), pairs], -3) if start == 0 else pairs)
+            # No step leads into the first frame of all.
+            collect(start, stop, torch.nn.functional.pad(pairs, (0, 0, 0, 0, 1, 0)) if start == 0 else pairs)
         behind = torch.where(message == -torch.inf, -torch.inf, share[..., 0, :].log() - message)
         behind = torch.where((behind == -torch.inf).all(-1, keepdim=True), 0.0, behind).to(emission)
     return log_z.to(emission), first, gamma

@@ -9,9 +9,9 @@ Messages are probabilities, rescaled as they go, with the logarithm of the scale
 flushes to zero a later frame may need (left-right chains); a sequence in which that could have happened is done again
 in the log domain.
 
-Layout of all functions: ``initial [Gi, K]``, ``transition [Gt, K, K]`` (rows: from) or ``[Gt, T−1, K, K]`` (entry t: from
-frame t to t + 1), ``emission [S, T, K]``, all unnormalised log-potentials; ``lengths [S]`` or None. Gi and Gt divide S;
-sequence s reads row ``s // (S // G)``.
+Layout of all functions: ``initial [Gi, K]``, ``transition [Gt, K, K]`` (rows: from) or ``[Gt, T−1, K, K]`` (entry t:
+from frame t to t + 1), ``emission [S, T, K]``, all unnormalised log-potentials; ``lengths [S]`` or None. Gi and Gt
+divide S; sequence s reads row ``s // (S // G)``.
 
 Source: L. R. Rabiner (1989), section III; S. Särkkä, Á. F. García-Fernández (2021) for the scan over time.
 """
@@ -160,7 +160,7 @@ class _Blocks:
         return enter.to(product.dtype), leave.to(product.dtype), log_z.reshape(-1)
 
     def forward(self, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Messages ``[L, G, m, K]`` after each frame, what each was divided by ``[L, G, m]``, and its log over a block."""
+        """Messages ``[L, G, m, K]`` after each frame, what each was divided by, and the logs of that over a block."""
         k = self.b.shape[-1]
         alpha = torch.empty_like(self.b)
         divisor = torch.ones(self.b.shape[:-1], dtype=self.b.dtype, device=self.b.device)
@@ -205,7 +205,7 @@ class _Blocks:
         limit = _THIN[self.b.dtype]
         risky = self.flushed
         assert risky is not None
-        for message, step in ((alpha, self.step), (beta, self.step.mT if self.homogeneous else self.step.mT)):
+        for message, step in ((alpha, self.step), (beta, self.step.mT)):
             if message is None:
                 continue
             value = message / _nonzero(message.sum(-1, keepdim=True))
@@ -221,7 +221,7 @@ class _Blocks:
 def _top(value: Tensor, dim: int) -> Tensor:
     """The maximum along ``dim``, kept; zero where it is −inf."""
     if value.shape[dim] == 0:
-        return value.new_zeros(value.shape[:-1] + (1,))
+        return value.new_zeros((*value.shape[:-1], 1))
     top = value.amax(dim, keepdim=True)
     return torch.where(top == -torch.inf, 0.0, top)
 
@@ -269,9 +269,7 @@ def filter(  # noqa: A001  the field's name
     return log_z, alpha.exp()
 
 
-def log_filter(
-    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def log_filter(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """`filter` with logarithms of the probabilities, none of them flushed."""
     s, t, _ = emission.shape
     if not s:
@@ -298,7 +296,7 @@ def log_filter(
 def smooth(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z ``[S]``, expected steps in the shape of ``transition`` (float64), posteriors ``[S, T, K]``; both weighted."""
+    """log Z ``[S]``, expected steps like ``transition`` (float64) and posteriors ``[S, T, K]``, both weighted."""
     s, t, _ = emission.shape
     if not s:
         return emission.new_zeros(0), torch.zeros_like(transition, dtype=torch.float64), emission.clone()
@@ -367,7 +365,7 @@ def log_domain(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, backward: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log Z ``[S]``, normalised log forward messages ``[S, T, K]`` and, if asked, log backward ones; a row each."""
-    s, t, k = emission.shape
+    s, t, _ = emission.shape
     steps = transition.unsqueeze(1).expand(-1, max(t - 1, 0), -1, -1) if transition.dim() == 3 else transition
     ends = torch.full((s,), t, device=emission.device) if lengths is None else lengths
     alpha, beta = torch.empty_like(emission), torch.zeros_like(emission)
@@ -421,9 +419,7 @@ def _log_smooth(
 # ---- paths --------------------------------------------------------------------------------------------------------
 
 
-def viterbi(
-    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def viterbi(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """The best path of each sequence: its score ``[S]`` and states ``[S, T]``, −1 in the padding and where none is.
 
     Ties go to the lowest state.
@@ -453,9 +449,7 @@ def viterbi(
     return score.to(emission.dtype), torch.where((score == -torch.inf).unsqueeze(-1), -1, path)
 
 
-def sample(
-    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, uniforms: Tensor
-) -> Tensor:
+def sample(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, uniforms: Tensor) -> Tensor:
     """A path of each sequence drawn from its posterior, ``[S, T]``, from uniform numbers ``[S, T]``.
 
     Source: C. K. Carter, R. Kohn (1994): forward filtering, backward sampling.
