@@ -5,7 +5,7 @@ Models are ``nn.Module``s made of factors; `fit` runs EM on them, on CPU or CUDA
 
 from typing import TYPE_CHECKING, Any
 
-from torchem import errors, factors, priors
+from torchem import errors, factors, masks, priors
 from torchem.accumulate import FullBatch
 from torchem.batch import Batch
 from torchem.evaluate import Criteria, criteria
@@ -45,6 +45,7 @@ __all__ = [
     "factors",
     "fit",
     "load",
+    "masks",
     "plot",
     "priors",
     "save",

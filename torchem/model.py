@@ -161,8 +161,11 @@ class LatentModel(nn.Module, ABC):
 
     def log_prior(self) -> Tensor | float:
         """Log-density of all parameters under their priors, ``[*r]``; 0 where there is none."""
-        known = [value for factor in self.factors() if (value := factor.log_prior()) is not None]
-        return functools.reduce(operator.add, known, 0.0)
+        total: Tensor | float = 0.0
+        for factor in self.factors():
+            value = factor.log_prior()
+            total = total if value is None else total + value
+        return total
 
     # ---- starts -----------------------------------------------------------------------------------------------
 

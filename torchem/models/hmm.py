@@ -14,9 +14,11 @@ from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, weighted
+from torchem.models.draws import Draw
+from torchem.models.frames import FramesPass, window
 from torchem.models.stationary import Stationary
 from torchem.ops import chain, reduce
-from torchem.ops.dispatch import rows_per_piece
+from torchem.ops.expansion import Expansion
 from torchem.stats import Stats
 
 #: Bytes that the messages of one piece of sequences may take.
@@ -25,6 +27,23 @@ _MESSAGES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _PER_STATE = 6
 #: Bytes that the tables of a transition that reads covariates may take.
 _TABLES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What follows a sequence.
+
+    Attributes:
+        states: p(z_{T+h} | x), ``[N, H, K]``.
+        mean: E[x_{T+h} | x], ``[N, H, D]``; None where the emission has no mean.
+        variance: Variance of each column, ``[N, H, D]``, likewise.
+        draws: Continuations ``[n, N, H, D]``, if any were asked for.
+    """
+
+    states: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    draws: Tensor | None
 
 
 class HMM(DiscreteModel):
@@ -157,15 +176,15 @@ class HMM(DiscreteModel):
         """Allow only some transitions, for good: the others become structural zeros, rows are renormalised.
 
         Args:
-            mask: ``[K, K]`` Boolean, True where a step from row to column is allowed; see `left_right`, `cyclic` and
-                `banded`.
+            mask: ``[K, K]`` Boolean, True where a step from row to column is allowed; see `torchem.masks`.
 
         Raises:
             InvalidArgument: If a state has no successor left (an absorbing state has itself).
 
         Example:
+            >>> import torchem
             >>> m = GaussianHMM(3, 1)
-            >>> m.restrict(left_right(3))
+            >>> m.restrict(torchem.masks.left_right(3))
             >>> m.transition_matrix[2]
             tensor([0., 0., 1.], grad_fn=<SelectBackward0>)
         """
@@ -186,7 +205,7 @@ class HMM(DiscreteModel):
     # ---- potentials -------------------------------------------------------------------------------------------
 
     def _kernels(self) -> dict[str, Kernel]:
-        return {**super()._kernels(), "emission": _Frames(self.emission)}
+        return {**super()._kernels(), "emission": FramesPass(self.emission)}
 
     @property
     def _states(self) -> int:
@@ -212,7 +231,7 @@ class HMM(DiscreteModel):
         initial, transition = potentials["initial"], potentials["transition"]
         if self.varying(transition):
             transition = transition[..., 1:, :, :]
-        wide = _Expansion(self.n_components, self.emission.memory, initial.device)
+        wide = Expansion(self.n_components, self.emission.memory, initial.device)
         initial, transition = wide.initial(initial), wide.transition(transition)
         return initial, transition, self._informed(potentials, batch)
 
@@ -258,7 +277,7 @@ class HMM(DiscreteModel):
         self, first: Tensor, pairs: Tensor | None, gamma: Tensor, batch: Batch, varying: bool = False
     ) -> dict[str, Tensor]:
         """Expectations of the chain that inference ran on in the shapes of the slots' potentials."""
-        wide = _Expansion(self.n_components, self.emission.memory, gamma.device)
+        wide = Expansion(self.n_components, self.emission.memory, gamma.device)
         expected = {"initial": wide.folded_initial(first), "emission": gamma}
         if pairs is not None:
             pairs = wide.folded_transition(pairs)
@@ -308,14 +327,14 @@ class HMM(DiscreteModel):
 
     def _streamed(self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel) -> tuple[Tensor, dict[str, Tensor]]:
         """`infer` with the transition's tables made, and their expectations taken, block by block of time."""
-        wide = _Expansion(self.n_components, self.emission.memory, batch.x.device)
+        wide = Expansion(self.n_components, self.emission.memory, batch.x.device)
         initial, emission = wide.initial(potentials["initial"]), self._informed(potentials, batch)
 
         def table(start: int, stop: int) -> Tensor:
-            return wide.transition(gate.log_potential(_window(batch, start, stop)))
+            return wide.transition(gate.log_potential(window(batch, start, stop)))
 
         def collect(start: int, stop: int, pairs: Tensor) -> None:
-            gate.collect(_window(batch, start, stop), wide.folded_transition(pairs))
+            gate.collect(window(batch, start, stop), wide.folded_transition(pairs))
 
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         block = self._block(batch) or batch.x.shape[1]
@@ -473,8 +492,7 @@ class HMM(DiscreteModel):
             free = name == "length" and value is None and self.end is not None
             if not free and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
-        draw = _Draw(self, n, length, inputs, generator)
-        x, z = draw.run()
+        x, z = Draw(self, n, length, inputs, generator).run()
         return (x, z) if latents else x
 
     def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
@@ -659,241 +677,3 @@ class GaussianHMM(HMM):
     @covariances.setter
     def covariances(self, value: Any) -> None:
         self.emission.covariances = value
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What follows a sequence.
-
-    Attributes:
-        states: p(z_{T+h} | x), ``[N, H, K]``.
-        mean: E[x_{T+h} | x], ``[N, H, D]``; None where the emission has no mean.
-        variance: Variance of each column, ``[N, H, D]``, likewise.
-        draws: Continuations ``[n, N, H, D]``, if any were asked for.
-    """
-
-    states: Tensor
-    mean: Tensor | None
-    variance: Tensor | None
-    draws: Tensor | None
-
-
-# ---- masks of transitions -----------------------------------------------------------------------------------------
-
-
-def left_right(n_states: int, jump: int | None = None) -> Tensor:
-    """``[K, K]`` mask of a chain that never goes back, nor further than ``jump`` states ahead.
-
-    Example:
-        >>> left_right(3, jump=1).int()
-        tensor([[1, 1, 0],
-                [0, 1, 1],
-                [0, 0, 1]], dtype=torch.int32)
-    """
-    ahead = torch.arange(n_states) - torch.arange(n_states).unsqueeze(-1)
-    return (ahead >= 0) & (ahead <= (n_states if jump is None else jump))
-
-
-def cyclic(n_states: int) -> Tensor:
-    """``[K, K]`` mask of a chain that stays or steps to the next state, from the last to the first."""
-    ahead = (torch.arange(n_states) - torch.arange(n_states).unsqueeze(-1)) % n_states
-    return ahead <= 1
-
-
-def banded(n_states: int, width: int) -> Tensor:
-    """``[K, K]`` mask of a chain that moves by at most ``width`` states either way."""
-    return (torch.arange(n_states) - torch.arange(n_states).unsqueeze(-1)).abs() <= width
-
-
-# ---- frames -------------------------------------------------------------------------------------------------------
-
-
-class _Frames(Kernel):
-    """An emission's pass over sequences: frames as rows, in pieces that fit the cache, missing frames left out."""
-
-    def __init__(self, factor: Factor):
-        self.factor = factor
-        self.kernel = factor.kernel()
-        self.pieces: list[Batch] = []
-        self.missing: Tensor | None = None
-
-    def log_potential(self, batch: Batch) -> Tensor:
-        factor = self.factor
-        batch = factor.context(batch)
-        axes = batch.x.shape[:2]
-        known = {name: getattr(batch, name) for name in ("x", "u", "offset", "trials")}
-        rows = Batch(**{name: value.flatten(0, 1) for name, value in known.items() if value is not None})
-        rows, self.missing = _without_missing(rows)
-        width = factor.row_size() * factor.dtype.itemsize * max(1, *factor.replicas, 1)
-        self.pieces = list(rows.split(rows_per_piece(width, factor.device)))
-        parts = [self._of(piece) for piece in self.pieces]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-        if self.missing is not None:
-            value = torch.where(self.missing, 0.0, value)
-        return value.unflatten(-2, axes)
-
-    def _of(self, piece: Batch) -> Tensor:
-        return self.kernel.log_potential(piece.with_x(self.factor.cast(piece.x)))
-
-    def collect(self, batch: Batch, expected: Tensor) -> None:
-        flat = expected.flatten(-3, -2)
-        if self.missing is not None:
-            flat = torch.where(self.missing, 0.0, flat)
-        start = 0
-        for piece in self.pieces:
-            if len(self.pieces) > 1:
-                self._of(piece)
-            self.kernel.collect(piece.with_x(self.factor.cast(piece.x)), flat[..., start : start + len(piece), :])
-            start += len(piece)
-
-    def stats(self) -> Stats:
-        return self.kernel.stats()
-
-    def inner(self) -> Tensor:
-        return self.kernel.inner()
-
-
-def _window(batch: Batch, start: int, stop: int) -> Batch:
-    """What a gate reads of some of the frames."""
-    return Batch(batch.x[:, start:stop], u=None if batch.u is None else batch.u[:, start:stop])
-
-
-def _without_missing(rows: Batch) -> tuple[Batch, Tensor | None]:
-    """Rows with those wholly missing replaced by another, and which they are, ``[F, 1]``; None if there are none."""
-    x = rows.x
-    if not x.is_floating_point() or not len(rows):
-        return rows, None
-    plain = not torch._C._are_functorch_transforms_active()
-    if plain and not bool(x.detach().sum(dtype=torch.float64).isnan()):
-        return rows, None
-    missing = x.isnan().all(-1, keepdim=True)
-    if plain and not bool(missing.any()):
-        return rows, None
-    stand_in = x[reduce.first_max((~missing).to(x.dtype), 0)]
-    return rows.with_x(torch.where(missing, stand_in.nan_to_num(nan=0.0), x)), missing
-
-
-class _Expansion:
-    """States that remember the L before them: s = (z_t, …, z_{t−L}), the present one most significant; L may be 0."""
-
-    def __init__(self, k: int, memory: int, device: torch.device):
-        self.k, self.memory, self.size = k, memory, k ** (memory + 1)
-        if not memory:
-            return
-        code = torch.arange(self.size, device=device)
-        kept = k**memory
-        # From (z_t, z_{t−1}, …) to (z_{t+1}, z_t, …): what is kept of the one must be what the other remembers.
-        self.allowed = (code.unsqueeze(-1) // k) == (code % kept)
-        present = code // kept
-        self.cell = present.unsqueeze(-1) * k + present
-        # Before the first frame nothing has been: that past is written as the first state over and over.
-        self.start = torch.arange(k, device=device) * sum(k**power for power in range(memory + 1))
-
-    def initial(self, value: Tensor) -> Tensor:
-        if not self.memory:
-            return value
-        wide = value.new_full((*value.shape[:-1], self.size), -torch.inf)
-        return wide.index_copy(-1, self.start, value)
-
-    def transition(self, value: Tensor) -> Tensor:
-        if not self.memory:
-            return value
-        return torch.where(self.allowed, value.flatten(-2)[..., self.cell], -torch.inf)
-
-    def folded_initial(self, value: Tensor) -> Tensor:
-        if not self.memory:
-            return value
-        return value[..., self.start]
-
-    def folded_transition(self, value: Tensor) -> Tensor:
-        if not self.memory:
-            return value
-        cells = self.cell[self.allowed]
-        flat = value.flatten(-2)[..., self.allowed.flatten()]
-        total = flat.new_zeros(*flat.shape[:-1], self.k**2).index_add(-1, cells, flat)
-        return total.unflatten(-1, (self.k, self.k))
-
-
-# ---- draws --------------------------------------------------------------------------------------------------------
-
-
-class _Draw:
-    """Sequences drawn frame by frame."""
-
-    def __init__(self, model: HMM, n: int, length: int | None, inputs: Any, generator: torch.Generator | None):
-        self.model, self.n, self.length, self.generator = model, n, length, generator
-        u = None if inputs is None else as_tensor(inputs, "inputs").to(model.device, model.dtype)
-        self.u = u.expand(n, -1, -1) if u is not None and u.dim() == 2 else u
-        if self.u is not None and self.u.shape[:2] != (n, length):
-            raise invalid("inputs", f"[{n}, {length}, M]", list(self.u.shape), "give covariates for each frame")
-
-    def run(self) -> tuple[Any, Any]:
-        """Observations and states."""
-        if self.length is None:
-            return self._random_lengths()
-        z = self._states(self.n, self.length, self.u)
-        return self._observations(z, self.u), z
-
-    def _pick(self, probs: Tensor) -> Tensor:
-        if not len(probs):
-            return torch.empty(0, dtype=torch.long, device=probs.device)
-        return torch.multinomial(probs, 1, generator=self.generator)[:, 0]
-
-    def _states(self, n: int, length: int, u: Tensor | None) -> Tensor:
-        model = self.model
-        blank = Batch(torch.zeros(n, length, 1, device=model.device), u=u)
-        table = model.transition.log_table(blank).exp()
-        z = self._pick(model.initial.log_table(blank).exp().expand(n, -1))
-        path = [z]
-        for t in range(1, length):
-            matrix = table[:, t] if model.varying(table) else table
-            z = self._pick(matrix.expand(n, -1, -1)[torch.arange(n), z])
-            path.append(z)
-        return torch.stack(path, 1)
-
-    def _observations(self, z: Tensor, u: Tensor | None) -> Tensor:
-        model, (n, length) = self.model, z.shape
-        lags = max(getattr(model.emission, "lags", 0), model.emission.memory)
-        if lags:
-            return self._fed_back(z, u, lags)
-        batch = Batch(torch.zeros(n * length, 1, device=model.device), u=None if u is None else u.flatten(0, 1))
-        return model.emission.sample(z.flatten(), batch, self.generator).unflatten(0, (n, length))
-
-    def _fed_back(self, z: Tensor, u: Tensor | None, lags: int) -> Tensor:
-        """Frames that depend on those before: one at a time, from zeros, with a run-up that is cut off."""
-        model, (n, length) = self.model, z.shape
-        k, memory = model.n_components, model.emission.memory
-        runup = 50 * lags
-        past = z[:, :1].expand(-1, runup)
-        states = torch.cat([past, z], 1)
-        covariates = None if u is None else torch.cat([u[:, :1].expand(-1, runup, -1), u], 1)
-        features = model.emission.n_features or 1
-        x = torch.zeros(n, lags, features, dtype=model.dtype, device=model.device)
-        for t in range(states.shape[1]):
-            window = torch.cat([x[:, -lags:], torch.zeros_like(x[:, :1])], 1)
-            own = None if covariates is None else covariates[:, t : t + 1].expand(-1, lags + 1, -1)
-            frame = model.emission.context(Batch(window, u=own))
-            code = states[:, t]
-            for back in range(1, memory + 1):
-                code = code * k + states[:, max(t - back, 0)]
-            now = Batch(window[:, -1], u=None if frame.u is None else frame.u[:, -1])
-            x = torch.cat([x, model.emission.sample(code, now, self.generator).unsqueeze(1)], 1)
-        return x[:, -length:]
-
-    def _random_lengths(self) -> tuple[list[Tensor], list[Tensor]]:
-        model = self.model
-        stop = model.end_probs
-        xs, zs = [], []
-        blank = Batch(torch.zeros(1, 1, 1, device=model.device))
-        table = model.transition_matrix
-        for _ in range(self.n):
-            z = self._pick(model.initial.log_table(blank).exp().reshape(1, -1))
-            path = [z]
-            # Bounded: a chain that never ends is cut after a million frames.
-            while len(path) < 1_000_000 and not bool(
-                torch.rand((), generator=self.generator).to(stop) < stop[path[-1]]
-            ):
-                path.append(self._pick(table[path[-1]]))
-            zs.append(torch.cat(path))
-            xs.append(self._observations(zs[-1].unsqueeze(0), None)[0])
-        return xs, zs

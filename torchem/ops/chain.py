@@ -140,7 +140,7 @@ def _reference_expectations(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `expectations` gives, as the gradient of `reference`: itself differentiable."""
-    log_z, pull, *_ = torch.func.vjp(lambda *p: reference(*p, lengths), initial, transition, emission)
+    log_z, pull, *_ = torch.func.vjp(lambda i, t, e: reference(i, t, e, lengths), initial, transition, emission)
     return log_z, *pull(weight.expand_as(log_z))
 
 
@@ -222,7 +222,7 @@ class _LogNormalizer(torch.autograd.Function):
         initial, transition, emission, lengths = ctx.saved_tensors
         primals = (initial, transition, emission)
         moved = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=False))
-        return torch.func.jvp(lambda *p: reference(*p, lengths), primals, moved)[1]
+        return torch.func.jvp(lambda i, t, e: reference(i, t, e, lengths), primals, moved)[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:

@@ -1,0 +1,94 @@
+"""Sequences drawn from a hidden Markov model, frame by frame."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch, as_tensor
+from torchem.errors import invalid
+
+if TYPE_CHECKING:
+    from torchem.models.hmm import HMM
+
+
+class Draw:
+    """Sequences drawn frame by frame."""
+
+    def __init__(self, model: "HMM", n: int, length: int | None, inputs: Any, generator: torch.Generator | None):
+        self.model, self.n, self.length, self.generator = model, n, length, generator
+        u = None if inputs is None else as_tensor(inputs, "inputs").to(model.device, model.dtype)
+        self.u = u.expand(n, -1, -1) if u is not None and u.dim() == 2 else u
+        if self.u is not None and self.u.shape[:2] != (n, length):
+            raise invalid("inputs", f"[{n}, {length}, M]", list(self.u.shape), "give covariates for each frame")
+
+    def run(self) -> tuple[Any, Any]:
+        """Observations and states."""
+        if self.length is None:
+            return self._random_lengths()
+        z = self._states(self.n, self.length, self.u)
+        return self._observations(z, self.u), z
+
+    def _pick(self, probs: Tensor) -> Tensor:
+        if not len(probs):
+            return torch.empty(0, dtype=torch.long, device=probs.device)
+        return torch.multinomial(probs, 1, generator=self.generator)[:, 0]
+
+    def _states(self, n: int, length: int, u: Tensor | None) -> Tensor:
+        model = self.model
+        blank = Batch(torch.zeros(n, length, 1, device=model.device), u=u)
+        table = model.transition.log_table(blank).exp()
+        z = self._pick(model.initial.log_table(blank).exp().expand(n, -1))
+        path = [z]
+        for t in range(1, length):
+            matrix = table[:, t] if model.varying(table) else table
+            z = self._pick(matrix.expand(n, -1, -1)[torch.arange(n), z])
+            path.append(z)
+        return torch.stack(path, 1)
+
+    def _observations(self, z: Tensor, u: Tensor | None) -> Tensor:
+        model, (n, length) = self.model, z.shape
+        lags = max(getattr(model.emission, "lags", 0), model.emission.memory)
+        if lags:
+            return self._fed_back(z, u, lags)
+        batch = Batch(torch.zeros(n * length, 1, device=model.device), u=None if u is None else u.flatten(0, 1))
+        return model.emission.sample(z.flatten(), batch, self.generator).unflatten(0, (n, length))
+
+    def _fed_back(self, z: Tensor, u: Tensor | None, lags: int) -> Tensor:
+        """Frames that depend on those before: one at a time, from zeros, with a run-up that is cut off."""
+        model, (n, length) = self.model, z.shape
+        k, memory = model.n_components, model.emission.memory
+        runup = 50 * lags
+        past = z[:, :1].expand(-1, runup)
+        states = torch.cat([past, z], 1)
+        covariates = None if u is None else torch.cat([u[:, :1].expand(-1, runup, -1), u], 1)
+        features = model.emission.n_features or 1
+        x = torch.zeros(n, lags, features, dtype=model.dtype, device=model.device)
+        for t in range(states.shape[1]):
+            window = torch.cat([x[:, -lags:], torch.zeros_like(x[:, :1])], 1)
+            own = None if covariates is None else covariates[:, t : t + 1].expand(-1, lags + 1, -1)
+            frame = model.emission.context(Batch(window, u=own))
+            code = states[:, t]
+            for back in range(1, memory + 1):
+                code = code * k + states[:, max(t - back, 0)]
+            now = Batch(window[:, -1], u=None if frame.u is None else frame.u[:, -1])
+            x = torch.cat([x, model.emission.sample(code, now, self.generator).unsqueeze(1)], 1)
+        return x[:, -length:]
+
+    def _random_lengths(self) -> tuple[list[Tensor], list[Tensor]]:
+        model = self.model
+        stop = model.end_probs
+        xs, zs = [], []
+        blank = Batch(torch.zeros(1, 1, 1, device=model.device))
+        table = model.transition_matrix
+        for _ in range(self.n):
+            z = self._pick(model.initial.log_table(blank).exp().reshape(1, -1))
+            path = [z]
+            # Bounded: a chain that never ends is cut after a million frames.
+            while len(path) < 1_000_000 and not bool(
+                torch.rand((), generator=self.generator).to(stop) < stop[path[-1]]
+            ):
+                path.append(self._pick(table[path[-1]]))
+            zs.append(torch.cat(path))
+            xs.append(self._observations(zs[-1].unsqueeze(0), None)[0])
+        return xs, zs
