@@ -128,7 +128,7 @@ def test_nothing_is_recorded_or_changed(device: torch.device) -> None:
     [
         (torch.zeros(0, 2), None, "at least one observation"),
         (torch.zeros(3, 3), None, "2 features"),
-        (torch.full((3, 2), math.nan), None, "row 0, column 0"),
+        (torch.full((3, 2), math.inf), None, "row 0, column 0"),
         (torch.zeros(3, 2), [1.0, -1.0, 1.0], "row 1"),
         (torch.zeros(3, 2), [0.0, 0.0, 0.0], "all zero"),
     ],

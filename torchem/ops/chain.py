@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,14 +88,6 @@ def layout(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tenso
     return Chains(_flat(initial, lead, 1), _flat(transition, lead, 2 + extra), flat, ends, lead)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _eager(function: F) -> F:
-    """Kernels look at values and leave torch: a compiler goes around them."""
-    return cast(F, torch.compiler.disable(function))
-
-
 def _summed(value: Tensor, like: Tensor, event: int, lead: torch.Size) -> Tensor:
     """``[G, …]`` expectations summed to the shape of a potential with its own leading axes."""
     own = tuple(like.shape[: like.dim() - event])
@@ -104,14 +96,12 @@ def _summed(value: Tensor, like: Tensor, event: int, lead: torch.Size) -> Tensor
     return out.sum_to_size(like.shape)
 
 
-@_eager
 def _normalize(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Tensor:
     chains = layout(initial, transition, emission, lengths)
     kernel = chain_kernel(chains.emission)
     return chains.restored(kernel.log_normalizer(chains.initial, chains.transition, chains.emission, chains.lengths))
 
 
-@_eager
 def _expect(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,7 +119,7 @@ def _expect(
         chains.restored(log_z),
         _summed(first, initial, 1, lead),
         _summed(pairs, transition, 2 + extra, lead),
-        _summed(gamma, emission, 2, lead),
+        chains.restored(gamma).sum_to_size(emission.shape),
     )
 
 
@@ -240,6 +230,8 @@ def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, length
         >>> torch.autograd.grad(log_z, emission)[0][0]  # the posterior of the first state
         tensor([0.5000, 0.5000])
     """
+    if torch.compiler.is_compiling():
+        return _normalize_op(initial, transition, emission, lengths)
     if _plain(initial, transition, emission):
         return _normalize(initial, transition, emission, lengths)
     return _apply(_LogNormalizer, initial, transition, emission, lengths)
@@ -255,15 +247,68 @@ def expectations(
 
     Source: L. R. Rabiner (1989), equations 27 and 37.
     """
-    if _plain(initial, transition, emission, *([] if weight is None else [weight])):
+    plain = not torch.compiler.is_compiling() and _plain(
+        initial, transition, emission, *([] if weight is None else [weight])
+    )
+    if plain:
         return _expect(initial, transition, emission, lengths, weight)
     lead = layout(initial, transition, emission, lengths).lead
     weight = torch.ones(lead, dtype=emission.dtype, device=emission.device) if weight is None else weight.to(emission)
-    return _apply(_Expectations, initial, transition, emission, lengths, weight.expand(lead))
+    weight = weight.expand(lead)
+    if torch.compiler.is_compiling():
+        return _expect_op(initial, transition, emission, lengths, weight)
+    return _apply(_Expectations, initial, transition, emission, lengths, weight)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Tensor | None) -> Any:
     return function.apply(*args)
+
+
+# ---- for torch.compile --------------------------------------------------------------------------------------------
+# Kernels look at values and leave torch, so to a compiler they are operators of their own.
+
+
+@torch.library.custom_op("torchem::chain_log_normalizer", mutates_args=())
+def _normalize_op(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Tensor:
+    return _normalize(initial, transition, emission, lengths).contiguous()
+
+
+@torch.library.custom_op("torchem::chain_expectations", mutates_args=())
+def _expect_op(
+    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_z, *expected = _expect(initial, transition, emission, lengths, weight)
+    first, pairs, gamma = (e.to(p).contiguous() for e, p in zip(expected, (initial, transition, emission), strict=True))
+    return log_z.contiguous(), first, pairs, gamma
+
+
+def _lead(initial: Tensor, transition: Tensor, emission: Tensor) -> torch.Size:
+    rank = emission.dim() - 2
+    return torch.broadcast_shapes(initial.shape[:-1], transition.shape[:rank], emission.shape[:-2])
+
+
+@_normalize_op.register_fake
+def _(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Tensor:
+    return emission.new_empty(_lead(initial, transition, emission))
+
+
+@_expect_op.register_fake
+def _(
+    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_z = emission.new_empty(_lead(initial, transition, emission))
+    return log_z, *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in (initial, transition, emission))
+
+
+def _op_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_expect_op(*ctx.saved_tensors, grad)[1:], None
+
+
+_normalize_op.register_autograd(_op_backward, setup_context=_op_context)
 
 
 def _plain(*tensors: Tensor) -> bool:
