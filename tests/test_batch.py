@@ -62,6 +62,87 @@ def test_total_weight() -> None:
     assert abs(float(Batch(torch.zeros(10_000, 1), weight=torch.full((10_000,), 0.1)).total_weight()) - 1000) < 1e-4
 
 
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+
+def padded() -> Batch:
+    """Three sequences of three, one and two frames; frame t of sequence n has x = 10 n + t."""
+    frame = torch.tensor([[0, 1, 2], [10, 10, 10], [20, 21, 20]], dtype=torch.float64)
+    evidence = torch.tensor([[1.0, 1, 1], [1, 0, 0], [1, 1, 0]])
+    return Batch(
+        x=frame.unsqueeze(-1),
+        u=2 * frame.unsqueeze(-1),
+        observed=torch.ones(3, 3, 1, dtype=torch.bool),
+        weight=torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64),
+        lengths=torch.tensor([3, 1, 2]),
+        evidence=evidence.unsqueeze(-1).expand(3, 3, 2),
+        offset=3 * frame,
+        trials=frame.long(),
+    )
+
+
+def test_frames_mask() -> None:
+    assert padded().frames_mask().tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    assert Batch(torch.zeros(2, 3, 1)).frames_mask() is None
+    assert Batch(torch.zeros(2, 3, 1)).frames().tolist() == [3, 3]
+
+
+def test_sequences_weigh_by_their_frames() -> None:
+    assert padded().total_weight() == 3 + 2 + 8
+    assert Batch(torch.zeros(2, 3, 1)).total_weight() == 6
+    assert Batch(torch.zeros(2, 3, 1), lengths=torch.tensor([3, 1])).total_weight() == 4
+    assert Batch(torch.zeros(2, 3, 1), weight=torch.tensor([0.5, 1])).total_weight() == 4.5
+
+
+def test_rows_are_the_valid_frames() -> None:
+    rows = padded().rows()
+    assert rows.x[:, 0].tolist() == [0, 1, 2, 10, 20, 21]
+    assert rows.weight.tolist() == [1, 1, 1, 2, 4, 4]
+    assert rows.lengths is None
+    assert rows.evidence.tolist() == [[1, 1]] * 6
+    assert (rows.offset / 3).tolist() == rows.trials.tolist() == rows.x[:, 0].tolist()
+    whole = Batch(torch.randn(2, 3, 1), weight=torch.ones(2)).rows()
+    assert (whole.x.shape, whole.weight.shape) == ((6, 1), (6,))
+    table = full()
+    assert table.rows() is table
+
+
+def test_with_frames_cuts_and_pads() -> None:
+    batch = padded()
+    assert batch.with_frames(3) is batch
+    two = batch.with_frames(2)
+    assert two.x[..., 0].tolist() == [[0, 1], [10, 10], [20, 21]]
+    assert two.lengths.tolist() == [2, 1, 2]
+    assert batch.with_frames(1).lengths is None
+    five = batch.with_frames(5)
+    assert five.x[..., 0].tolist() == [[0, 1, 2, 0, 0], [10] * 5, [20, 21, 20, 20, 20]]
+    assert same(five.with_frames(3), batch)
+    assert five.evidence[..., 0].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert same(five.rows(), batch.rows())
+    assert Batch(torch.zeros(2, 1, 1)).with_frames(2).lengths.tolist() == [1, 1]
+
+
+@given(st.integers(1, 4), st.permutations(range(3)))
+def test_sequences_split_and_join(size: int, order: list[int]) -> None:
+    batch = padded()[torch.tensor(order)]
+    pieces = [piece.with_frames(int(piece.lengths.max())) for piece in batch.split(size)]
+    assert same(concatenate(pieces), batch if len(pieces) > 1 else pieces[0])
+
+
+def test_batches_join_though_some_have_less_to_say() -> None:
+    a = Batch(torch.zeros(2, 1), weight=torch.full((2,), 3.0, dtype=torch.float64))
+    b = Batch(torch.zeros(1, 1), evidence=torch.ones(1, 2))
+    joined = concatenate([a, b])
+    assert joined.weight.tolist() == [3, 3, 1]
+    assert joined.evidence.tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert concatenate([Batch(torch.zeros(1, 2, 1)), Batch(torch.zeros(1, 2, 1))]).lengths is None
+    with pytest.raises(InvalidArgument, match="all have u or none"):
+        concatenate([a, Batch(torch.zeros(1, 1), u=torch.zeros(1, 1))])
+
+
+# ---- a value ------------------------------------------------------------------------------------------------------
+
+
 def test_is_frozen_and_a_pytree() -> None:
     batch = full()
     with pytest.raises(AttributeError):
@@ -140,6 +221,14 @@ def test_fields_are_kept_and_completed() -> None:
     assert as_batch(x).x is x, "derivatives with respect to data must pass"
 
 
+def test_labels_become_evidence() -> None:
+    batch = as_batch([[1.0], [2.0]], labels=[1, -1], n_states=2)
+    assert batch.evidence.tolist() == [[-torch.inf, 0], [0, 0]]
+    both = as_batch([[1.0], [2.0]], labels=[1, -1], n_states=2, evidence=torch.full((2, 2), -3.0))
+    assert both.evidence.tolist() == [[-torch.inf, -3], [-3, -3]]
+    assert as_batch([[1.0]], labels=[[True, False]]).evidence.tolist() == [[0, -torch.inf]]
+
+
 def test_large_finite_values_are_finite() -> None:
     assert as_batch([[1e308], [1e308]]).x.shape == (2, 1)
     assert as_batch(torch.full((4, 1), 3e38)).x.shape == (4, 1)
@@ -180,6 +269,9 @@ X = [[0.0], [1.0], [2.0]]
         (X, {"evidence": torch.zeros(2, 2)}, r"evidence.*\[3, K\]"),
         (X, {"evidence": torch.full((3, 2), torch.nan)}, "evidence"),
         (X, {"evidence": torch.full((3, 2), torch.inf)}, "evidence"),
+        (X, {"labels": [0, 1, 2], "n_states": 2}, "labels.*0 to 1.*got 2 at row 2"),
+        (X, {"labels": [0, 1], "n_states": 2}, r"labels.*\[3\]"),
+        (X, {"labels": [0, 1, 1]}, "n_states"),
     ],
 )
 def test_values_that_cannot_be_used(data: object, fields: dict, words: str) -> None:

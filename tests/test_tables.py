@@ -7,7 +7,7 @@ import pytest
 
 import torchem
 from torchem.errors import InvalidFile
-from torchem.tables import read_columns, read_table
+from torchem.tables import read_columns, read_sequences, read_table
 
 DATASETS = Path(torchem.__file__).parent / "datasets"
 
@@ -141,3 +141,79 @@ def test_arrow_formats(tmp_path, kind):
         read_table(path, ["nme"])
     with pytest.raises(InvalidFile, match=f"expected a {kind} file"):
         read_table(write(tmp_path, b"junk", f"b.{kind}"))
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+LONG = "id,t,x,y\nb,0,1,2\na,0,3,4\nb,1,5,\na,1,7,8\nb,2,,\n"
+
+
+def test_rows_become_sequences_in_order_of_appearance(tmp_path):
+    found = read_sequences(write(tmp_path, LONG), sequence="id", index="t")
+    assert found.names == ["b", "a"]
+    assert found.lengths.tolist() == [3, 2]
+    assert found.table.columns == ["x", "y"]
+    assert found.rows.tolist() == [0, 2, 4, 1, 3]
+    assert found.index.tolist() == [0, 1, 2, 0, 1]
+    first, second = found.sequences
+    np.testing.assert_array_equal(first, [[1, 2], [5, np.nan], [np.nan, np.nan]])
+    np.testing.assert_array_equal(second, [[3, 4], [7, 8]])
+    batch = torchem.sequences.as_sequences(found.table.values, lengths=found.lengths, allow_missing=True)
+    assert batch.lengths.tolist() == [3, 2]
+
+
+def test_some_columns_and_a_time_of_text(tmp_path):
+    path = write(tmp_path, "when,id,x,note\n2020-01-01,1,5,q\n2020-01-02,1,6,r\n")
+    found = read_sequences(path, ["x"], sequence="id", index="when")
+    assert found.names == ["1"]
+    assert found.index.tolist() == ["2020-01-01", "2020-01-02"]
+    assert found.sequences[0].tolist() == [[5], [6]]
+    with pytest.raises(InvalidFile, match="'q' on line 2"):
+        read_sequences(path, sequence="id", index="when")
+
+
+def test_without_a_name_all_rows_are_one_sequence(tmp_path):
+    found = read_sequences(write(tmp_path, "t,x\n0,1\n1,2\n", "walk.csv"), index="t")
+    assert (found.names, found.lengths.tolist(), found.table.columns) == (["walk"], [2], ["x"])
+    assert found.sequences[0].tolist() == [[1], [2]]
+    assert read_sequences(write(tmp_path, "t,x\n0,1\n1,2\n", "walk.csv")).index is None
+
+
+def test_sequences_that_lie_together_are_not_copied(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[2.0, 1], [2, 2], [7.5, 3]]))
+    found = read_sequences(tmp_path / "a.npy", ["x0", "x1"], sequence="x0")
+    assert found.names == ["2", "7.5"]
+    assert [x[:, 1].tolist() for x in found.sequences] == [[1, 2], [3]]
+    assert isinstance(found.table.values, np.memmap)
+    del found
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather"])
+def test_sequences_from_arrow(tmp_path, kind):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import feather, parquet
+
+    path = tmp_path / f"a.{kind}"
+    table = arrow.table({"id": [7, 8, 7], "x": [1.0, None, 3.0], "t": ["p", "q", "r"]})
+    parquet.write_table(table, path) if kind == "parquet" else feather.write_feather(table, str(path))
+    found = read_sequences(path, sequence="id", index="t")
+    assert (found.names, found.table.columns) == (["7", "8"], ["x"])
+    np.testing.assert_array_equal(found.table.values, [[1], [3], [np.nan]])
+    assert found.index.tolist() == ["p", "r", "q"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "message"),
+    [
+        ("id,x\na,1\n,2\n", {"sequence": "id"}, "an empty cell in row 1 of column 'id'"),
+        ("id,x\na,1\n", {"sequence": "idd"}, "did you mean 'id'"),
+        ("id,x\na,1\n", {"index": "time"}, "a column 'time'"),
+        ("id,x\na,u\n", {"sequence": "id"}, "'u' on line 2"),
+        ("id\na\n", {"sequence": "id"}, "at least one name"),
+    ],
+)
+def test_sequences_that_are_none(tmp_path, text, named, message):
+    with pytest.raises(InvalidFile) as error:
+        read_sequences(write(tmp_path, text), **named)
+    assert message in str(error.value)
+    assert "t.csv" in str(error.value)

@@ -1,6 +1,6 @@
 """A batch of observations: what every model and factor reads, validated once, where it is built."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,17 +11,23 @@ from torch.utils import _pytree as pytree
 
 from torchem.errors import InvalidType, describe, invalid, wrong_type
 
+#: Says where an observation lies, from its number.
+Place = Callable[[int], str]
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Observations and what is known of them. Leading axes ``*n`` are observation axes; all fields share the first.
+
+    A table of N rows has ``*n = [N]``. N sequences have ``*n = [N, T]``: shorter ones are padded with copies of a frame
+    of their own, so that padding is valid data for any family; it is never counted.
 
     Args:
         x: ``[*n, D]`` observations, real or integer.
         u: ``[*n, M]`` covariates.
         observed: ``[*n, D]`` Boolean, False where an entry is missing.
         weight: ``[N]`` non-negative weight of each row or sequence; weight 2 counts as two copies, weight 0 as none.
-        lengths: ``[N]`` number of valid frames of each padded sequence.
+        lengths: ``[N]`` number of valid frames of each padded sequence; None where every sequence fills T.
         evidence: ``[*n, K]`` log-potentials on the latent classes (labels, sets of labels, soft labels).
         offset: ``[*n]`` known additive term of a linear predictor.
         trials: ``[*n]`` number of trials of binomial counts.
@@ -74,22 +80,131 @@ class Batch:
         return replace(self, x=x)
 
     def total_weight(self) -> Tensor:
-        """Number of observations, or the sum of their weights, as float64."""
-        if self.weight is None:
+        """Number of observations (rows, or frames of sequences), each with its weight, as float64."""
+        each = self.weight
+        if self.x.dim() > 2:
+            frames = self.frames().to(torch.float64)
+            each = frames if each is None else each * frames
+        if each is None:
             return torch.tensor(float(len(self)), dtype=torch.float64, device=self.x.device)
-        return self.weight.sum(dtype=torch.float64)
+        return each.sum(dtype=torch.float64)
+
+    # ---- sequences --------------------------------------------------------------------------------------------
+
+    def frames(self) -> Tensor:
+        """Number of valid frames of each sequence, ``[N]``."""
+        full = self.x.shape[:2]
+        return torch.full(full[:1], full[1], device=self.x.device) if self.lengths is None else self.lengths
+
+    def frames_mask(self) -> Tensor | None:
+        """``[N, T]`` Boolean, True where a frame is valid; None where all are."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.x.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(-1)
+
+    def rows(self) -> "Batch":
+        """The valid frames of sequences as rows ``[F, D]``, each with the weight of its sequence.
+
+        Example:
+            >>> Batch(torch.zeros(2, 3, 1), lengths=torch.tensor([3, 1])).rows().x.shape
+            torch.Size([4, 1])
+        """
+        if self.x.dim() < 3:
+            return self
+        mask = self.frames_mask()
+        spread = None if self.weight is None else self.weight.unsqueeze(-1).expand(self.x.shape[:2])
+        flat = replace(self, weight=spread, lengths=None)
+        return flat.map(lambda value: value.flatten(0, 1) if mask is None else value[mask])
+
+    def with_frames(self, frames: int) -> "Batch":
+        """The same sequences cut, or padded, to a number of frames."""
+        have = self.x.shape[1]
+        if frames <= have:
+            lengths = None if self.lengths is None else full_lengths(self.lengths.clamp(max=frames), frames)
+            if frames == have and (lengths is None) == (self.lengths is None):
+                return self
+            return replace(self, lengths=lengths, **self._framed(lambda value: value[:, :frames]))
+        lengths = self.frames()
+        take = padding_index(complete_frames(self.x), lengths, frames)
+        rows = torch.arange(len(self), device=self.x.device).unsqueeze(-1)
+        longer = replace(self, lengths=lengths, **self._framed(lambda value: value[rows, take]))
+        mask = longer.frames_mask()
+        if longer.evidence is None or mask is None:
+            return longer
+        return replace(longer, evidence=silenced(longer.evidence, mask))
+
+    def _framed(self, fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {name: fn(value) for name in FRAMED if (value := getattr(self, name)) is not None}
 
 
 _FIELDS = tuple(field.name for field in fields(Batch))
+#: Fields that run along the frames of sequences.
+FRAMED = tuple(name for name in _FIELDS if name not in ("weight", "lengths"))
+
+
+def full_lengths(lengths: Tensor, frames: int) -> Tensor | None:
+    """None where every sequence fills ``frames``: the form that spares masks."""
+    return None if values_known() and bool((lengths == frames).all()) else lengths
+
+
+def complete_frames(x: Tensor) -> Tensor | None:
+    """Where ``[*n, D]`` has no missing entry, ``[*n]``; None for integers, which have none."""
+    return ~x.isnan().any(-1) if x.is_floating_point() else None
+
+
+def padding_index(complete: Tensor | None, lengths: Tensor, frames: int) -> Tensor:
+    """Which frame of its sequence stands at each of ``frames`` places, ``[N, frames]``.
+
+    Padding repeats the first frame that is ``complete [N, T]``, or the first of all where none is.
+    """
+    place = torch.arange(frames, device=lengths.device)
+    valid = place < lengths.unsqueeze(-1)
+    filler = torch.zeros_like(lengths)
+    if complete is not None:
+        # The index of a maximum is that of the first one.
+        filler = (complete & valid[:, : complete.shape[1]]).to(torch.uint8).argmax(1)
+    return torch.where(valid, place, filler.unsqueeze(-1))
+
+
+def silenced(evidence: Tensor, mask: Tensor) -> Tensor:
+    """Evidence ``[N, T, K]`` that says nothing about padding, where ``mask [N, T]`` is False."""
+    if values_known() and not bool(evidence[~mask].any()):
+        return evidence
+    return torch.where(mask.unsqueeze(-1), evidence, 0.0)
 
 
 def concatenate(batches: Iterable[Batch]) -> Batch:
-    """Batches one after the other; all must have the same fields."""
+    """Batches one after the other, sequences padded to the longest.
+
+    Weights that only some of them have are one elsewhere, evidence is zero; all else must be in each or in none.
+    """
     parts = list(batches)
     if len(parts) == 1:
         return parts[0]
-    present = [name for name in _FIELDS if getattr(parts[0], name) is not None]
-    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in present})
+    if parts[0].x.dim() > 2:
+        frames = max(part.x.shape[1] for part in parts)
+        parts = [part.with_frames(frames) for part in parts]
+    present = [name for name in _FIELDS if any(getattr(part, name) is not None for part in parts)]
+    return Batch(**{name: torch.cat(_alike(parts, name)) for name in present})
+
+
+def _alike(parts: list[Batch], name: str) -> list[Tensor]:
+    """A field of each batch, its neutral value where it is absent."""
+    values = [getattr(part, name) for part in parts]
+    known = next(value for value in values if value is not None)
+    neutral: dict[str, Callable[[Batch], Tensor]] = {
+        "weight": lambda part: known.new_ones(len(part)),
+        "lengths": lambda part: part.frames(),
+        "evidence": lambda part: known.new_zeros(*part.x.shape[:-1], known.shape[-1]),
+    }
+    if name not in neutral and any(value is None for value in values):
+        raise invalid("data", f"batches that all have {name} or none", "some with it", "give it to each batch")
+    return [neutral[name](part) if value is None else value for part, value in zip(parts, values, strict=True)]
+
+
+def values_known() -> bool:
+    """Whether Python may look at values: inside vmap and grad it may not, and whoever called them has the data."""
+    return not torch._C._are_functorch_transforms_active()
 
 
 def as_tensor(value: Any, argument: str) -> Tensor:
@@ -135,6 +250,8 @@ def as_batch(
     weight: Any = None,
     u: Any = None,
     evidence: Any = None,
+    labels: Any = None,
+    n_states: int | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> Batch:
@@ -142,90 +259,252 @@ def as_batch(
 
     A vector is read as a column: N observations of one feature.
 
+    Args:
+        data: ``[N, D]`` or ``[N]``.
+        weight: ``[N]`` non-negative.
+        u: ``[N, M]`` or ``[N]`` covariates.
+        evidence: ``[N, K]`` log-potentials on the latent classes.
+        labels: What is known of the classes, see `evidence_from_labels`; adds to ``evidence``.
+        n_states: K, for labels that are numbers.
+        allow_missing: Whether NaN entries may stand for missing ones.
+        allow_empty: Whether there may be no rows.
+
     Raises:
-        InvalidArgument: For a wrong shape, empty data, ±inf, NaN where no factor handles missing entries, or weights
-            that are negative, not finite or all zero.
+        InvalidArgument: For a wrong shape, empty data, ±inf, NaN where no factor handles missing entries, weights
+            that are negative, not finite or all zero, or labels out of range.
         InvalidType: For data that are not real numbers.
 
     Example:
         >>> as_batch([[1.0, 2.0], [3.0, 4.0]]).x.shape
         torch.Size([2, 2])
     """
-    if isinstance(data, Batch):
-        batch = data
-        x = batch.x
-    else:
-        x = as_tensor(data, "data")
-        batch = Batch(x)
-    if x.dim() == 1:
-        x = x.unsqueeze(-1)
+    batch = data if isinstance(data, Batch) else Batch(as_tensor(data, "data"))
+    x = batch.x.unsqueeze(-1) if batch.x.dim() == 1 else batch.x
     if x.dim() != 2:
         raise invalid("data", "a table [N, D]", f"shape {list(x.shape)}", "reshape it to observations × features")
+    if x.shape[0] == 0 and not allow_empty:
+        raise invalid("data", "at least one observation", f"shape {list(x.shape)}", "check the filter that made it")
+    batch = replace(
+        batch,
+        x=x,
+        weight=given_or(weight, batch.weight, "weights", x.device),
+        u=given_or(u, batch.u, "inputs", x.device),
+        evidence=given_or(evidence, batch.evidence, "evidence", x.device),
+    )
+    batch = check_rows(batch, labels=labels, n_states=n_states, allow_missing=allow_missing)
+    return replace(batch, weight=check_weight(batch.weight, len(batch), "row"))
+
+
+def given_or(value: Any, default: Tensor | None, argument: str, device: torch.device) -> Tensor | None:
+    """The argument as a tensor beside the data, or what a batch already has."""
+    tensor = default if value is None else as_tensor(value, argument)
+    return None if tensor is None else tensor.to(device)
+
+
+def row_place(index: int) -> str:
+    """Where a row of a table lies."""
+    return f"row {index}"
+
+
+def check_rows(
+    batch: Batch,
+    *,
+    labels: Any = None,
+    n_states: int | None = None,
+    allow_missing: bool = False,
+    allow_missing_rows: bool = False,
+    place: Place = row_place,
+) -> Batch:
+    """Validate everything that rows ``[N, D]`` carry, but for weights.
+
+    Args:
+        batch: Tensors of any kind and shape, x two-dimensional.
+        labels: What is known of the classes.
+        n_states: K, for labels that are numbers.
+        allow_missing: Whether any entry may be NaN.
+        allow_missing_rows: Whether rows may be NaN in all columns.
+        place: Says where a row lies.
+    """
+    x = batch.x
+    size = len(x)
     if x.shape[1] == 0:
         raise invalid("data", "at least one feature", f"shape {list(x.shape)}", "pass a table with columns")
-    size = x.shape[0]
-    if size == 0 and not allow_empty:
-        raise invalid("data", "at least one observation", f"shape {list(x.shape)}", "check the filter that made it")
     if x.is_floating_point():
-        _check_finite(x, batch.observed, allow_missing)
-    extra = {
-        "weight": batch.weight if weight is None else as_tensor(weight, "weights"),
-        "u": batch.u if u is None else as_tensor(u, "inputs"),
-        "evidence": batch.evidence if evidence is None else as_tensor(evidence, "evidence"),
-    }
-    batch = replace(batch, x=x, **{k: None if v is None else v.to(x.device) for k, v in extra.items()})
-    if batch.weight is not None:
-        _check_weight(batch.weight, size)
-        batch = replace(batch, weight=batch.weight.to(torch.float64))
+        _check_finite(x, allow_missing, allow_missing_rows, place)
     if batch.u is not None:
-        covariates = batch.u.unsqueeze(-1) if batch.u.dim() == 1 else batch.u
-        if covariates.shape[0] != size or covariates.dim() != 2:
-            raise invalid("inputs", f"[{size}, M]", f"shape {list(covariates.shape)}", "give one row per observation")
-        if not bool(covariates.isfinite().all()):
-            raise invalid("inputs", "finite covariates", "NaN or infinity", "impute or drop those rows")
-        batch = replace(batch, u=covariates)
-    if batch.evidence is not None and (batch.evidence.dim() != 2 or batch.evidence.shape[0] != size):
-        raise invalid("evidence", f"[{size}, K]", f"shape {list(batch.evidence.shape)}", "give one row per observation")
-    if batch.evidence is not None and bool((batch.evidence.isnan() | (batch.evidence == torch.inf)).any()):
-        raise invalid("evidence", "log-potentials, −inf for what is excluded", "NaN or +inf", "give logarithms")
+        batch = replace(batch, u=_checked_inputs(batch.u, size, place))
+    evidence = batch.evidence
+    if evidence is not None:
+        if evidence.dim() != 2 or len(evidence) != size:
+            raise invalid("evidence", f"[{size}, K]", f"shape {list(evidence.shape)}", "give one row per observation")
+        bad = evidence.isnan() | (evidence == torch.inf)
+        if values_known() and bool(bad.any()):
+            got = f"NaN or +inf at {_first(bad, place)}"
+            raise invalid("evidence", "log-potentials, −inf for what is excluded", got, "give logarithms")
+    if labels is not None:
+        known = evidence_from_labels(labels, n_states, (size,), place=place).to(x.device)
+        if evidence is not None and evidence.shape != known.shape:
+            shapes = f"{list(known.shape)} and {list(evidence.shape)}"
+            raise invalid("labels, evidence", "the same number of states", shapes, "give K columns to both")
+        batch = replace(batch, evidence=known if evidence is None else evidence + known)
     return batch
 
 
-def _check_finite(x: Tensor, observed: Tensor | None, allow_missing: bool) -> None:
-    # Inside vmap and grad nothing can be asked of values; whoever called them has the data outside.
-    if torch._C._are_functorch_transforms_active():
-        return
+def _checked_inputs(u: Tensor, size: int, place: Place) -> Tensor:
+    u = u.unsqueeze(-1) if u.dim() == 1 else u
+    if len(u) != size or u.dim() != 2:
+        raise invalid("inputs", f"[{size}, M]", f"shape {list(u.shape)}", "give one row per observation")
+    bad = ~u.isfinite()
+    if values_known() and bool(bad.any()):
+        raise invalid(
+            "inputs", "finite covariates", f"NaN or infinity at {_first(bad, place)}", "impute or drop those rows"
+        )
+    return u
+
+
+def _first(bad: Tensor, place: Place) -> str:
+    """Where the first bad row, or entry of a table, lies."""
+    index = bad.nonzero()[0].tolist()
+    return ", column ".join([place(index[0]), *map(str, index[1:])])
+
+
+def _check_finite(x: Tensor, allow_missing: bool, allow_missing_rows: bool, place: Place) -> None:
     # One cheap pass: a sum is finite unless some entry is not (or the sum overflows, which the slow path decides).
-    if x.numel() == 0 or bool(x.detach().sum(dtype=torch.float64).isfinite()):
+    if not values_known() or x.numel() == 0 or bool(x.detach().sum(dtype=torch.float64).isfinite()):
         return
     values = x.detach()
     infinite = values.isinf()
     if bool(infinite.any()):
-        row, column = (int(i) for i in infinite.nonzero()[0])
         raise invalid(
-            "data", "finite values", f"{float(values[row, column])} at row {row}, column {column}",
+            "data", "finite values", f"{float(values[infinite][0])} at {_first(infinite, place)}",
             "remove it, or set it to NaN if it stands for a missing entry",
         )  # fmt: skip
     missing = values.isnan()
-    if bool(missing.any()) and not allow_missing:
-        row, column = (int(i) for i in missing.nonzero()[0])
+    if allow_missing or not bool(missing.any()):
+        return
+    if not allow_missing_rows:
         raise invalid(
-            "data", "no missing entries", f"NaN at row {row}, column {column}",
+            "data", "no missing entries", f"NaN at {_first(missing, place)}",
             "drop or impute those rows; missing data needs a factor that supports it, and this model has none",
+        )  # fmt: skip
+    partly = missing & ~missing.all(-1, keepdim=True)
+    if bool(partly.any()):
+        raise invalid(
+            "data", "frames that are whole, or missing in all columns", f"NaN at {_first(partly, place)}",
+            "set the whole frame to NaN, or impute the entry; "
+            "single missing entries need a factor that supports them, and this model has none",
         )  # fmt: skip
 
 
-def _check_weight(weight: Tensor, size: int) -> None:
+def check_weight(weight: Tensor | None, size: int, unit: str) -> Tensor | None:
+    """Weights of ``size`` rows or sequences (the ``unit``) as float64.
+
+    Raises:
+        InvalidArgument: For a wrong shape, weights that are negative, not finite or all zero.
+    """
+    if weight is None:
+        return None
     if weight.shape != (size,):
-        raise invalid("weights", f"shape [{size}]", f"{list(weight.shape)}", "give one weight per observation")
-    bad = ~(weight.isfinite() & (weight >= 0))
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
+        one_each = "observation" if unit == "row" else unit
+        raise invalid("weights", f"shape [{size}]", f"{list(weight.shape)}", f"give one weight per {one_each}")
+    if values_known():
+        bad = ~(weight.isfinite() & (weight >= 0))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            got = f"{float(weight[row])} at {unit} {row}"
+            raise invalid("weights", "finite non-negative numbers", got, f"drop or correct that {unit}")
+        if size and not bool((weight > 0).any()):
+            raise invalid("weights", "at least one positive weight", "all zero", f"weight the {unit}s that count")
+    return weight.to(torch.float64)
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------
+
+
+def evidence_from_labels(
+    labels: Any, n_states: int | None, shape: Sequence[int], *, place: Place | None = None
+) -> Tensor:
+    """Log-potentials ``[*n, K]`` on the latent states, from what is known of them.
+
+    e_nk = 0 where observation n may be in state k and −inf where it may not; of soft labels, log(w_nk / max_j w_nj):
+    equal weights say nothing, and one-hot weights are a label.
+
+    Args:
+        labels: One of three kinds. Whole numbers ``[*n]``: the state, −1 (or NaN) where it is unknown. Booleans
+            ``[*n, K]``: the states that are possible. Non-negative numbers ``[*n, K]``: how well each state agrees with
+            what was seen, up to a factor.
+        n_states: K; may be None for tables, which have K columns.
+        shape: ``*n``: ``[N]`` for rows, ``[N, T]`` for sequences.
+        place: Says where an observation lies, from its number, for messages.
+
+    Raises:
+        InvalidArgument: For a shape that does not fit, a state out of range, a row that excludes every state.
+
+    Example:
+        >>> evidence_from_labels([1, -1], 2, (2,))
+        tensor([[-inf, 0.],
+                [0., 0.]])
+    """
+    value = as_tensor(labels, "labels")
+    axes = tuple(shape)
+    place = _placed(axes) if place is None else place
+    if value.shape == axes and value.dtype != torch.bool:
+        evidence = _from_states(value.reshape(-1), n_states, place)
+    elif value.dim() == len(axes) + 1 and value.shape[:-1] == axes:
+        evidence = _from_table(value.reshape(-1, value.shape[-1]), n_states, place)
+    else:
+        kind = "Booleans of shape" if value.dtype == torch.bool else "shape"
+        sizes = ", ".join(map(str, axes))
         raise invalid(
-            "weights", "finite non-negative numbers", f"{float(weight[row])} at row {row}", "drop or correct that row"
+            "labels", f"whole numbers [{sizes}], or a table [{sizes}, K]", f"{kind} {list(value.shape)}",
+            "give one label, −1 where it is unknown, or one row per observation",
+        )  # fmt: skip
+    return evidence.reshape(*axes, evidence.shape[-1])
+
+
+def _placed(axes: tuple[int, ...]) -> Place:
+    if len(axes) == 1:
+        return row_place
+    return lambda index: f"sequence {index // axes[1]}, frame {index % axes[1]}"
+
+
+def _from_states(value: Tensor, n_states: int | None, place: Place) -> Tensor:
+    if n_states is None:
+        raise invalid("n_states", "the number of states that labels count", None, "say how many states there are")
+    if value.is_floating_point():
+        value = value.nan_to_num(nan=-1.0)
+    bad = ~((value >= -1) & (value < n_states) & (value == value.round() if value.is_floating_point() else True))
+    if values_known() and bool(bad.any()):
+        expected, got = f"states from 0 to {n_states - 1}, or −1 for unknown", f"{value[bad][0].item()}"
+        remedy = "correct it, or build the model with more states"
+        raise invalid("labels", expected, f"{got} at {_first(bad, place)}", remedy)
+    state = value.to(torch.int64).unsqueeze(-1)
+    possible = (state == torch.arange(n_states, device=value.device)) | (state < 0)
+    return torch.zeros(possible.shape, device=value.device).masked_fill(~possible, -torch.inf)
+
+
+def _from_table(value: Tensor, n_states: int | None, place: Place) -> Tensor:
+    if value.shape[-1] != (n_states or value.shape[-1]):
+        raise invalid("labels", f"{n_states} columns, one per state", value.shape[-1], "give a column for each state")
+    if value.dtype == torch.bool:
+        none = ~value.any(-1)
+        if values_known() and bool(none.any()):
+            got = f"none at {_first(none, place)}"
+            raise invalid("labels", "at least one state that is possible", got, "mark all where nothing is known")
+        return torch.zeros(value.shape, device=value.device).masked_fill(~value, -torch.inf)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    bad = ~(value.isfinite() & (value >= 0))
+    if values_known() and bool(bad.any()):
+        got = f"{value[bad][0].item()} at {_first(bad, place)}"
+        raise invalid("labels", "finite non-negative numbers", got, "give equal numbers where nothing is known")
+    most = value.amax(-1, keepdim=True)
+    zero = most[..., 0] == 0
+    if values_known() and bool(zero.any()):
+        got = f"zeros alone at {_first(zero, place)}"
+        raise invalid(
+            "labels", "at least one state of positive weight", got, "give equal numbers where nothing is known"
         )
-    if size and not bool((weight > 0).any()):
-        raise invalid("weights", "at least one positive weight", "all zero", "weight the rows that count")
+    return (value / most).log()
 
 
 # Tree transforms put other things than tensors into the leaves (vmap its axes): neither way asks for tensors.

@@ -7,15 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from torchem import distributed
 from torchem.batch import Batch, concatenate
 from torchem.errors import invalid, wrong_type
 from torchem.model import LatentModel
+from torchem.sequences import as_buckets
 
 #: Rows read at a time where only moments are taken.
 _SURVEY = 1 << 13
+#: Frames, padding included, of the sequences by which restarts are compared.
+_GLANCE = 1 << 13
+#: Rows, or sequences, that a data set gives at a time.
+_ROWS, _SEQUENCES = 4096, 256
 
 
 class Source:
@@ -24,68 +29,120 @@ class Source:
     Args:
         model: Validates each batch.
         data: A tensor, array, nested list, `Batch`, path, ``Dataset``, ``DataLoader`` or another iterable that can be
-            passed over repeatedly and yields batches.
-        batch_size: Rows per batch; None for the whole at once (tensors) or 4096 (data sets).
-        weight: Weight of each row, where data are held in memory.
-        u: Covariates of each row, likewise.
+            passed over repeatedly and yields batches. For a model of sequences all forms that
+            `torchem.sequences.as_sequences` reads; loaders then yield ``[B, T, D]``, ``(x, lengths)``, lists of
+            sequences or `Batch` objects.
+        batch_size: Rows, or sequences, per batch; None for the whole at once (in memory) or 4096 rows or 256 sequences
+            (data sets).
+        weight: Weight of each row or sequence, where data are held in memory.
+        u: Covariates, likewise, laid out as the data.
+        lengths: Frames of each sequence, likewise.
+        labels: What is known of the latent states, likewise, laid out as the data.
     """
 
-    def __init__(self, model: LatentModel, data: Any, batch_size: int | None = None, weight: Any = None, u: Any = None):
+    def __init__(
+        self,
+        model: LatentModel,
+        data: Any,
+        batch_size: int | None = None,
+        weight: Any = None,
+        u: Any = None,
+        lengths: Any = None,
+        labels: Any = None,
+    ):
         if batch_size is not None and (
             not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
         ):
             raise invalid(
                 "batch_size", "a positive whole number", repr(batch_size), "give the rows of a batch, or None"
             )
+        self.model = model
+        self.sequential = bool(getattr(model, "sequential", False))
+        self.batch_size = batch_size
+        self.loader: Iterable[Any] = ()
+        #: Data in memory: whole, or in buckets of sequences of similar length; None where a loader gives them.
+        self.held: list[Batch] | None = None
+        self._pieces: list[Batch] = []
+        self._numbers: Tensor | None = None
+        # What a rank without data contributes: a batch without rows, in the shape of the others' once that is known.
+        empty = torch.empty(0, 1, 1) if self.sequential else torch.empty(0, 1)
+        self.nothing = Batch(empty) if distributed.active() else None
+        fields = {"weight": weight, "u": u, "lengths": lengths, "labels": labels}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        if lengths is not None and not self.sequential:
+            raise invalid("lengths", "none: the model reads single observations", "some", "leave them out")
         if isinstance(data, (str, Path)):
             from torchem.tables import read_table
 
             data = read_table(data).values
-        self.model = model
-        self.whole: Batch | None = None
-        self.batch_size = batch_size
-        self.loader: Iterable[Any] = ()
-        # What a rank without data contributes: a batch without rows, in the shape of the others' once that is known.
-        self.nothing = Batch(torch.empty(0, 1)) if distributed.active() else None
         if isinstance(data, Dataset):
-            data = DataLoader(data, batch_size=batch_size or 4096)
-        batches = isinstance(data, (list, tuple)) and len(data) > 0 and all(isinstance(b, Batch) for b in data)
-        if (
-            batches
-            or isinstance(data, DataLoader)
-            or (not isinstance(data, (Tensor, Batch, list, tuple)) and not hasattr(data, "__array__"))
-        ):
-            self._open(data, weight, u)
-            return
-        self.whole = _settled(model.batch(data, weight=weight, u=u, allow_empty=distributed.active()), model.device)
-        if batch_size is not None and batch_size > len(self.whole) > 0:
-            raise invalid("batch_size", f"at most {len(self.whole)} (the observations)", batch_size, "leave it out")
+            collate = _collate if self.sequential else None
+            data = DataLoader(data, batch_size or (_SEQUENCES if self.sequential else _ROWS), collate_fn=collate)
+        if self._is_loader(data):
+            self._open(data, fields)
+        else:
+            self._hold(data, fields)
 
-    def _open(self, loader: Any, weight: Any, u: Any) -> None:
+    def _is_loader(self, data: Any) -> bool:
+        if isinstance(data, (list, tuple)):
+            # A rank without data may have a list without sequences.
+            return all(isinstance(item, Batch) for item in data) and (len(data) > 0 or self.nothing is not None)
+        return isinstance(data, DataLoader) or not (isinstance(data, (Tensor, Batch)) or hasattr(data, "__array__"))
+
+    def _open(self, loader: Any, fields: dict[str, Any]) -> None:
         if not isinstance(loader, Iterable):
             raise wrong_type("data", "a tensor, array, Batch, path, Dataset or DataLoader", loader, "convert it")
         if isinstance(loader, Iterator):
             raise wrong_type(
                 "data", "something to pass over repeatedly", loader, "pass a DataLoader or a list of batches"
             )
-        if weight is not None or u is not None:
+        if fields and not (isinstance(loader, (list, tuple)) and not loader):
             raise invalid(
-                "weights, inputs", "nothing beside a loader", "a tensor",
+                "weights, inputs, lengths, labels", "nothing beside a loader", ", ".join(fields),
                 "let the loader yield Batch objects that carry weight and u",
+            )  # fmt: skip
+        rows = getattr(loader, "dataset", None)
+        if self.sequential and isinstance(rows, TensorDataset) and rows.tensors[0].dim() < 3:
+            # Batches of single frames, perhaps shuffled, would pass as sequences.
+            raise invalid(
+                "data", "a data set of sequences [N, T, D]", f"shape {list(rows.tensors[0].shape)}",
+                "pass the tensor itself, with lengths if it holds several sequences",
             )  # fmt: skip
         self.loader = loader
 
-    def __iter__(self) -> Iterator[tuple[Hashable, Batch]]:
-        if self.whole is None:
-            key = -1
-            for key, item in enumerate(self.loader):
-                yield key, self._read(item)
-            if key < 0 and self.nothing is not None:
-                yield 0, self.nothing
+    def _hold(self, data: Any, fields: dict[str, Any]) -> None:
+        fields["allow_empty"] = distributed.active()
+        if self.sequential:
+            fields |= {
+                "allow_missing": self.model.handles_missing,
+                "n_states": getattr(self.model, "n_components", None),
+            }
+            found = [(number, self.model.check(batch)) for number, batch in as_buckets(data, **fields)]
         else:
-            yield from enumerate(self.whole.split(self.batch_size or max(1, len(self.whole))))
+            found = [(None, self.model.batch(data, **fields))]
+        numbers = [number for number, _ in found if number is not None]
+        self._numbers = torch.cat(numbers) if numbers else None
+        self.held = _settled([batch for _, batch in found], self.model.device)
+        size = sum(map(len, self.held))
+        if self.batch_size is not None and self.batch_size > size > 0:
+            raise invalid("batch_size", f"at most {size} (the observations)", self.batch_size, "leave it out")
+        whole = self.batch_size or max(1, size)
+        self._pieces = [_trimmed(piece) for batch in self.held for piece in batch.split(whole)]
+
+    def original(self, position: int) -> int:
+        """Number, in the user's data, of the row or sequence that a pass comes to at ``position``."""
+        return position if self._numbers is None else int(self._numbers[position])
+
+    def __iter__(self) -> Iterator[tuple[Hashable, Batch]]:
+        key = -1
+        for key, batch in enumerate(map(self._read, self.loader) if self.held is None else self._pieces):
+            yield key, batch
+        if key < 0 and self.nothing is not None:
+            yield 0, self.nothing
 
     def _read(self, item: Any) -> Batch:
+        if self.sequential and not isinstance(item, Batch):
+            return self._read_sequences(item)
         if isinstance(item, (list, tuple)):
             # A TensorDataset yields tuples: observations, then (by convention) their weights.
             if len(item) not in (1, 2) or not all(isinstance(part, Tensor) for part in item):
@@ -95,91 +152,166 @@ class Source:
             return self.model.batch(*item[:1], weight=item[1] if len(item) == 2 else None)
         return self.model.batch(item)
 
+    def _read_sequences(self, item: Any) -> Batch:
+        parts = list(item) if isinstance(item, (list, tuple)) else [item]
+        if parts and getattr(parts[0], "ndim", 0) == 3:
+            if len(parts) > 2:
+                raise invalid(
+                    "data", "batches of x or (x, lengths)", f"{len(parts)} parts", "yield Batch objects instead"
+                )
+            return self.model.batch(parts[0], lengths=parts[1] if len(parts) == 2 else None)
+        if parts[0] is item:
+            shape = getattr(item, "shape", None)
+            got = type(item).__name__ if shape is None else f"shape {list(shape)}"
+            remedy = "yield a list of sequences [T, D], or Batch objects"
+            raise invalid("data", "batches of sequences [B, T, D] from a loader", got, remedy)
+        return self.model.batch(parts)
+
+    # ---- the survey -------------------------------------------------------------------------------------------
+
     def survey(self, limit: int, generator: torch.Generator) -> "Survey":
-        """One pass: moments of the columns and a random sample of at most ``limit`` rows, over all ranks."""
+        """One pass: moments of the columns and a random sample of at most ``limit`` rows, over all ranks.
+
+        Rows are what the emissions of a model see: observations, or the frames of sequences.
+        """
         try:
-            moments, rows, sample = self._local_survey(limit, generator)
+            moments, rows, sample, glance = self._local_survey(limit, generator)
         except Exception as error:
             distributed.agree(error)
             raise
         distributed.agree()
         if distributed.active():
-            parts = distributed.gather((moments, rows, sample.map(Tensor.cpu)))
+            mine = (moments, rows, sample.map(Tensor.cpu), None if glance is None else glance.map(Tensor.cpu))
+            parts = distributed.gather(mine)
             rows = sum(part[1] for part in parts)
             moments = Moments.merged([part[0] for part in parts])
             share = [p[2][: max(1, limit * len(p[2]) // max(1, sum(len(q[2]) for q in parts)))] for p in parts]
             sample = concatenate([p for p in share if len(p)] or share[:1])
-            self.nothing = sample[:0]
+            glance = next((part[3] for part in parts if part[3] is not None), None)
+            self.nothing = sample[:0] if glance is None else glance[:0].with_frames(1)
         if rows == 0:
             raise invalid("data", "at least one observation", "none on any process", "check the shards")
-        return Survey(moments, sample.to(self.model.device), rows)
+        sample = sample.to(self.model.device)
+        return Survey(moments, sample, rows, sample if glance is None else glance.to(self.model.device))
 
-    def _local_survey(self, limit: int, generator: torch.Generator) -> tuple["Moments", int, Batch]:
+    def _local_survey(self, limit: int, generator: torch.Generator) -> tuple["Moments", int, Batch, Batch | None]:
         moments = Moments()
         pool: list[tuple[Tensor, Batch]] = []
-        rows = 0
-        for batch in [self.whole] if self.whole is not None else (batch for _, batch in self):
-            for piece in batch.split(_SURVEY):
-                moments.add(piece)
-            pool.append(_draw(batch, limit, generator))
-            rows += len(batch)
-            if self.whole is None:
-                pool = [_best(pool, limit)]
+        glance = _Glance()
+        count = 0
+        for batch in self.held or (batch for _, batch in self):
+            if self.sequential:
+                glance.add(batch)
+            for rows in self._rows(batch):
+                for piece in rows.split(_SURVEY):
+                    moments.add(piece)
+                pool.append(_draw(rows, limit, generator))
+                count += len(rows)
+                if sum(len(priority) for priority, _ in pool) > 2 * limit:
+                    pool = [_best(pool, limit)]
         if not pool:
             raise invalid("data", "at least one batch", "an empty loader", "check the sampler")
-        return moments, rows, _best(pool, limit)[1]
+        return moments, count, _best(pool, limit)[1], glance.batch
+
+    def _rows(self, batch: Batch) -> Iterator[Batch]:
+        """A batch as the emissions see it, a few sequences at a time."""
+        if not self.sequential:
+            yield batch
+        elif len(batch) == 0:
+            yield batch.rows()
+        else:
+            yield from map(self.model.rows, batch.split(max(1, _SURVEY // batch.x.shape[1])))
+
+
+def _collate(items: list[Any]) -> Any:
+    """Sequences of different length as a list; pairs of a padded one and its length as torch does it."""
+    return items if hasattr(items[0], "ndim") else default_collate(items)
 
 
 @dataclass
 class Survey:
-    """What one pass tells: moments, a sample of rows, and how many rows there are."""
+    """What one pass tells.
+
+    Attributes:
+        moments: Mean and variance of the columns.
+        sample: Some rows, at random: observations, or frames of sequences.
+        rows: How many there are.
+        glance: A small batch as the model reads it: the sample, or the first sequences, cut where they are long.
+    """
 
     moments: "Moments"
     sample: Batch
     rows: int
+    glance: Batch
+
+
+class _Glance:
+    """The first sequences of a pass, as many as fit `_GLANCE` frames when padded together; the first one is cut."""
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.full = False
+
+    def add(self, batch: Batch) -> None:
+        """Take in the next sequences."""
+        if self.full or len(batch) == 0:
+            return
+        lengths = batch.frames() if self.batch is None else torch.cat([self.batch.frames(), batch.frames()])
+        size = lengths.cummax(0).values * torch.arange(1, len(lengths) + 1, device=lengths.device)
+        had = 0 if self.batch is None else len(self.batch)
+        take = max(int((size <= _GLANCE).sum()), 1) - had
+        self.full = take < len(batch)
+        if take > 0:
+            new = batch[:take]
+            new = new.with_frames(min(int(new.frames().max()), _GLANCE))
+            self.batch = new if self.batch is None else concatenate([self.batch, new])
 
 
 class Moments:
-    """Weighted mean and variance of each column, merged stably.
+    """Weighted mean and variance of each column, of the entries that are not missing, merged stably.
 
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque (1983).
     """
 
     def __init__(self) -> None:
+        #: ``[D]`` weight of the entries seen in each column.
         self.weight: Tensor = torch.zeros((), dtype=torch.float64)
         self._mean: Tensor = torch.zeros((), dtype=torch.float64)
         self.scatter: Tensor = torch.zeros((), dtype=torch.float64)
 
     @property
     def mean(self) -> Tensor:
-        """Weighted mean of each column."""
+        """Weighted mean of each column; zero where nothing was seen."""
         return self._mean
 
     @property
     def variance(self) -> Tensor:
-        """Weighted variance of each column."""
-        return self.scatter / self.weight.clamp(min=torch.finfo(torch.float64).tiny)
+        """Weighted variance of each column; zero where nothing was seen."""
+        return self.scatter / self.weight.clamp(min=_TINY)
 
     def add(self, batch: Batch) -> None:
-        """Take in a piece of data; missing entries count as the mean."""
-        x = batch.x.detach().to(torch.float64).flatten(0, -2)
+        """Take in a piece of data, rows ``[n, D]``."""
+        x = batch.x.detach().to(torch.float64)
         if not len(x):
             return
         weight = torch.ones(len(x), dtype=torch.float64, device=x.device) if batch.weight is None else batch.weight
-        total = weight.sum()
-        if float(total) == 0:
-            return
-        if bool(x.isnan().any()):
-            x = torch.where(x.isnan(), x.nanmean(0), x)
-        mean = (weight @ x) / total
-        self._merge(total, mean, weight @ (x - mean).square())
+        total = weight.sum().expand(x.shape[1])
+        missing = x.isnan()
+        some = bool(missing.any())
+        if some:
+            total = weight @ (~missing).to(torch.float64)
+            x = x.masked_fill(missing, 0.0)
+        mean = (weight @ x) / total.clamp(min=_TINY)
+        gap = x - mean
+        self._merge(total, mean, weight @ (gap.masked_fill(missing, 0.0) if some else gap).square())
 
     def _merge(self, weight: Tensor, mean: Tensor, scatter: Tensor) -> None:
         weight, mean, scatter = (t.to("cpu") for t in (weight, mean, scatter))
         total = self.weight + weight
+        share = weight / total.clamp(min=_TINY)
         gap = mean - self._mean
-        self.scatter = self.scatter + scatter + gap.square() * (self.weight * weight / total)
-        self._mean = self._mean + gap * (weight / total)
+        self.scatter = self.scatter + scatter + gap.square() * (self.weight * share)
+        self._mean = self._mean + gap * share
         self.weight = total
 
     @classmethod
@@ -187,20 +319,32 @@ class Moments:
         """The moments of several shards together."""
         out = cls()
         for part in parts:
-            if float(part.weight) > 0:
+            if part.weight.dim():
                 out._merge(part.weight, part.mean, part.scatter)
         return out
 
 
-def _settled(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the accelerator if it fits into half of what is free; else it stays and is streamed.
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def _settled(batches: list[Batch], device: torch.device) -> list[Batch]:
+    """Data on the accelerator if they fit into half of what is free; else they stay and are streamed.
 
     Only where the data live depends on free memory, never how they are cut up: results do not.
     """
-    if device.type != "cuda" or batch.x.device == device:
+    if device.type != "cuda" or all(batch.x.device == device for batch in batches):
+        return batches
+    present = [value for batch in batches for value in batch.values() if value is not None]
+    size = sum(value.numel() * value.element_size() for value in present)
+    fits = size <= torch.cuda.mem_get_info(device)[0] // 2
+    return [batch.to(device) for batch in batches] if fits else batches
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """A batch without the frames that are padding in each of its sequences."""
+    if batch.lengths is None or not len(batch):
         return batch
-    size = sum(value.numel() * value.element_size() for value in batch.values() if value is not None)
-    return batch.to(device) if size <= torch.cuda.mem_get_info(device)[0] // 2 else batch
+    return batch.with_frames(int(batch.lengths.max()))
 
 
 def _draw(batch: Batch, limit: int, generator: torch.Generator) -> tuple[Tensor, Batch]:

@@ -1,4 +1,4 @@
-"""Tables from files: CSV, NumPy, Parquet and Feather, as columns of numbers with names."""
+"""Tables from files: CSV, NumPy, Parquet and Feather, as columns of numbers with names, or as sequences of them."""
 
 import csv
 import os
@@ -46,6 +46,95 @@ class Table:
         return Table([self.columns[i] for i in index], self.values[:, index])
 
 
+@dataclass(frozen=True)
+class SequenceTable:
+    """The rows of a table as sequences, one after the other.
+
+    Attributes:
+        table: Columns of all frames: the first sequence's, then the second's, each in the order of the file.
+        names: Name of each sequence, in the order in which they first appear.
+        lengths: ``[N]`` frames of each sequence.
+        rows: ``[F]`` row of the file, from 0, that each frame came from.
+        index: ``[F]`` time of each frame: numbers, or text where some are none; None where no column was named.
+    """
+
+    table: Table
+    names: list[str]
+    lengths: np.ndarray
+    rows: np.ndarray
+    index: np.ndarray | None = None
+
+    @property
+    def sequences(self) -> list[np.ndarray]:
+        """Each sequence ``[T_i, D]``, in the order of `names`."""
+        return np.split(self.table.values, np.cumsum(self.lengths)[:-1])
+
+
+def read_sequences(
+    path: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    *,
+    sequence: str | None = None,
+    index: str | None = None,
+) -> SequenceTable:
+    r"""Read a table of numbers whose rows are frames of sequences.
+
+    Args:
+        path: The file, as for `read_table`.
+        columns: Columns to read; when None, all but those that name the sequence and the time.
+        sequence: Column that says which sequence a row belongs to, of text or numbers; the rows of one need not lie
+            together. None makes all rows one sequence, named as the file.
+        index: Column of the time of each frame, of text or numbers. It is kept for pictures: frames stay in the order
+            of the file.
+
+    Raises:
+        InvalidFile: As `read_table`; or if a row does not say which sequence it belongs to.
+        MissingExtra: If Parquet or Feather is asked for without pyarrow.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.csv").write_text("id,x\nu,1\nv,2\nu,3\n")
+        ...     [x.tolist() for x in read_sequences(folder + "/a.csv", sequence="id").sequences]
+        [[[1.0], [3.0]], [[2.0]]]
+    """
+    file = Path(path)
+    read = _reader(file)
+    texts = [name for name in (sequence, index) if name is not None]
+    if columns is None and texts:
+        present = read_columns(file)
+        _indices(file, present, texts)
+        columns = [name for name in present if name not in texts]
+    table, found = read(file, columns, texts)
+    size = len(table.values)
+    time = None if index is None else _times(found[-1])
+    if sequence is None:
+        return SequenceTable(table, [file.stem], np.array([size]), np.arange(size), time)
+    names, number = _numbered(file, sequence, found[0])
+    rows = np.argsort(number, kind="stable")
+    if not np.array_equal(rows, np.arange(size)):
+        table = Table(table.columns, table.values[rows])
+        time = None if time is None else time[rows]
+    return SequenceTable(table, names, np.bincount(number), rows, time)
+
+
+def _numbered(path: Path, column: str, cells: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct names in a column, in order, and the number of each row's."""
+    numbers: dict[str, int] = {}
+    number = np.fromiter((numbers.setdefault(cell, len(numbers)) for cell in cells), np.int64, len(cells))
+    if "" in numbers:
+        row = int(np.argmax(number == numbers[""]))
+        got = f"an empty cell in row {row} of column {column!r}"
+        raise _bad(path, "the name of a sequence in each row", got, "fill it in, or drop the row")
+    return list(numbers), number
+
+
+def _times(cells: Sequence[str]) -> np.ndarray:
+    """Numbers where all cells are, text else."""
+    numbers = [_number(cell) for cell in cells]
+    return np.array(cells, dtype=np.str_) if None in numbers else np.array(numbers, dtype=np.float64)
+
+
 def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Table:
     r"""Read a table of numbers.
 
@@ -69,7 +158,7 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = Non
         [[2.0], [nan]]
     """
     file = Path(path)
-    return _reader(file)(file, columns)
+    return _reader(file)(file, columns, ())[0]
 
 
 def read_columns(path: str | os.PathLike[str]) -> list[str]:
@@ -83,12 +172,16 @@ def read_columns(path: str | os.PathLike[str]) -> list[str]:
     if read is _read_arrow:
         return list(_arrow_table(file).column_names)
     if read is _read_npy:
-        return read(file, None).columns
+        return read(file, None, ())[0].columns
     with _opened(file) as rows:
         return next(rows)
 
 
-def _reader(path: Path) -> Callable[[Path, Sequence[str] | None], Table]:
+#: Reads columns as numbers, and others as text.
+_Reader = Callable[[Path, Sequence[str] | None, Sequence[str]], tuple[Table, list[list[str]]]]
+
+
+def _reader(path: Path) -> _Reader:
     readers = {".npy": _read_npy, ".parquet": _read_arrow, ".feather": _read_arrow}
     readers |= dict.fromkeys((".csv", ".tsv", ".txt", ""), _read_csv)
     if not path.is_file():
@@ -116,6 +209,11 @@ def _indices(path: Path, present: Sequence[str], wanted: Sequence[str] | None) -
             hint = f"did you mean {near[0]!r}?" if near else "choose among those"
             raise _bad(path, f"a column {name!r}", "the columns " + ", ".join(map(repr, present)), hint)
     return [list(present).index(name) for name in wanted]
+
+
+def _some(path: Path, present: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """As `_indices`, of columns that may be none."""
+    return _indices(path, present, wanted) if wanted else []
 
 
 # ---- CSV ----------------------------------------------------------------------------------------------------------
@@ -179,12 +277,14 @@ def _number(cell: str) -> float | None:
         return float("nan") if cell.strip().lower() in _MISSING else None
 
 
-def _read_csv(path: Path, columns: Sequence[str] | None) -> Table:
+def _read_csv(path: Path, columns: Sequence[str] | None, texts: Sequence[str]) -> tuple[Table, list[list[str]]]:
     values = array("d")
+    found: list[list[str]] = [[] for _ in texts]
     source = _opened(path)
     with source as rows:
         header = next(rows)
         index = _indices(path, header, columns)
+        kept = list(zip(found, _some(path, header, texts), strict=True))
         for row in rows:
             if not row:
                 continue  # a blank line
@@ -197,16 +297,18 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> Table:
                     cell = f"{row[i]!r} on line {source.line}, column {header[i]!r}"
                     raise _bad(path, "numbers", cell, "correct the cell, or read only numeric columns with columns=[…]")
                 values.append(number)
+            for cells, i in kept:
+                cells.append(row[i].strip())
     if not values:
         raise _bad(path, "at least one row under the header", "none", "check the export")
     table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(index))
-    return Table([header[i] for i in index], table)
+    return Table([header[i] for i in index], table), found
 
 
 # ---- binary formats -----------------------------------------------------------------------------------------------
 
 
-def _read_npy(path: Path, columns: Sequence[str] | None) -> Table:
+def _read_npy(path: Path, columns: Sequence[str] | None, texts: Sequence[str]) -> tuple[Table, list[list[str]]]:
     try:
         # Mapped copy-on-write: writeable, so that a tensor can share it, and never written back.
         values = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -221,7 +323,8 @@ def _read_npy(path: Path, columns: Sequence[str] | None) -> Table:
         values = values.astype(np.float64)
     names = [f"x{i}" for i in range(values.shape[1])]
     table = Table(names, values)
-    return table if columns is None else table.select(columns, str(path))
+    found = [_named(table.select([name], str(path)).values[:, 0].tolist()) for name in texts]
+    return table if columns is None else table.select(columns, str(path)), found
 
 
 def _arrow_table(path: Path) -> Any:
@@ -234,13 +337,14 @@ def _arrow_table(path: Path) -> Any:
         raise _bad(path, f"a {path.suffix[1:]} file", reason, "write it again") from error
 
 
-def _read_arrow(path: Path, columns: Sequence[str] | None) -> Table:
+def _read_arrow(path: Path, columns: Sequence[str] | None, texts: Sequence[str]) -> tuple[Table, list[list[str]]]:
     table = _arrow_table(path)
     index = _indices(path, table.column_names, columns)
     if table.num_rows == 0 or not index:
         raise _bad(path, "at least one row", f"{table.num_rows} rows, {len(index)} columns", "check the export")
     parts = [_arrow_column(path, table.column_names[i], table.column(i)) for i in index]
-    return Table([table.column_names[i] for i in index], np.column_stack(parts))
+    found = [_named(table.column(i).to_pylist()) for i in _some(path, table.column_names, texts)]
+    return Table([table.column_names[i] for i in index], np.column_stack(parts)), found
 
 
 def _arrow_column(path: Path, name: str, column: Any) -> np.ndarray:
@@ -250,3 +354,10 @@ def _arrow_column(path: Path, name: str, column: Any) -> np.ndarray:
         remedy = "convert it, or read only numeric columns with columns=[…]"
         raise _bad(path, "numbers", f"{kind} in column {name!r}", remedy)
     return column.cast(arrow.float64()).to_numpy(zero_copy_only=False)
+
+
+def _named(values: Sequence[Any]) -> list[str]:
+    """Values as the text that a CSV file would hold: whole numbers without a point, nothing where one is missing."""
+    return [
+        "" if v is None or v != v else str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values
+    ]

@@ -463,7 +463,7 @@ class _Loop:
             if batch.weight is not None:
                 bad = bad & (batch.weight > 0).to(bad.device)
             if bool(bad.any()):
-                return start + int(bad.nonzero()[0, 0])
+                return self.source.original(start + int(bad.nonzero()[0, 0]))
             start += len(batch)
         return None
 
