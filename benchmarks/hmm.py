@@ -3,6 +3,7 @@
 import argparse
 import statistics
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,10 @@ class Problem:
         model.covars_ = np.ones((self.states, FEATURES))
         return model
 
-    def hmmlearn(self, implementation: str) -> Callable[[int], object]:
-        """The same for hmmlearn."""
+    def hmmlearn(self, implementation: str) -> Callable[[int], object] | None:
+        """The same for hmmlearn; None where it is not installed."""
+        if find_spec("hmmlearn") is None:
+            return None
         rows = self.x.double().flatten(0, 1).numpy()
 
         def run(iterations: int) -> object:
@@ -148,7 +151,7 @@ def iteration(options: argparse.Namespace) -> list[dict]:
         row |= {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
         print(f"B={b} T={t} S={s}: " + ", ".join(f"{n} {row[f'{n}_ms']:.2f} ms" for n in times), flush=True)
         for name, (peer, ours) in ratios.items():
-            if peer in times:
+            if peer in times and ours in times:
                 each = [p / o for p, o in zip(times[peer], times[ours], strict=True)]
                 row[name], row[f"{name}_each"] = statistics.median(each), each
                 print(f"    {name.replace('_', ' ')}: {spread(each)}", flush=True)
@@ -158,6 +161,8 @@ def iteration(options: argparse.Namespace) -> list[dict]:
 
 def decode(options: argparse.Namespace) -> list[dict]:
     """The most likely path."""
+    if find_spec("hmmlearn") is None:
+        return []
     rows = []
     for b, t, s in shapes(options.quick):
         problem = Problem(b, t, s, torch.float64)
