@@ -134,8 +134,10 @@ def _distinct(sample: Batch, k: int, generator: torch.Generator) -> Tensor:
 
 
 def _standardized(sample: Batch) -> Tensor:
-    # Clustering must not depend on the units of the columns.
+    # Clustering must not depend on the units of the columns; missing entries count as the mean of theirs.
     x = sample.x.to(torch.float64)
+    if bool(x.isnan().any()):
+        x = torch.where(x.isnan(), x.nanmean(0).nan_to_num(), x)
     x = x - x.mean(0)
     scale = x.std(0, correction=0)
     return x / torch.where(scale > 0, scale, 1.0)

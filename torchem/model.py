@@ -137,8 +137,9 @@ class LatentModel(nn.Module, ABC):
         """Set parameters by name: the one place where a fit writes. The old tensors are left untouched."""
         factors = dict(self.slots())
         for path, value in values.items():
-            slot, _, name = path.rpartition(".")
-            factors[slot].get_parameter(name).data = value.detach()
+            # What follows the slot may be a path too: into a factor that is made of factors.
+            slot = next(slot for slot in factors if path.startswith(f"{slot}."))
+            factors[slot].get_parameter(path.removeprefix(f"{slot}.")).data = value.detach()
 
     def snapshot(self) -> dict[str, Tensor]:
         """The current parameters by name, to `assign` again."""

@@ -29,7 +29,7 @@ class _Concentrations(Prior, ABC):
 
     def _alpha(self, factor: Factor) -> tuple[Tensor, Tensor]:
         support = getattr(factor, "support", None)
-        if support is None:
+        if support is None or support.shape != getattr(factor, "logits", support).shape or not hasattr(factor, "shape"):
             raise invalid("prior", "a table of probabilities to stand over", type(factor).__name__, "use its own prior")
         return self.concentrations(factor.get_parameter("logits")), support
 
@@ -76,7 +76,7 @@ class Dirichlet(_Concentrations):
         tensor([1., 1.], dtype=torch.float64)
     """
 
-    def __init__(self, concentration: float | Tensor = 1.0):
+    def __init__(self, concentration: Any = 1.0):
         value = as_tensor(concentration, "concentration").to(torch.float64)
         if not bool(((value > 0) & value.isfinite()).all()):
             raise invalid("concentration", "positive finite numbers", concentration, "1 is the uniform law")

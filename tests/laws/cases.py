@@ -7,6 +7,7 @@ several examples through a classmethod ``examples()``; without it ``example()`` 
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 import torchem
 from tests.laws.families import Counts
+from torchem import factors, masks, priors
 from torchem.batch import Batch
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.model import LatentModel
-from torchem.models import GaussianMixture, Mixture
+from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
@@ -138,9 +140,9 @@ def _example_cases() -> Iterator[tuple[str, Callable[[], FactorCase]]]:
     """Each example as it is, on one row, with empty rows and components, and with hard expectations."""
     for kind in concrete_factors():
         for i, (factor, _) in enumerate(_offered(kind)):
-            k = factor.n_components
-            if k is None:
+            if factor.n_components is None:
                 continue
+            k = factor.n_components ** (factor.memory + 1)
 
             def example(kind: type = kind, i: int = i, k: int = k) -> FactorCase:
                 factor, batch = _offered(kind)[i]
@@ -273,6 +275,241 @@ def _mixture_cases() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "Mixture-Counts", counts
 
 
+# Hidden Markov models: eight sequences of at most five frames, so that all their paths can be listed.
+SEQUENCES, FRAMES, STATES = 8, 5, 3
+LENGTHS = torch.tensor([5, 1, 3, 5, 2, 4, 5, 1])
+
+
+def regimes(k: int = STATES) -> Tensor:
+    """States that stay for a while, ``[N, T]``: something to find."""
+    return (torch.arange(FRAMES) // 2 + torch.arange(SEQUENCES).unsqueeze(-1)) % k
+
+
+def ragged(x: Tensor, **fields: Tensor) -> Batch:
+    """Sequences of `LENGTHS`, padded with copies of their first frames."""
+    inside = (torch.arange(FRAMES) < LENGTHS.unsqueeze(-1)).unsqueeze(-1)
+    fields = {name: torch.where(inside, value, value[:, :1]) for name, value in fields.items()}
+    return Batch(torch.where(inside, x, x[:, :1]), lengths=LENGTHS, **fields)
+
+
+def hmm(emission: Factor, seed: int = 0, **slots: Any) -> HMM:
+    """A chain of random probabilities under an emission, which joins it in the type that laws compute with."""
+    k = emission.n_components
+    assert k is not None
+    model = HMM(**{"initial": Categorical(k), "transition": Categorical(k, k), "emission": emission} | slots).double()
+    if isinstance(model.initial, Categorical):
+        model.initial_probs = randn(k, seed=seed + 20).softmax(-1)
+    if isinstance(model.transition, Categorical) and model.transition is not emission:
+        model.transition_matrix = (randn(k, k, seed=seed + 21) + torch.eye(k)).softmax(-1)
+    return model
+
+
+def frames(d: int, k: int = STATES, spread: float = 2.0) -> Tensor:
+    return spread * randn(k, d, seed=31)[regimes(k)] + randn(SEQUENCES, FRAMES, d, seed=32)
+
+
+def counts() -> Tensor:
+    return torch.poisson(1.0 + 3 * regimes().double().unsqueeze(-1).expand(-1, -1, 2), generator=rng(33))
+
+
+def classes(m: int) -> Tensor:
+    return (regimes().unsqueeze(-1) + torch.randint(0, 2, (SEQUENCES, FRAMES, 1), generator=rng(34))) % m
+
+
+def design(columns: int = 2) -> Tensor:
+    """Covariates of which the first is one."""
+    return torch.cat([torch.ones(SEQUENCES, FRAMES, 1), randn(SEQUENCES, FRAMES, columns - 1, seed=35)], -1).double()
+
+
+def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Each family of torchem behind a chain."""
+
+    def bernoulli() -> ModelCase:
+        factor = factors.Bernoulli(STATES, 2)
+        factor.probs = 0.2 + 0.6 * rand(STATES, 2, seed=36)
+        return ModelCase(hmm(factor), ragged((counts() > 3).double()))
+
+    def categorical() -> ModelCase:
+        factor = Categorical(STATES, 4)
+        factor.probs = randn(STATES, 4, seed=37).softmax(-1)
+        return ModelCase(hmm(factor), ragged(classes(4)))
+
+    def poisson() -> ModelCase:
+        factor = factors.Poisson(STATES, 2)
+        factor.rates = 1 + 6 * rand(STATES, 2, seed=38)
+        return ModelCase(hmm(factor), ragged(counts()))
+
+    def product() -> ModelCase:
+        parts = [gaussian(STATES, 1, "full"), poisson().model.emission, categorical().model.emission]
+        x = torch.cat([frames(1), counts(), classes(4)], -1)
+        return ModelCase(hmm(factors.Product(parts)), ragged(x))  # pyright: ignore
+
+    def parts() -> ModelCase:
+        table = Categorical(STATES, 2)
+        table.probs = randn(STATES, 2, seed=39).softmax(-1)
+        return ModelCase(hmm(factors.Mixture(table, gaussian(2 * STATES, 2, "tied"))), ragged(frames(2)))
+
+    def regression() -> ModelCase:
+        factor = factors.LinearGaussian(STATES, 2, 1, "tied")
+        factor.weight = randn(STATES, 1, 2, seed=40)
+        return ModelCase(hmm(factor), ragged(frames(1), u=design()))
+
+    def autoregressive() -> ModelCase:
+        factor = factors.Autoregressive.gaussian(STATES, 2, 1, "diag")
+        factor.weight = 0.4 * randn(STATES, 2, 3, seed=41)
+        return ModelCase(hmm(factor), ragged(frames(2)))
+
+    def adjusted(order: int = 1, switching: bool = False) -> ModelCase:
+        factor = factors.MeanAdjustedAutoregression(2, order, switching)
+        factor.means, factor.coefficients = [-1.0, 1.5], 0.4 * randn(order, seed=42)
+        return ModelCase(hmm(factor), ragged(frames(1, 2)))
+
+    for kind in COVARIANCE_TYPES:
+        yield f"HMM-Gaussian-{kind}", lambda kind=kind: ModelCase(hmm(gaussian(STATES, 2, kind)), ragged(frames(2)))
+    yield "HMM-Bernoulli", bernoulli
+    yield "HMM-Categorical", categorical
+    yield "HMM-Poisson", poisson
+    yield "HMM-Product", product
+    yield "HMM-Mixture", parts
+    yield "HMM-LinearGaussian", regression
+    yield "HMM-Autoregressive", autoregressive
+    yield "HMM-MeanAdjustedAutoregression", adjusted
+    yield "HMM-MeanAdjustedAutoregression-order2", lambda: adjusted(2, True)
+
+
+def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Every structure that a chain may have."""
+
+    def plain(kind: str = "diag", **slots: Any) -> ModelCase:
+        return ModelCase(hmm(gaussian(STATES, 2, kind), **slots), ragged(frames(2)))
+
+    def weighted() -> ModelCase:
+        weight = 2 * rand(SEQUENCES, seed=43)
+        weight[::3] = 0
+        case = plain("full")
+        return replace(case, batch=replace(case.batch, weight=weight))
+
+    def known() -> Tensor:
+        """Labels, sets of states and soft evidence, all of them possible."""
+        value = torch.zeros(SEQUENCES, FRAMES, STATES, dtype=torch.float64)
+        value[0, 2] = torch.tensor([-torch.inf, 0, -torch.inf])
+        value[3, :, 2] = -torch.inf
+        value[4:6] = randn(2, FRAMES, STATES, seed=44)
+        value[6, 0, 0] = -torch.inf
+        return value
+
+    def labelled() -> ModelCase:
+        case = plain()
+        return replace(case, batch=replace(case.batch, evidence=known()))
+
+    def left_right() -> ModelCase:
+        case = plain()
+        case.model.restrict(masks.left_right(STATES, jump=1))  # pyright: ignore
+        case.model.initial_probs = [0.7, 0.3, 0.0]  # pyright: ignore
+        return case
+
+    def cyclic() -> ModelCase:
+        case = plain()
+        case.model.restrict(masks.cyclic(STATES))  # pyright: ignore
+        case.model.transition.prior = priors.Dirichlet(2.0)  # pyright: ignore
+        case.model.initial.prior = priors.Dirichlet([1.0, 3.0, 1.5])  # pyright: ignore
+        return case
+
+    def sticky() -> ModelCase:
+        case = plain("spherical")
+        case.model.transition.prior = priors.StickyDirichlet(4.0, 1.5)  # pyright: ignore
+        return case
+
+    def stationary(zeros: bool = False) -> ModelCase:
+        case = plain(initial="stationary")
+        if zeros:
+            case.model.restrict(masks.cyclic(STATES))  # pyright: ignore
+            case.model.transition.prior = priors.Dirichlet(1.5)  # pyright: ignore
+        return case
+
+    def ending() -> ModelCase:
+        case = labelled()
+        case.model.end = Categorical(STATES, 2).double()  # pyright: ignore
+        case.model.end_probs = [0.1, 0.5, 0.3]  # pyright: ignore
+        return case
+
+    def inputs(first: bool = False) -> ModelCase:
+        gate = factors.SoftmaxRegression(STATES, 2, n_parents=STATES)
+        gate.weight = randn(STATES, STATES, 2, seed=45)
+        slots: dict[str, Any] = {"transition": gate}
+        if first:
+            slots["initial"] = factors.SoftmaxRegression(STATES, 2)
+            slots["initial"].weight = randn(STATES, 2, seed=46)
+        case = plain(**slots)
+        return replace(case, batch=ragged(case.batch.x, u=design()))
+
+    def impossible_steps() -> ModelCase:
+        case = inputs()
+        case.model.transition.support = masks.left_right(STATES)  # pyright: ignore
+        return case
+
+    def frozen() -> ModelCase:
+        case = plain("full")
+        case.model.transition.freeze("probs", mask=torch.eye(STATES, dtype=torch.bool))  # pyright: ignore
+        case.model.emission.freeze("means", mask=torch.tensor([True, False, False]))  # pyright: ignore
+        case.model.initial.freeze()  # pyright: ignore
+        return case
+
+    def missing(entries: bool = False) -> ModelCase:
+        case = plain("full")
+        x = case.batch.x.clone()
+        x[0, 0] = x[2, 1:] = x[4] = torch.nan
+        if entries:
+            x[5, :3, 0] = x[6, 2, 1] = torch.nan
+        return replace(case, batch=case.batch.with_x(x))
+
+    def shared() -> ModelCase:
+        table = Categorical(STATES, STATES)
+        table.probs = (randn(STATES, STATES, seed=47) + torch.eye(STATES)).softmax(-1)
+        return ModelCase(hmm(table, transition=table), ragged(classes(STATES)))
+
+    def remembering() -> ModelCase:
+        """Everything that acts on states where states are those of two frames."""
+        factor = factors.MeanAdjustedAutoregression(2, 1)
+        factor.means, factor.coefficients = [-1.0, 1.5], [0.4]
+        case = ModelCase(hmm(factor, initial="stationary", end=Categorical(2, 2)), ragged(frames(1, 2)))
+        case.model.end_probs = [0.2, 0.4]  # pyright: ignore
+        case.model.transition.prior = priors.StickyDirichlet(2.0)  # pyright: ignore
+        weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 3.0, 1.0, 0.0], dtype=torch.float64)
+        evidence = known()[..., :2].nan_to_num(neginf=-2.0)
+        return replace(case, batch=replace(case.batch, weight=weight, evidence=evidence))
+
+    def single(k: int, n: int, t: int) -> ModelCase:
+        x = blobs(n * t, 2, max(k, 2)).view(n, t, 2)
+        return ModelCase(hmm(gaussian(k, 2, "diag")), Batch(x))
+
+    def convenient() -> ModelCase:
+        model = GaussianHMM(STATES, 2, "tied").double()
+        model.means, model.transition_matrix = 2 * randn(STATES, 2, seed=48), randn(3, 3, seed=49).softmax(-1)
+        return ModelCase(model, Batch(frames(2)))
+
+    yield "HMM-weights", weighted
+    yield "HMM-labels", labelled
+    yield "HMM-left-right", left_right
+    yield "HMM-cyclic-dirichlet", cyclic
+    yield "HMM-sticky", sticky
+    yield "HMM-stationary", stationary
+    yield "HMM-stationary-cyclic-dirichlet", lambda: stationary(zeros=True)
+    yield "HMM-ends", ending
+    yield "HMM-inputs", inputs
+    yield "HMM-inputs-first", lambda: inputs(first=True)
+    yield "HMM-inputs-support", impossible_steps
+    yield "HMM-frozen", frozen
+    yield "HMM-missing", missing
+    yield "HMM-missing-entries", lambda: missing(entries=True)
+    yield "HMM-shared", shared
+    yield "HMM-memory", remembering
+    yield "HMM-GaussianHMM", convenient
+    yield "HMM-K1", lambda: single(1, 6, 4)
+    yield "HMM-T1", lambda: single(3, 20, 1)
+    yield "HMM-N1", lambda: single(2, 1, 9)
+
+
 def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     """Models that offer examples themselves, as factors do."""
     for name in torchem.models.__all__:
@@ -283,7 +520,7 @@ def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
                 yield f"{name}-example{i or ''}", lambda offer=offer, i=i: ModelCase(*offer()[i])
 
 
-MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases()])
+MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_emissions(), *_chains()])
 
 
 def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.MarkDecorator:

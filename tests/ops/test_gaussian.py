@@ -24,6 +24,11 @@ def parameters(kind: str, k: int, d: int, seed: int = 0) -> tuple[ops.Structure,
     return structure, randn(k, d, seed=seed + 1), raw, 0.5 * randn(1, d, seed=seed + 2)
 
 
+def dense(structure: ops.Structure, raw: Tensor, k: int, d: int) -> Tensor:
+    factor = structure.dense(raw, k, d)
+    return factor @ factor.mT
+
+
 def densities(structure: ops.Structure, mean: Tensor, raw: Tensor, x: Tensor) -> Tensor:
     k, d = mean.shape
     factor = structure.dense(raw, k, d)
@@ -131,7 +136,8 @@ def test_estimate_about_any_origin_is_the_covariance(kind: str) -> None:
     count, first, second = sweep.moments()
     gap = x - mean.unsqueeze(-2)
     scatter = torch.einsum("kn,kni,knj->kij", weight, gap, gap)
-    found = structure.scatter(count, first, second, mean - origin)
+    counts = structure.counts(count, d)
+    found = structure.scatter(counts, first, second, mean - origin)
     variances = scatter.diagonal(dim1=-2, dim2=-1)
     truth = {"full": scatter, "tied": scatter.sum(0), "diag": variances, "spherical": variances.sum(-1)}[kind]
     close(found, truth)
@@ -139,6 +145,11 @@ def test_estimate_about_any_origin_is_the_covariance(kind: str) -> None:
     precision = torch.cholesky_inverse(factor)
     close(structure.trace(raw, found), (precision * scatter).sum())
     shares = structure.estimate(found, count, d)
+    close(structure.divided(found, structure.mass(counts)), shares, rtol=1e-14, atol=0)
+    close(
+        structure.normalizer(counts, raw, k, d),
+        (count * (dense(structure, raw, k, d).logdet() + d * ops.LOG_2PI)).sum(),
+    )
     per = count[:, None, None]
     estimates = {"full": scatter / per, "tied": scatter.sum(0) / count.sum(), "diag": variances / count[:, None]}
     close(shares, estimates.get(kind, variances.sum(-1) / count / d))

@@ -5,10 +5,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, as_tensor
+from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Conjugate, Factor
 from torchem.stats import Stats
+
+#: Share of the average component that every emission starts with, so that none of its probabilities begins at zero.
+_SMOOTH = 0.01
+#: How far emissions start at least from the frequencies in all data: root mean square of their log-ratios ...
+_SPREAD = 0.5
+#: ... as far as differences below rounding need not be blown up for it.
+_MOST = 1e4
 
 
 class Categorical(Factor, Conjugate):
@@ -17,8 +24,8 @@ class Categorical(Factor, Conjugate):
     log p(x = j | parents = i) = log softmax_j(logits_i + log support_ij).
 
     ``Categorical(K)`` holds mixing weights or initial probabilities, ``Categorical(K, K)`` a transition matrix,
-    ``Categorical(K, M)`` an emission of M categories. It starts uniform. Zeros that a user assigns to `probs` are
-    structural: no M-step revives them. A zero that EM reaches is a finite, tiny probability.
+    ``Categorical(K, M)`` an emission of M categories, NaN where one is missing. It starts uniform. Zeros that a user
+    assigns to `probs` are structural: no M-step revives them. A zero that EM reaches is a finite, tiny probability.
 
     Args:
         *shape: Sizes of the parents' axes, then of the child's.
@@ -35,6 +42,7 @@ class Categorical(Factor, Conjugate):
         3
     """
 
+    handles_missing: ClassVar[bool] = True
     views: ClassVar = {"probs": "logits"}
 
     logits: Tensor
@@ -73,15 +81,25 @@ class Categorical(Factor, Conjugate):
             raise invalid(
                 argument, "finite probabilities of at least zero", "a negative or non-finite entry", "correct it"
             )
-        gap = float((table.sum(-1) - 1).abs().max())
-        if gap > 1e-4:
-            raise invalid(
-                argument, "rows that sum to one", f"a row that is off by {gap:.3g}", "divide each row by its sum"
-            )
+        self._check_rows(table, argument)
         self.support.copy_(table > 0)
         self.restricted = bool((table == 0).any())
         with torch.no_grad():
             self.logits.copy_(torch.where(table > 0, table, 1.0).log())
+
+    def _check_rows(self, table: Tensor, argument: str) -> None:
+        """Refuse a table with a row that does not sum to one, and name it."""
+        gap = (table.sum(-1) - 1).abs()
+        if not bool((gap > 1e-4).any()):
+            return
+        place = gap.flatten().argmax()
+        row = [int(i) for i in torch.unravel_index(place, gap.shape)]
+        where = f"row {row[0] if len(row) == 1 else tuple(row)} of {argument}" if row else "one"
+        if bool((table[tuple(row)] == 0).all()):
+            what = "has no successor" if self.shape[-2:-1] == self.shape[-1:] else "is zero throughout"
+            raise invalid(argument, "rows that sum to one", f"zeros alone: {where} {what}", "allow one cell of it")
+        got = f"{where} that is off by {float(gap.max()):.3g}"
+        raise invalid(argument, "rows that sum to one", got, "divide each row by its sum")
 
     def log_probs(self) -> Tensor:
         """Normalised log-probabilities; −inf where the support is empty."""
@@ -101,17 +119,22 @@ class Categorical(Factor, Conjugate):
     # ---- as an observed child ---------------------------------------------------------------------------------
 
     def cast(self, x: Tensor) -> Tensor:
-        return x.to(torch.long)
+        """Categories as whole numbers, −1 where one is missing."""
+        return (x.nan_to_num(nan=-1.0) if x.is_floating_point() else x).to(torch.long)
 
     def check(self, batch: Batch) -> None:
         if batch.x.shape[-1] != 1:
             raise invalid(
                 "data", "one column of categories", f"{batch.x.shape[-1]} columns", "use one factor per column"
             )
-        if batch.x.numel() == 0:
+        if batch.x.numel() == 0 or not values_known():
             return
         categories = self.shape[-1]
         x = batch.x.detach()
+        if x.is_floating_point():
+            x = x[~x.isnan()]
+            if not len(x):
+                return
         low, high = float(x.amin()), float(x.amax())
         if low < 0 or high >= categories or (x.is_floating_point() and bool((x != x.round()).any())):
             raise invalid(
@@ -120,7 +143,14 @@ class Categorical(Factor, Conjugate):
             )  # fmt: skip
 
     def log_prob(self, batch: Batch) -> Tensor:
-        return self.log_probs()[..., batch.x[..., 0]].movedim(len(self.replicas), -1)
+        # −1 picks the last column: a category that is missing says nothing.
+        table = torch.nn.functional.pad(self.log_probs(), (0, 1))
+        return table[..., self.cast(batch.x)[..., 0]].movedim(len(self.replicas), -1)
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the indicators of the categories, ``[*r, 1s, K, M]``."""
+        probs = self.probs.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), *self.shape)
+        return probs, probs * (1 - probs)
 
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
         lead = len(self.replicas)
@@ -128,10 +158,18 @@ class Categorical(Factor, Conjugate):
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``counts [*r, K, M]`` of observed categories."""
-        category = batch.x[..., 0].reshape(-1)
+        category, size = self.cast(batch.x)[..., 0].reshape(-1), self.shape[-1]
         flat = expected.reshape(*self.replicas, len(category), self.shape[0]).mT.to(torch.float64)
-        counts = flat.new_zeros(*self.replicas, *self.shape)
-        return Stats(counts=counts.index_add(-1, category, flat))
+        # What is missing is counted in a column of its own, which is left out.
+        counts = flat.new_zeros(*self.replicas, self.shape[0], size + 1)
+        counts = counts.index_add(-1, torch.where(category < 0, size, category), flat)
+        return Stats(counts=counts[..., :size].contiguous())
+
+    def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameters from responsibilities, such that states differ and no probability is zero."""
+        counts = self.gather(batch, expected)["counts"]
+        # A probability of zero, as hard clusters often give, could never grow again.
+        return self.maximize(Stats(counts=_apart(counts + _SMOOTH * counts.mean(-2, keepdim=True))))
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -218,3 +256,17 @@ class Categorical(Factor, Conjugate):
         table = cls(3, 4).double()
         table.probs = torch.rand(3, 4, generator=generator, dtype=torch.float64).softmax(-1)
         return table, Batch(torch.randint(0, 4, (12, 1), generator=generator))
+
+
+def _apart(counts: Tensor) -> Tensor:
+    """Counts ``[*r, K, M]`` with the log-ratios of each row to all rows together scaled up where they are small.
+
+    Random responsibilities of many observations give every state nearly the frequencies of all: a saddle, which EM
+    leaves so slowly that it seems to have converged.
+    """
+    rows, overall = counts.sum(-1, keepdim=True), counts.sum(-2, keepdim=True)
+    share = overall / overall.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
+    ratio = torch.where(counts > 0, counts / (rows * share), 1.0).log()
+    size = (share * ratio.square()).sum(-1, keepdim=True).mean(-2, keepdim=True).sqrt()
+    power = (_SPREAD / size.clamp(min=_SPREAD / _MOST)).clamp(min=1.0)
+    return rows * share * (power * ratio).exp()

@@ -1,5 +1,6 @@
 """Multivariate normal components with full, tied, diagonal or spherical covariances."""
 
+import copy
 import math
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments
 from torchem.ops import gaussian as ops
+from torchem.ops import missing
 from torchem.stats import Stats
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
@@ -23,12 +25,18 @@ _REACH = 30.0
 _SMALL = 1 << 16
 #: Mass below which a component keeps its parameters.
 _EMPTY = 1e-30
+#: M-steps of a start from rows with missing entries: what they were first completed by is then forgotten.
+_START = 4
 
 
 class Gaussian(Factor, Conjugate):
     """Multivariate normal components.
 
     log N(x | μ_k, Σ_k) = −½ [(x − μ_k)ᵀ Σ_k⁻¹ (x − μ_k) + log |Σ_k| + D log 2π].
+
+    NaN entries of x are missing at random: the density is the marginal of what was observed. Full and tied
+    covariances complete the moments by conditional expectations; diagonal and spherical ones count entries,
+    ``[*r, K, D]``, so that one M-step is exact.
 
     Args:
         n_components: K, the number of states.
@@ -53,6 +61,7 @@ class Gaussian(Factor, Conjugate):
     """
 
     views: ClassVar = {"means": "mean", "covariances": "scale"}
+    handles_missing: ClassVar[bool] = True
     default_init: ClassVar[str] = "kmeans"
 
     mean: Tensor
@@ -156,22 +165,53 @@ class Gaussian(Factor, Conjugate):
     # ---- the distribution -------------------------------------------------------------------------------------
 
     def log_prob(self, batch: Batch) -> Tensor:
-        x = batch.x
-        value = ops.DirectPass(self.structure, self.mean, self.scale, self.origin).log_prob(x.reshape(-1, self._d))
+        x = _observed(batch)
+        value = self._pass(direct=True).log_prob(x.reshape(-1, self._d))
         return value.mT.unflatten(-2, x.shape[:-1])
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
-        """``count``, ``dof`` [*r, K], ``first`` [*r, K, D] and ``second`` about the origin."""
-        sweep = ops.DirectPass(self.structure, self.mean, self.scale, self.origin)
-        sweep.x = batch.x.reshape(-1, self._d)
+        """``count``, ``dof`` [*r, K] or [*r, K, D], ``first`` [*r, K, D] and ``second`` about the origin."""
+        sweep = self._pass(direct=True)
+        sweep.read(_observed(batch).reshape(-1, self._d))
         sweep.collect(expected.reshape(*self.replicas, -1, self._k).mT)
-        return self._stats(*sweep.moments())
+        return self._stats(sweep)
 
-    def _stats(self, count: Tensor, first: Tensor, second: Tensor) -> Stats:
+    def _pass(self, direct: bool) -> missing.Pass:
+        return missing.Pass(self.structure, self.mean, self.scale, self.origin, direct)
+
+    def _stats(self, sweep: missing.Pass) -> Stats:
+        count, first, second = sweep.moments()
         # Two counts, for the mean and for the log-determinant: a normal–inverse-Wishart prior differs in them.
         return Stats(
             count=count, dof=count, first=first, second=second, shared=self.structure.shared, version=self.version
         )
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Means and marginal variances, ``[*r, 1s, K, D]``."""
+        lead, ones = self.replicas, [1] * (batch.x.dim() - 1)
+        variance = self.structure.variances(self.scale, self._k, self._d)
+        return self.means.reshape(*lead, *ones, self._k, self._d), variance.reshape(*lead, *ones, self._k, self._d)
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every entry under each component, given the entries of its row that were observed.
+
+        Args:
+            batch: Rows ``[*n, D]``, NaN where an entry is missing.
+
+        Returns:
+            Both ``[*r, *n, K, D]``; an observed entry is its own mean, without variance.
+
+        Example:
+            >>> g = Gaussian(1, 2)
+            >>> g.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
+            >>> mean, variance = g.conditional(Batch(torch.tensor([[2.0, torch.nan]])))
+            >>> mean.tolist(), variance.tolist()
+            ([[[2.0, 1.0]]], [[[0.0, 0.75]]])
+        """
+        x = _observed(batch)
+        found = missing.conditional(self.structure, self.mean, self.scale, x.reshape(-1, self._d))
+        mean, variance = (value.to(self.dtype).transpose(-3, -2).unflatten(-3, x.shape[:-1]) for value in found)
+        return mean, variance
 
     def kernel(self) -> Kernel:
         return _GaussianKernel(self)
@@ -184,16 +224,16 @@ class Gaussian(Factor, Conjugate):
     # ---- EM ---------------------------------------------------------------------------------------------------
 
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
-        count, dof = stats["count"], stats["dof"]
+        count, mass = self.structure.by_column(stats["count"]), self.structure.mass(stats["dof"])
         origin = self.origin.to(torch.float64)
-        mean = origin + stats["first"] / count.clamp(min=_EMPTY).unsqueeze(-1)
-        mean = torch.where((count > _EMPTY).unsqueeze(-1), mean, self.mean.to(torch.float64))
+        mean = origin + stats["first"] / count.clamp(min=_EMPTY)
+        mean = torch.where(count > _EMPTY, mean, self.mean.to(torch.float64))
         mean = self.keep_frozen("mean", mean).to(torch.float64)
-        scatter = self.structure.scatter(count, stats["first"], stats["second"], mean - origin)
-        covariances = self.structure.estimate(scatter, dof.clamp(min=_EMPTY), self._d)
+        scatter = self.structure.scatter(stats["count"], stats["first"], stats["second"], mean - origin)
+        covariances = self.structure.divided(scatter, mass.clamp(min=_EMPTY))
         raw = self.structure.raw(self._floored(covariances))
-        # One covariance for all is estimated as long as any component has mass.
-        enough = dof.sum(-1) > _EMPTY if self.structure.shared else dof > _EMPTY
+        # What received no mass stays; a covariance that is shared, as long as no component has any.
+        enough = mass > _EMPTY
         event = raw.dim() - enough.dim()
         raw = torch.where(enough.reshape(*enough.shape, *[1] * event), raw.to(self.dtype), self.scale)
         return {"mean": mean.to(self.dtype), "scale": self.keep_frozen("scale", raw)}
@@ -212,9 +252,21 @@ class Gaussian(Factor, Conjugate):
         delta = (self.mean - self.origin).to(torch.float64)
         raw = self.scale.to(torch.float64)
         scatter = self.structure.scatter(stats["count"], stats["first"], stats["second"], delta)
-        log_det = self.structure.log_det(raw, self._k, self._d)
-        constant = (stats["dof"] * (log_det + self._d * ops.LOG_2PI)).sum(-1)
-        return -0.5 * (constant + self.structure.trace(raw, scatter))
+        normalizer = self.structure.normalizer(stats["dof"], raw, self._k, self._d)
+        return -0.5 * (normalizer + self.structure.trace(raw, scatter))
+
+    def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """An M-step; where entries are missing, EM under these responsibilities from the moments of the data."""
+        if not missing.any_missing(_observed(batch)):
+            return super().initialize(batch, expected)
+        start = copy.deepcopy(self)
+        unit = self.structure.clip(torch.zeros_like(self.covariances), self.unit, 1.0)
+        values = {"mean": self.origin.expand_as(self.mean), "scale": self.structure.raw(unit)}
+        for _ in range(_START):
+            for name, value in values.items():
+                getattr(start, name).data = self.keep_frozen(name, value)
+            values = start.maximize(start.gather(batch, expected))
+        return values
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
         """Means at the chosen observations, covariances of the whole data."""
@@ -222,13 +274,20 @@ class Gaussian(Factor, Conjugate):
         even = torch.full((*index.shape[:-1], size, self._k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
         if batch.weight is not None:
             even = even * batch.weight.unsqueeze(-1).to(even)
-        values = self.maximize(self.gather(batch, even))
-        return {**values, "mean": self.keep_frozen("mean", batch.x.to(self.dtype)[index])}
+        values = self.initialize(batch, even)
+        chosen = _observed(batch).to(self.dtype)[index]
+        # What an observation misses is at the mean of the data.
+        return {**values, "mean": self.keep_frozen("mean", torch.where(chosen.isnan(), values["mean"], chosen))}
 
     def prepare(self, moments: Moments) -> None:
         mean, variance = moments.mean, moments.variance
         if mean.shape != (self._d,):
             return
+        # Sources tell the weight of what they saw in each column; a mean of nothing may be NaN as well.
+        absent = mean.isnan() | (getattr(moments, "weight", torch.ones_like(mean)) == 0)
+        if bool(absent.any()):
+            column = int(absent.nonzero()[0])
+            raise invalid("data", "an observed entry in each column", f"none in column {column}", "drop that column")
         limit = torch.finfo(self.dtype)
         size = mean.square() + variance
         if not bool((size < limit.max * 1e-6).all()):
@@ -280,7 +339,8 @@ class Gaussian(Factor, Conjugate):
         """Statistics about an origin moved by ``delta``: t − nδ, tt − tδᵀ − δtᵀ + nδδᵀ."""
         count, first = stats["count"], stats["first"]
         second = self.structure.scatter(count, first, stats["second"], delta.expand_as(first))
-        out = stats.like({**stats, "first": first - count.unsqueeze(-1) * delta, "second": second})
+        moved = first - self.structure.by_column(count) * delta
+        out = stats.like({**stats, "first": moved, "second": second})
         out.version = self.version
         return out
 
@@ -297,9 +357,10 @@ class Gaussian(Factor, Conjugate):
         """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k(second − first μᵀ − μ firstᵀ + count μμᵀ)) dμ dΛ.
 
         The prior is natural in the coordinates of the statistics: κ = count and, for full covariances, ν = dof + D.
+        Diagonal and spherical covariances have both for each entry.
         """
         count, dof = posterior["count"], posterior["dof"]
-        delta = posterior["first"] / count.unsqueeze(-1)
+        delta = posterior["first"] / self.structure.by_column(count)
         scatter = self.structure.scatter(count, posterior["first"], posterior["second"], delta)
         return self.structure.log_marginal(count, dof, scatter, self._d)
 
@@ -362,16 +423,20 @@ def _example(covariance_type: CovarianceType) -> tuple[Gaussian, Batch]:
     return g, Batch(torch.randn(20, 2, generator=generator, dtype=torch.float64))
 
 
+def _observed(batch: Batch) -> Tensor:
+    """Observations ``[*n, D]``, NaN where an entry is missing."""
+    return batch.x if batch.observed is None else torch.where(batch.observed, batch.x, torch.nan)
+
+
 class _GaussianKernel(Kernel):
     """A pass by the route that `Gaussian.tune` chose."""
 
     def __init__(self, factor: Gaussian):
         self.factor = factor
-        route = ops.DirectPass if factor.direct else ops.FeaturesPass
-        self.sweep = route(factor.structure, factor.mean, factor.scale, factor.origin)
+        self.sweep = factor._pass(factor.direct)
 
     def log_potential(self, batch: Batch) -> Tensor:
-        x = batch.x
+        x = _observed(batch)
         if x.dim() == 2:
             return self.sweep.log_prob(x).mT
         return self.sweep.log_prob(x.reshape(-1, x.shape[-1])).mT.unflatten(-2, x.shape[:-1])
@@ -382,7 +447,7 @@ class _GaussianKernel(Kernel):
         self.sweep.collect(expected.mT)
 
     def stats(self) -> Stats:
-        return self.factor._stats(*self.sweep.moments())
+        return self.factor._stats(self.sweep)
 
     def inner(self) -> Tensor:
         return self.sweep.inner()

@@ -34,11 +34,16 @@ class Draw:
             return torch.empty(0, dtype=torch.long, device=probs.device)
         return torch.multinomial(probs, 1, generator=self.generator)[:, 0]
 
+    def _first(self, blank: Batch) -> Tensor:
+        """Probabilities ``[n or 1, K]`` of the first state."""
+        law = self.model.initial.log_table(blank).exp()
+        return law[:, 0] if law.dim() > 2 else law
+
     def _states(self, n: int, length: int, u: Tensor | None) -> Tensor:
         model = self.model
         blank = Batch(torch.zeros(n, length, 1, device=model.device), u=u)
         table = model.transition.log_table(blank).exp()
-        z = self._pick(model.initial.log_table(blank).exp().expand(n, -1))
+        z = self._pick(self._first(blank).expand(n, -1))
         path = [z]
         for t in range(1, length):
             matrix = table[:, t] if model.varying(table) else table
@@ -82,7 +87,7 @@ class Draw:
         blank = Batch(torch.zeros(1, 1, 1, device=model.device))
         table = model.transition_matrix
         for _ in range(self.n):
-            z = self._pick(model.initial.log_table(blank).exp().reshape(1, -1))
+            z = self._pick(self._first(blank))
             path = [z]
             # Bounded: a chain that never ends is cut after a million frames.
             while len(path) < 1_000_000 and not bool(

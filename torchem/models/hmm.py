@@ -87,7 +87,7 @@ class HMM(DiscreteModel):
     ):
         super().__init__()
         if initial == "stationary":
-            initial = Stationary(transition)  # pyright: ignore[reportArgumentType]
+            initial = Stationary(transition)
         slots = {"initial": initial, "transition": transition, "emission": emission, "end": end}
         for name, factor in slots.items():
             if not isinstance(factor, Factor) and not (name == "end" and factor is None):
@@ -231,9 +231,15 @@ class HMM(DiscreteModel):
         initial, transition = potentials["initial"], potentials["transition"]
         if self.varying(transition):
             transition = transition[..., 1:, :, :]
+        if self._gated(initial):
+            initial = initial[..., 0, :]
         wide = Expansion(self.n_components, self.emission.memory, initial.device)
         initial, transition = wide.initial(initial), wide.transition(transition)
         return initial, transition, self._informed(potentials, batch)
+
+    def _gated(self, initial: Tensor) -> bool:
+        """Whether the initial law reads covariates: it then has a row for each frame, of which the first counts."""
+        return initial.dim() > len(self.replicas) + 2
 
     def varying(self, transition: Tensor) -> bool:
         """Whether potentials of the transition differ from frame to frame."""
@@ -255,7 +261,7 @@ class HMM(DiscreteModel):
         initial, transition, emission = self._chain(potentials, batch)
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         log_z, first, pairs, gamma = chain.expectations(initial, transition, emission, batch.lengths, weight)
-        return log_z, self._folded(first, pairs, gamma, batch, self.varying(potentials["transition"]))
+        return log_z, self._folded(first, pairs, gamma, batch, potentials)
 
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         initial, transition, emission = self._chain(potentials, batch)
@@ -271,16 +277,21 @@ class HMM(DiscreteModel):
             pairs = before.unsqueeze(-1) * ahead.unsqueeze(-2)
         else:
             pairs = (before.flatten(-3, -2).mT @ ahead.flatten(-3, -2)).to(torch.float64).unsqueeze(-3)
-        return score, self._folded(first, pairs, gamma, batch, self.varying(potentials["transition"]))
+        return score, self._folded(first, pairs, gamma, batch, potentials)
 
     def _folded(
-        self, first: Tensor, pairs: Tensor | None, gamma: Tensor, batch: Batch, varying: bool = False
+        self, first: Tensor, pairs: Tensor | None, gamma: Tensor, batch: Batch, potentials: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Expectations of the chain that inference ran on in the shapes of the slots' potentials."""
         wide = Expansion(self.n_components, self.emission.memory, gamma.device)
         expected = {"initial": wide.folded_initial(first), "emission": gamma}
+        if self._gated(potentials["initial"]):
+            after = torch.zeros_like(potentials["initial"][..., 1:, :])
+            expected["initial"] = torch.cat([expected["initial"].to(after).unsqueeze(-2), after], -2)
         if pairs is not None:
             pairs = wide.folded_transition(pairs)
+            varying = self.varying(potentials["transition"])
+            # No step leads into the first frame.
             expected["transition"] = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 1, 0)) if varying else pairs
         if self.end is not None:
             states, last = self._present(gamma), self._last(batch).unsqueeze(-1)
@@ -328,7 +339,9 @@ class HMM(DiscreteModel):
     def _streamed(self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel) -> tuple[Tensor, dict[str, Tensor]]:
         """`infer` with the transition's tables made, and their expectations taken, block by block of time."""
         wide = Expansion(self.n_components, self.emission.memory, batch.x.device)
-        initial, emission = wide.initial(potentials["initial"]), self._informed(potentials, batch)
+        first = potentials["initial"]
+        initial = wide.initial(first[..., 0, :] if self._gated(first) else first)
+        emission = self._informed(potentials, batch)
 
         def table(start: int, stop: int) -> Tensor:
             return wide.transition(gate.log_potential(window(batch, start, stop)))
@@ -339,7 +352,7 @@ class HMM(DiscreteModel):
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         block = self._block(batch) or batch.x.shape[1]
         log_z, first, gamma = chain.stream_expectations(initial, table, emission, batch.lengths, weight, block, collect)
-        return log_z, self._folded(first, None, gamma, batch)
+        return log_z, self._folded(first, None, gamma, batch, potentials)
 
     # ---- use --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torchem.batch import Batch
+from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
@@ -45,7 +45,7 @@ class Mixture(DiscreteModel):
         for name, factor in (("mixing", mixing), ("component", component)):
             if not isinstance(factor, Factor):
                 raise wrong_type(name, "a torchem factor", factor, "pass for example factors.Categorical(K)")
-        classes = mixing.shape[-1] if isinstance(mixing, Categorical) else component.n_components
+        classes = getattr(mixing, "shape", (component.n_components,))[-1]
         if component.n_components is not None and classes != component.n_components:
             raise invalid(
                 "component", f"{classes} components, as many as mixing has classes", component.n_components,
@@ -128,17 +128,28 @@ class Mixture(DiscreteModel):
         return self._each(data, lambda p, b: reduce.first_max(self._joint(p, b).detach()))
 
     @torch.no_grad()
-    def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
-        """Draw ``n`` observations ``[n, D]``, and their components ``[n]`` when ``latents`` is True."""
+    def sample(
+        self, n: int, *, latents: bool = False, inputs: Any = None, generator: torch.Generator | None = None
+    ) -> Any:
+        """Draw ``n`` observations ``[n, D]``, and their components ``[n]`` when ``latents`` is True.
+
+        Args:
+            n: Number of draws.
+            latents: Whether to return the components as well.
+            inputs: Covariates ``[n, M]``, where a gate or the components read them.
+            generator: Source of the draws.
+        """
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
-        table = self.mixing.log_table(Batch(torch.empty(n, 0, device=self.device))).exp()
+        u = None if inputs is None else as_tensor(inputs, "inputs").to(self.device, self.dtype)
+        blank = Batch(torch.empty(n, 0, device=self.device), u=u)
+        table = self.mixing.log_table(blank).exp()
         if table.shape[0] == 1:
             z = torch.multinomial(table[0], n, replacement=True, generator=generator) if n else torch.empty(0).long()
         else:
             z = torch.multinomial(table, 1, generator=generator)[:, 0]
         z = z.to(self.device)
-        x = self.component.sample(z, generator=generator)
+        x = self.component.sample(z, blank, generator)
         return (x, z) if latents else x
 
     # ---- starts and health ------------------------------------------------------------------------------------
@@ -183,8 +194,10 @@ class Mixture(DiscreteModel):
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
         """Put the components ``which [*r, K]`` at observations ``index [*r, K]``, with an even share of the mass."""
         component = self.component.initialize_at(batch, index)
-        stats = {"counts": torch.where(which, 1.0 / self.n_components, self._table().probs.to(torch.float64))}
-        mixing = self.mixing.maximize(Stats(stats))
+        mixing: dict[str, Tensor] = {}
+        if isinstance(self.mixing, Categorical):  # a gate learns of them in the next M-step
+            share = torch.where(which, 1.0 / self.n_components, self.mixing.probs.to(torch.float64))
+            mixing = self.mixing.maximize(Stats(counts=share))
         self._assign(mixing, self.component.replace_components(which, component))
 
     # ---- data and numerics ------------------------------------------------------------------------------------

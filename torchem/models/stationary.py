@@ -12,7 +12,7 @@ from torchem.factors import Categorical
 from torchem.stats import Stats
 
 #: Steps of the inner ascent, and how far each may be damped, in multiples of the largest gradient.
-_STEPS = 12
+_STEPS = 40
 _DAMPING = (0.0, 0.5, 2.0, 10.0, 100.0)
 #: Share of a uniform law that makes the stationary one unique where the chain falls apart.
 _MIX = 1e-13
@@ -43,7 +43,7 @@ class Stationary(Factor):
 
     transition: Categorical
 
-    def __init__(self, transition: Categorical):
+    def __init__(self, transition: Factor):
         super().__init__()
         if not isinstance(transition, Categorical):
             raise wrong_type(
@@ -85,28 +85,26 @@ class Stationary(Factor):
     def maximize_jointly(self, first: Stats, steps: Stats) -> dict[str, Tensor]:
         """New logits of the transition matrix from the counts of first states and of steps (prior included). Pure."""
         table, starts, counts = self.transition, first["counts"], steps["counts"]
-        closed = table.maximize(steps)["logits"]
         best, value = table.logits, self._objective(table.logits, starts, counts)
-        best, value = self._better(best, value, closed, starts, counts)
+        best, value = self._better(best, value, table.maximize(steps)["logits"].unsqueeze(0), starts, counts)
         for _ in range(_STEPS):
             probs = self._probs(best)
             gradient = _score(probs, starts)
-            lowest = gradient.amin(-1, keepdim=True)
-            size = (gradient - lowest).amax((-2, -1), keepdim=True)
-            trial, gain = best, value
-            for damping in _DAMPING:
-                pseudo = counts + probs * (gradient - lowest + damping * size)
-                new = table.maximize(steps.like({"counts": pseudo}))["logits"]
-                trial, gain = self._better(trial, gain, new, starts, counts)
-            best, value = trial, gain
+            gradient = gradient - gradient.amin(-1, keepdim=True)
+            size = gradient.amax((-2, -1), keepdim=True)
+            pseudo = torch.stack([counts + probs * (gradient + damping * size) for damping in _DAMPING])
+            tried = table.maximize(steps.like({"counts": pseudo}))["logits"]
+            best, value = self._better(best, value, tried, starts, counts)
         return {"logits": best}
 
     def _better(
-        self, best: Tensor, value: Tensor, new: Tensor, starts: Tensor, counts: Tensor
+        self, best: Tensor, value: Tensor, tried: Tensor, starts: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        reached = self._objective(new, starts, counts)
+        """The best of some logits ``[n, *r, K, K]`` and those so far, and what it reaches."""
+        reached, place = self._objective(tried, starts, counts).max(0)
+        winner = tried.gather(0, place[None, ..., None, None].expand_as(tried[:1])).squeeze(0)
         higher = reached > value
-        return torch.where(higher[..., None, None], new, best), torch.where(higher, reached, value)
+        return torch.where(higher[..., None, None], winner, best), torch.where(higher, reached, value)
 
     def _probs(self, logits: Tensor) -> Tensor:
         logits = logits.to(torch.float64)

@@ -118,13 +118,33 @@ class Structure(ABC):
     def log_det(self, raw: Tensor, k: int, d: int) -> Tensor:
         """log |Σ_k|, ``[*r, K]`` (or broadcastable)."""
 
+    def counts(self, count: Tensor, d: int) -> Tensor:
+        """The counts of complete rows, ``[*r, K]``, in the layout of the statistics."""
+        return count
+
+    def by_column(self, count: Tensor) -> Tensor:
+        """Counts against the columns of first moments, ``[*r, K, 1 or D]``."""
+        return count.unsqueeze(-1)
+
+    def normalizer(self, dof: Tensor, raw: Tensor, k: int, d: int) -> Tensor:
+        """Σ dof · (log |Σ_k| + D log 2π), ``[*r]``: what −2 Q holds besides `trace`."""
+        return (dof * (self.log_det(raw, k, d) + d * LOG_2PI)).sum(-1)
+
     @abstractmethod
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
         """Second moments about ``origin + delta`` instead of the origin."""
 
-    @abstractmethod
+    def mass(self, dof: Tensor) -> Tensor:
+        """Degrees of freedom behind each covariance that is estimated by itself."""
+        return dof
+
+    def divided(self, scatter: Tensor, mass: Tensor) -> Tensor:
+        """Covariances from scatter and their `mass`."""
+        return scatter / mass[..., None, None]
+
     def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
-        """Covariances from scatter and degrees of freedom ``[*r, K]``."""
+        """Covariances from scatter and the degrees of freedom ``[*r, K]`` of complete rows."""
+        return self.divided(scatter, self.mass(self.counts(dof, d)))
 
     @abstractmethod
     def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
@@ -167,9 +187,9 @@ def _log_gamma(shape: Tensor, scatter: Tensor) -> Tensor:
     return shape.lgamma() - shape * (scatter / 2).log()
 
 
-def _log_means(count: Tensor, d: int) -> Tensor:
-    """The integral over the means, but for the power of the precision that it leaves."""
-    return d / 2 * (LOG_2PI - count.log()).sum(-1)
+def _log_means(count: Tensor) -> Tensor:
+    """The integral over one column of the means, but for the power of the precision that it leaves."""
+    return (LOG_2PI - count.log()).sum(-1) / 2
 
 
 def _precision(raw: Tensor) -> Tensor:
@@ -247,9 +267,6 @@ class Full(Structure):
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
         return _shift(second, first, count, delta)
 
-    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
-        return scatter / dof[..., None, None]
-
     def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
         return (_precision(raw) * scatter).sum((-3, -2, -1))
 
@@ -272,7 +289,7 @@ class Full(Structure):
         return torch.einsum("...i,...ij,...j->...", reach, _precision(raw).abs(), reach)
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
-        return _log_means(count, d) + _log_wishart(dof + d, scatter).sum(-1)
+        return d * _log_means(count) + _log_wishart(dof + d, scatter).sum(-1)
 
 
 class Tied(Structure):
@@ -332,8 +349,8 @@ class Tied(Structure):
         cross = first.mT @ delta
         return second - cross - cross.mT + delta.mT @ (count.unsqueeze(-1) * delta)
 
-    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
-        return scatter / dof.sum(-1)[..., None, None]
+    def mass(self, dof: Tensor) -> Tensor:
+        return dof.sum(-1)
 
     def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
         return (_precision(raw) * scatter).sum((-2, -1))
@@ -356,10 +373,34 @@ class Tied(Structure):
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         nu = dof.sum(-1) - dof.shape[-1] + d + 1
-        return _log_means(count, d) + _log_wishart(nu, scatter)
+        return d * _log_means(count) + _log_wishart(nu, scatter)
 
 
-class Diag(Structure):
+class Entrywise(Structure):
+    """Columns that are independent given the component: statistics count entries, ``[*r, K, D]``, instead of rows."""
+
+    @abstractmethod
+    def deviations(self, raw: Tensor, d: int) -> Tensor:
+        """Log standard deviations ``[*r, K, D]``."""
+
+    @abstractmethod
+    def pooled(self, second: Tensor) -> Tensor:
+        """Second moments in the layout of the statistics from those of each entry, ``[*r, K, D]``."""
+
+    def counts(self, count: Tensor, d: int) -> Tensor:
+        return count.unsqueeze(-1).expand(*count.shape, d)
+
+    def by_column(self, count: Tensor) -> Tensor:
+        return count
+
+    def normalizer(self, dof: Tensor, raw: Tensor, k: int, d: int) -> Tensor:
+        return (dof * (2 * self.deviations(raw, d) + LOG_2PI)).sum((-2, -1))
+
+    def divided(self, scatter: Tensor, mass: Tensor) -> Tensor:
+        return scatter / mass
+
+
+class Diag(Entrywise):
     """Variances per component and column; raw coordinates are log standard deviations."""
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
@@ -373,6 +414,12 @@ class Diag(Structure):
 
     def covariances(self, raw: Tensor) -> Tensor:
         return (2 * raw).exp()
+
+    def deviations(self, raw: Tensor, d: int) -> Tensor:
+        return raw
+
+    def pooled(self, second: Tensor) -> Tensor:
+        return second
 
     def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
         return torch.diag_embed(raw.exp())
@@ -407,10 +454,7 @@ class Diag(Structure):
         return 2 * raw.sum(-1)
 
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
-        return second - 2 * first * delta + count.unsqueeze(-1) * delta.square()
-
-    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
-        return scatter / dof.unsqueeze(-1)
+        return second - 2 * first * delta + count * delta.square()
 
     def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
         return ((-2 * raw).exp() * scatter).sum((-2, -1))
@@ -431,10 +475,10 @@ class Diag(Structure):
         return (reach.square() * (-2 * raw).exp()).sum(-1)
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
-        return _log_means(count, d) + _log_gamma((dof.unsqueeze(-1) + 1) / 2, scatter).sum((-2, -1))
+        return _log_means(count).sum(-1) + _log_gamma((dof + 1) / 2, scatter).sum((-2, -1))
 
 
-class Spherical(Structure):
+class Spherical(Entrywise):
     """One variance per component; raw coordinates are log standard deviations."""
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
@@ -449,8 +493,14 @@ class Spherical(Structure):
     def covariances(self, raw: Tensor) -> Tensor:
         return (2 * raw).exp()
 
+    def deviations(self, raw: Tensor, d: int) -> Tensor:
+        return raw.unsqueeze(-1).expand(*raw.shape, d)
+
+    def pooled(self, second: Tensor) -> Tensor:
+        return second.sum(-1)
+
     def dense(self, raw: Tensor, k: int, d: int) -> Tensor:
-        return torch.diag_embed(raw.exp().unsqueeze(-1).expand(*raw.shape, d))
+        return torch.diag_embed(self.deviations(raw, d).exp())
 
     def n_features(self, d: int) -> int:
         return d + 2
@@ -481,10 +531,10 @@ class Spherical(Structure):
         return 2 * d * raw
 
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
-        return second - 2 * (first * delta).sum(-1) + count * delta.square().sum(-1)
+        return second + (count * delta.square() - 2 * first * delta).sum(-1)
 
-    def estimate(self, scatter: Tensor, dof: Tensor, d: int) -> Tensor:
-        return scatter / (dof * d)
+    def mass(self, dof: Tensor) -> Tensor:
+        return dof.sum(-1)
 
     def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
         return ((-2 * raw).exp() * scatter).sum(-1)
@@ -499,13 +549,13 @@ class Spherical(Structure):
         return covariances + amount
 
     def variances(self, raw: Tensor, k: int, d: int) -> Tensor:
-        return (2 * raw).exp().unsqueeze(-1).expand(*raw.shape, d)
+        return (2 * self.deviations(raw, d)).exp()
 
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
         return reach.square().sum(-1) * (-2 * raw).exp()
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
-        return _log_means(count, d) + _log_gamma(d * (dof - 1) / 2 + 1, scatter).sum(-1)
+        return _log_means(count).sum(-1) + _log_gamma((dof.sum(-1) - d) / 2 + 1, scatter).sum(-1)
 
 
 STRUCTURES: dict[str, Structure] = {"full": Full(), "tied": Tied(), "diag": Diag(), "spherical": Spherical()}
@@ -577,16 +627,23 @@ class DirectPass:
 
     def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
         """Add moments under weights ``[*r, K, n]``."""
+        # In float64: what is summed here may be small beside its distance from the origin.
+        difference = self.x.to(torch.float64) - self.origin.unsqueeze(-2).to(torch.float64)
+        self._add(weight, difference)
+
+    def _counts(self, weight: Tensor) -> Tensor:
+        return weight.sum(-1, dtype=torch.float64)
+
+    def _add(self, weight: Tensor, difference: Tensor) -> None:
+        """Add the moments of ``difference [*r, K or 1, n, D]`` from the origin."""
         if self.value is not None:
             # A weight of zero silences a density that underflowed to −inf.
             heard = torch.where(weight > 0, self.value, 0.0)
             self.total = self.total + (weight * heard).sum((-2, -1), dtype=torch.float64)
-        # In float64: what is summed here may be small beside its distance from the origin.
-        difference = self.x.to(torch.float64) - self.origin.unsqueeze(-2).to(torch.float64)
         weighted = weight.unsqueeze(-1) * difference
-        self.count = self.count + weight.sum(-1, dtype=torch.float64)
-        self.first = self.first + weighted.sum(-2)
-        self.second = self.second + self.structure.second(difference, weighted)
+        self.count = self.count + self._counts(weight).to(torch.float64)
+        self.first = self.first + weighted.sum(-2, dtype=torch.float64)
+        self.second = self.second + self.structure.second(difference, weighted).to(torch.float64)
 
     def inner(self) -> Tensor:
         """Σ weight · log-density of all that was collected, ``[*r]``."""

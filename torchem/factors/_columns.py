@@ -1,0 +1,207 @@
+"""What families of independent columns have in common, each column with one natural parameter and statistic x."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.errors import invalid
+from torchem.factor import Conjugate, Factor, Kernel, outside
+from torchem.ops.missing import any_missing
+from torchem.stats import Stats
+
+#: Mass below which a cell keeps its parameter.
+_EMPTY = 1e-30
+#: Share of the average component that every component starts with, so that none begins at a bound of its family.
+_SMOOTH = 0.01
+
+
+class Columns(Factor, Conjugate):
+    """Independent columns given the state, over the entries that were observed (NaN is missing at random).
+
+    log p(x | k) = Σ_d [x_d η_kd − a(η_kd) + h(x_d)].
+
+    The statistics are ``count`` and ``total``, ``[*r, K, D]``: how much of each column was seen under each state, and
+    its sum. Potentials are one matrix product of x and η; where entries are missing, one more of where they are not.
+
+    Args:
+        n_components: K, the number of states.
+        n_features: D, the number of columns.
+
+    Raises:
+        InvalidArgument: For sizes below one.
+    """
+
+    handles_missing: ClassVar[bool] = True
+    default_init: ClassVar[str] = "kmeans"
+    #: Name of the one parameter, ``[K, D]``.
+    parameter: ClassVar[str]
+
+    support: Tensor
+
+    def __init__(self, n_components: int, n_features: int):
+        super().__init__()
+        for name, size in (("n_components", n_components), ("n_features", n_features)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise invalid(name, "a positive whole number", repr(size), "give at least 1")
+        self._k, self._d = n_components, n_features
+        self.new_parameter(self.parameter, torch.zeros(n_components, n_features))
+        #: Whether the user has fixed any cell at a bound of the family; spares the masks of the common case.
+        self.restricted = False
+
+    @property
+    def n_components(self) -> int:
+        return self._k
+
+    @property
+    def n_features(self) -> int:
+        return self._d
+
+    def refresh(self) -> None:
+        self.restricted = not bool(self.support.all())
+
+    # ---- the family -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def natural(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """η and a ``[*r, K, D]`` at a value of the parameter; both zero in cells that are not `free`."""
+
+    @abstractmethod
+    def estimate(self, count: Tensor, total: Tensor) -> Tensor:
+        """The parameter that maximises Σ total · η − count · a, for positive counts."""
+
+    @abstractmethod
+    def mean_variance(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each column, ``[*r, K, D]``."""
+
+    @abstractmethod
+    def free(self) -> Tensor:
+        """``[*r, K, D]`` Boolean, False where the user has fixed a cell at a bound of the family."""
+
+    @abstractmethod
+    def forbidden(self) -> tuple[Tensor, Tensor]:
+        """P and Q ``[*r, K, D]`` such that Σ_d [x_d P_kd − Q_kd] is positive where state k cannot emit x, else zero."""
+
+    def entries(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Entries ``[n, D]`` in the precision that potentials need, and h of each, or None for zero."""
+        return x, None
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        return self.kernel().log_potential(batch)
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``count`` and ``total [*r, K, D]``."""
+        kernel = self.kernel()
+        kernel.log_potential(batch)
+        kernel.collect(batch, expected)
+        return kernel.stats()
+
+    def kernel(self) -> Kernel:
+        return _ColumnsKernel(self)
+
+    def row_size(self) -> int:
+        return 5 * self._d + 4 * self._k
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        shape = (*self.replicas, *[1] * (batch.x.dim() - 1), self._k, self._d)
+        mean, variance = self.mean_variance()
+        return mean.reshape(shape), variance.reshape(shape)
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        count, old = stats["count"], getattr(self, self.parameter)
+        movable = count > _EMPTY
+        if self.restricted:
+            movable = movable & self.free()
+        # Where nothing may move any sound number will do.
+        count, total = torch.where(movable, count, 2.0), torch.where(movable, stats["total"], 1.0)
+        value = torch.where(movable, self.estimate(count, total).to(self.dtype), old)
+        return {self.parameter: self.keep_frozen(self.parameter, value)}
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        eta, normalizer = self.natural(getattr(self, self.parameter).to(torch.float64))
+        return (stats["total"] * eta - stats["count"] * normalizer).sum((-2, -1))
+
+    def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameters from responsibilities, drawn a little towards the mean of all data."""
+        stats = self.gather(batch, expected)
+        # A probability or rate of zero, as hard clusters often give, could never grow again.
+        return self.maximize(stats + stats.map(lambda leaf: _SMOOTH * leaf.mean(-2, keepdim=True).expand_as(leaf)))
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def n_parameters(self) -> int:
+        free, mask = self.free(), self.frozen(self.parameter)
+        return int((free if mask is None else free & ~mask.unsqueeze(-1)).sum())
+
+    def select(self, keep: Tensor) -> "Columns":
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        small = type(self)(len(index), self._d).to(self.device, self.dtype)
+        for name, value in (*self.named_parameters(), *self.named_buffers()):
+            kept = (value[index] if value.dim() else value).detach().clone()
+            if isinstance(value, torch.nn.Parameter):
+                small.get_parameter(name).data = kept
+            else:
+                small.register_buffer(name, kept)
+        small.refresh()
+        return small
+
+
+class _ColumnsKernel(Kernel):
+    """One product of entries and natural parameters for all components and replicas."""
+
+    def __init__(self, family: Columns):
+        self.family = family
+        self.total: Tensor | float = 0.0
+        self.count: Tensor | float = 0.0
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        family, x = self.family, batch.x.to(self.family.dtype)
+        self.axes = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])
+        self.seen: Tensor | None = None
+        if any_missing(x):
+            missing = x.isnan()
+            x = torch.where(missing, 0.0, x)
+            self.seen = (~missing).to(x)
+        self.t, base = family.entries(x)
+        parameter = getattr(family, family.parameter)
+        value = self._linear(*family.natural(parameter.to(self.t.dtype)))
+        if base is not None:
+            value = value + (base if self.seen is None else base * self.seen).sum(-1)
+        if family.restricted:
+            broken = self._linear(*(form.to(self.t.dtype) for form in family.forbidden()))
+            value = torch.where(broken > 0.5, -torch.inf, value)
+        # State-major in memory, so that reductions over states run along contiguous observations.
+        value = value.to(family.dtype).mT
+        return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
+
+    def _linear(self, slope: Tensor, constant: Tensor) -> Tensor:
+        """Σ_d [x_d slope_kd − constant_kd] over the entries observed, ``[*r, K, n]``."""
+        product = slope @ self.t.mT
+        if self.seen is None:
+            return product - constant.sum(-1, keepdim=True)
+        return product - constant @ self.seen.mT.to(constant)
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        k = expected.shape[-1]
+        flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, k).to(self.t.dtype)
+        self.total = self.total + outside(flat, self.t).to(torch.float64)
+        if self.seen is None:
+            count = flat.sum(-2, dtype=torch.float64).unsqueeze(-1)
+        else:
+            count = outside(flat, self.seen.to(flat)).to(torch.float64)
+        self.count = self.count + count
+
+    def stats(self) -> Stats:
+        if not isinstance(self.total, Tensor) or not isinstance(self.count, Tensor):
+            raise RuntimeError("a kernel has no statistics before its first piece")
+        return Stats(count=self.count.expand_as(self.total).contiguous(), total=self.total)
+
+    def inner(self) -> Tensor:
+        return self.family.expected_log_prob(self.stats())

@@ -1,0 +1,468 @@
+"""Linear regression with normal noise: mixtures of regressions, switching regressions, experts, dynamics."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch, as_tensor
+from torchem.errors import invalid, one_of
+from torchem.factor import Factor, Kernel, Moments
+from torchem.ops import gaussian as ops
+from torchem.ops import linalg
+from torchem.ops.least_squares import NormalEquations
+from torchem.stats import Stats
+
+CovarianceType = Literal["full", "tied", "diag", "spherical"]
+
+#: Mass below which a component keeps its parameters.
+_EMPTY = 1e-30
+#: Steps of least squares: the first solves, the others take back the rounding of ill-conditioned inputs.
+_REFINE = 3
+#: Alternations of common coefficients with the covariances that weight them.
+_ALTERNATE = 20
+
+
+class LinearGaussian(Factor):
+    """Normal components whose means are linear in covariates.
+
+    log p(x | u, k) = log N(x | W_k u, Σ_k). There is no intercept unless u has a column of ones.
+
+    Args:
+        n_components: K, the number of states.
+        n_inputs: M, the number of columns of u.
+        n_outputs: D, the number of columns of x.
+        covariance_type: ``"full"`` [K, D, D], ``"tied"`` [D, D], ``"diag"`` [K, D] or ``"spherical"`` [K].
+        shared: Columns of u whose coefficients all states have in common, or ``"all"``.
+        covariance_floor: Smallest variance that the M-step allows.
+        floor_type: ``"relative"`` to the data's variance per column, or ``"absolute"`` (see `Gaussian`).
+
+    Raises:
+        InvalidArgument: For sizes below one, an unknown option, a negative floor or a column that u has not.
+
+    Source: R. D. DeVeaux (1989); for common coefficients, A. Zellner (1962).
+
+    Example:
+        >>> line = LinearGaussian(2, 2, 1)
+        >>> line.weight = [[[0.0, 1.0]], [[1.0, -1.0]]]
+        >>> u = torch.tensor([[1.0, 0.5], [1.0, 2.0]])
+        >>> line.moments(Batch(torch.zeros(2, 1), u=u))[0][..., 0].tolist()
+        [[0.5, 0.5], [2.0, -1.0]]
+    """
+
+    views: ClassVar = {"weight": "coefficient", "covariances": "scale"}
+    # Lines through chosen observations: clusters of x say little of regressions, and random shares of much data give
+    # components that hardly differ.
+    default_init: ClassVar[str] = "random_from_data"
+
+    coefficient: Tensor | None
+    common: Tensor | None
+    scale: Tensor
+    unit: Tensor
+
+    def __init__(
+        self,
+        n_components: int,
+        n_inputs: int,
+        n_outputs: int,
+        covariance_type: CovarianceType = "full",
+        shared: Sequence[int] | Literal["all"] = (),
+        covariance_floor: float = 1e-6,
+        floor_type: Literal["relative", "absolute"] = "relative",
+    ):
+        super().__init__()
+        for name, size in (("n_components", n_components), ("n_inputs", n_inputs), ("n_outputs", n_outputs)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise invalid(name, "a positive whole number", repr(size), "give at least 1")
+        one_of("covariance_type", covariance_type, ops.STRUCTURES)
+        one_of("floor_type", floor_type, ("relative", "absolute"))
+        if not (isinstance(covariance_floor, (int, float)) and 0 <= covariance_floor < math.inf):
+            raise invalid("covariance_floor", "a finite number of at least 0", covariance_floor, "use the default 1e-6")
+        columns = tuple(range(n_inputs)) if shared == "all" else tuple(shared)
+        if len(set(columns)) < len(columns) or not set(columns) <= set(range(n_inputs)):
+            raise invalid("shared", f"different columns from 0 to {n_inputs - 1}", shared, "count columns of u from 0")
+        self._k, self.n_inputs, self.n_outputs = n_components, n_inputs, n_outputs
+        self.covariance_type: CovarianceType = covariance_type
+        self.shared = columns
+        self.covariance_floor = float(covariance_floor)
+        self.floor_type = floor_type
+        self.structure = ops.STRUCTURES[covariance_type]
+        self._own = [m for m in range(n_inputs) if m not in columns]
+        for name in ("coefficient", "common"):
+            self.register_parameter(name, None)
+        if self._own:
+            self.new_parameter("coefficient", torch.zeros(n_components, n_outputs, len(self._own)))
+        if columns:
+            self.new_parameter("common", torch.zeros(n_outputs, len(columns)))
+        self.new_parameter("scale", torch.zeros(self.structure.shape(n_components, n_outputs)))
+        self.register_buffer("unit", torch.ones(n_outputs))
+        alike = {"common": bool(columns), "scale": bool(self.structure.shared)}
+        self.shared_parameters = frozenset(name for name, holds in alike.items() if holds)
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_components(self) -> int:
+        return self._k
+
+    @property
+    def n_features(self) -> int:
+        return self.n_outputs
+
+    @property
+    def weight(self) -> Tensor:
+        """Coefficients ``[*r, K, D, M]``; assignable."""
+        weight = self._joined(self.coefficient, self.common)
+        if not self.shared:
+            return weight
+        order = [*self._own, *self.shared]
+        return weight[..., sorted(range(self.n_inputs), key=order.__getitem__)]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        weight = as_tensor(value, "weight").to(self.device, torch.float64)
+        shape = [*self.replicas, self._k, self.n_outputs, self.n_inputs]
+        if list(weight.shape) != shape:
+            raise invalid("weight", f"shape {shape}", list(weight.shape), "give a matrix [D, M] per component")
+        if not bool(weight.isfinite().all()):
+            raise invalid("weight", "finite numbers", "NaN or infinity", "correct that entry")
+        common = weight[..., list(self.shared)]
+        if bool((common != common[..., :1, :, :]).any()):
+            raise invalid(
+                "weight", f"equal coefficients of the shared inputs {list(self.shared)}", "coefficients that differ",
+                "repeat them for every component",
+            )  # fmt: skip
+        with torch.no_grad():
+            if self.coefficient is not None:
+                self.coefficient.copy_(weight[..., self._own])
+            if self.common is not None:
+                self.common.copy_(common[..., 0, :, :])
+
+    def _joined(self, coefficient: Tensor | None, common: Tensor | None) -> Tensor:
+        """All coefficients ``[*r, K, D, M]``, those in common last."""
+        if common is None:
+            assert coefficient is not None
+            return coefficient
+        repeated = common.unsqueeze(-3).expand(*common.shape[:-2], self._k, *common.shape[-2:])
+        return repeated if coefficient is None else torch.cat([coefficient, repeated], -1)
+
+    @property
+    def covariances(self) -> Tensor:
+        """Covariances of the noise in scikit-learn's shapes; assignable, symmetric and positive definite."""
+        return self.structure.covariances(self.scale)
+
+    @covariances.setter
+    def covariances(self, value: Any) -> None:
+        covariances = as_tensor(value, "covariances").to(self.device, torch.float64)
+        if covariances.shape != self.scale.shape:
+            raise invalid(
+                "covariances", f"shape {list(self.scale.shape)} ({self.covariance_type})", list(covariances.shape),
+                "see covariance_type for the shape",
+            )  # fmt: skip
+        if self.covariance_type in ("full", "tied"):
+            size = covariances.abs().amax() + torch.finfo(torch.float64).tiny
+            if bool(((covariances - covariances.mT).abs() > 1e-5 * size).any()):
+                raise invalid("covariances", "symmetric matrices", "an asymmetric one", "pass (C + C.mT) / 2")
+            covariances = (covariances + covariances.mT) / 2
+        raw = self.structure.raw(covariances)
+        if not bool(raw.isfinite().all()):
+            raise invalid("covariances", "positive definite matrices", "one that is not", "add a small multiple of I")
+        with torch.no_grad():
+            self.scale.copy_(raw)
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch) -> None:
+        super().check(batch)
+        self._inputs(batch)
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        u = batch.u
+        if u is None or u.shape[-1] != self.n_inputs:
+            got = "none" if u is None else f"{u.shape[-1]} columns"
+            raise invalid("inputs", f"covariates [N, {self.n_inputs}]", got, "pass inputs=u to fit, or Batch(x, u=u)")
+        return u
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        return self.kernel().log_potential(batch)
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        u = self._inputs(batch).to(self.dtype)
+        mean = _predicted(u.reshape(-1, self.n_inputs), self.weight).movedim(-3, -2).unflatten(-3, u.shape[:-1])
+        variance = self.structure.variances(self.scale, self._k, self.n_outputs)
+        return mean, variance.reshape(*self.replicas, *[1] * (u.dim() - 1), self._k, self.n_outputs)
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``count``, ``dof`` [*r, K], ``xx`` as the covariances, ``ux`` [*r, K, M, D] and ``uu`` [*r, K, M, M]."""
+        kernel = self.kernel()
+        kernel.collect(batch, expected)
+        return kernel.stats()
+
+    def kernel(self) -> Kernel:
+        return _RegressionKernel(self)
+
+    def row_size(self) -> int:
+        return self._k * (3 * self.n_outputs + 2 * self.n_inputs + 4)
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        order = [*self._own, *self.shared]
+        if self.shared:
+            stats = stats.like(
+                {**stats, "ux": stats["ux"][..., order, :], "uu": stats["uu"][..., order, :][..., order]}
+            )
+        step = _Step(stats, len(self._own), self.covariance_type == "full")
+        seen = (stats["dof"] > _EMPTY)[..., None, None]
+        coefficient, common, raw = (
+            None if value is None else value.to(torch.float64) for value in (self.coefficient, self.common, self.scale)
+        )
+        assert raw is not None
+        # A covariance of all states weights their common coefficients alike, so least squares need not know it.
+        coupled = common is not None and not self.structure.shared and self._k > 1
+        for _ in range(_ALTERNATE if coupled else _REFINE):
+            rest = step.rest(self._joined(coefficient, common))
+            move = None
+            if common is not None and self.frozen("common") is None:
+                move = step.common(rest, self.structure.dense(raw, self._k, self.n_outputs))
+                common = common + move
+            if coefficient is not None:
+                moved = torch.where(seen, coefficient + step.own(rest, move), coefficient)
+                coefficient = self.keep_frozen("coefficient", moved)
+            if coupled:
+                raw = self._noise(stats, self._joined(coefficient, common), raw)
+        raw = self._noise(stats, self._joined(coefficient, common), raw)
+        values = {"coefficient": coefficient, "common": common, "scale": raw}
+        return {name: value.to(self.dtype) for name, value in values.items() if value is not None}
+
+    def _noise(self, stats: Stats, weight: Tensor, raw: Tensor) -> Tensor:
+        """Coordinates of the covariances given the coefficients; ``raw`` where nothing was seen or all is frozen."""
+        dof = stats["dof"]
+        covariances = self.structure.estimate(self._scatter(stats, weight), dof.clamp(min=_EMPTY), self.n_outputs)
+        # One covariance for all is estimated as long as any component has mass.
+        seen = dof.sum(-1) > _EMPTY if self.structure.shared else dof > _EMPTY
+        new = self.structure.raw(self._floored(covariances))
+        new = torch.where(seen.reshape(*seen.shape, *[1] * (new.dim() - seen.dim())), new, raw)
+        return self.keep_frozen("scale", new)
+
+    def _scatter(self, stats: Stats, weight: Tensor) -> Tensor:
+        """Second moments of x − W u: xx − W ux − (W ux)ᵀ + W uu Wᵀ, as the structure keeps them."""
+        ux, transposed = stats["ux"], weight.mT
+        cross = self.structure.second(transposed, stats["uu"] @ transposed - ux)
+        return stats["xx"] + cross - self.structure.second(ux, transposed)
+
+    def _unit(self) -> Tensor:
+        unit = self.unit.to(torch.float64)
+        return unit if self.floor_type == "relative" else torch.ones_like(unit)
+
+    def _floored(self, covariances: Tensor) -> Tensor:
+        # Even without a floor the M-step stays inside the floating-point cone of positive definite matrices.
+        return self.structure.clip(covariances, self._unit(), max(self.covariance_floor, 1e-15))
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        raw = self.scale.to(torch.float64)
+        log_det = self.structure.log_det(raw, self._k, self.n_outputs)
+        constant = (stats["dof"] * (log_det + self.n_outputs * ops.LOG_2PI)).sum(-1)
+        return -0.5 * (constant + self.structure.trace(raw, self._scatter(stats, self.weight.to(torch.float64))))
+
+    def prepare(self, moments: Moments) -> None:
+        variance = moments.variance
+        if variance.shape != (self.n_outputs,):
+            return
+        # A constant column has no scale of its own; it takes that of the others, or one.
+        noise = (64 * torch.finfo(self.dtype).eps * moments.mean.abs()).square()
+        spread = variance[variance > noise]
+        fallback = spread.mean() if spread.numel() else torch.ones_like(variance[0])
+        self.unit = torch.where(variance > noise, variance, fallback).to(self.unit)
+
+    def project(self) -> None:
+        if self.frozen("scale") is not None:
+            return
+        with torch.no_grad():
+            covariances = self.covariances.to(torch.float64)
+            clipped = self._floored(covariances)
+            changed = (clipped - covariances).abs() > 1e-9 * covariances.abs().amax()
+            if bool(changed.any()):
+                self.scale.data = self.structure.raw(clipped).to(self.scale)
+
+    def degenerate(self) -> Tensor | None:
+        unit = self._unit()
+        least = self.structure.smallest(self.covariances.detach().to(torch.float64), unit, self._k)
+        # What the parameters' own rounding makes of an eigenvalue at the floor.
+        largest = (self.structure.variances(self.scale.detach(), self._k, self.n_outputs) / unit).amax(-1)
+        return least <= max(self.covariance_floor, 1e-15) * 1.001 + 10 * torch.finfo(self.dtype).eps * largest
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def freeze(self, *names: str, mask: Tensor | None = None) -> "LinearGaussian":
+        super().freeze(*names, mask=mask)
+        # A component whose coefficients are kept keeps those that it has in common with the others.
+        held = self.frozen("coefficient")
+        if held is not None and self.shared and bool(held.any()):
+            self.register_buffer("frozen_common", held.any())
+        return self
+
+    def unfreeze(self, *names: str) -> "LinearGaussian":
+        super().unfreeze(*names)
+        if self.frozen("coefficient") is None:
+            self._buffers.pop("frozen_common", None)
+        return self
+
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        if name == "covariances" and self.covariance_type == "tied" and mask.dim():
+            raise invalid("mask", "no mask (one covariance serves all components)", list(mask.shape), "freeze it whole")
+        super().check_mask(name, mask)
+
+    def n_parameters(self) -> int:
+        d, own, common = self.n_outputs, len(self._own), len(self.shared)
+        sizes = {
+            "coefficient": self._k * d * own,
+            "common": d * common,
+            "scale": self.structure.n_parameters(self._k, d),
+        }
+        masks = {name: self.frozen(name) for name in sizes}
+        kept = {name: 0.0 if mask is None else float(mask.double().mean()) for name, mask in masks.items()}
+        return sum(round(size * (1 - kept[name])) for name, size in sizes.items())
+
+    def select(self, keep: Tensor) -> "LinearGaussian":
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        small = type(self)(**{**self.config(), "n_components": len(index)}).to(self.device, self.dtype)
+        for name, value in (*self.named_parameters(), *self.named_buffers()):
+            whole = name in {*self.shared_parameters, "unit", "frozen_common"} or value.dim() == 0
+            kept = (value if whole else value[index]).detach().clone()
+            if isinstance(value, torch.nn.Parameter):
+                small.get_parameter(name).data = kept
+            else:
+                small.register_buffer(name, kept)
+        return small
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        u = self._inputs(Batch(z) if batch is None else batch).to(self.dtype)
+        factors = self.structure.dense(self.scale, self._k, self.n_outputs)
+        noise = torch.randn(len(z), self.n_outputs, dtype=self.dtype, device=self.device, generator=generator)
+        draws, weight = torch.empty_like(noise), self.weight
+        for k in range(self._k):
+            chosen = z == k
+            draws[chosen] = u[chosen] @ weight[k].mT + noise[chosen] @ factors[k].mT
+        return draws
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        return cls.examples()[0]
+
+    @classmethod
+    def examples(cls) -> list[tuple[Factor, Batch]]:
+        """One for each covariance structure."""
+        return [_example(kind) for kind in ("full", "tied", "diag", "spherical")]
+
+
+def _example(covariance_type: CovarianceType, shared: Sequence[int] = ()) -> tuple[LinearGaussian, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    g = LinearGaussian(3, 2, 3, covariance_type, shared).double()
+    weight = torch.randn(3, 3, 2, generator=generator, dtype=torch.float64)
+    weight[..., list(shared)] = weight[:1, :, list(shared)]
+    g.weight = weight
+    with torch.no_grad():
+        raw = 0.3 * torch.randn(g.scale.shape, generator=generator, dtype=torch.float64)
+        g.scale.copy_(raw.tril() if covariance_type in ("full", "tied") else raw)
+    u = torch.randn(30, 2, generator=generator, dtype=torch.float64)
+    u[:, 0] = 1.0
+    return g, Batch(torch.randn(30, 3, generator=generator, dtype=torch.float64), u=u)
+
+
+def _predicted(u: Tensor, weight: Tensor) -> Tensor:
+    """W_k u ``[*r, K, n, D]`` of rows ``u [n, M]``."""
+    return u @ weight.mT
+
+
+class _Step:
+    """Steps of least squares from given coefficients: those of each state, and those that all have in common.
+
+    Common coefficients under precisions P_k solve Σ_k P_k δC A_k = Σ_k P_k G_k, with A_k and G_k what is left of the
+    moments of u and of the residuals once each state's own inputs are projected out.
+    """
+
+    def __init__(self, stats: Stats, own: int, full: bool):
+        uu = stats["uu"]
+        self.uu, self.xu, self.split, self.full = uu, stats["ux"].mT, own, full
+        self.normal = NormalEquations(uu[..., :own, :own])
+        if own < uu.shape[-1]:
+            mixed = uu[..., :own, own:]
+            self.absorbed = self.normal.solve(mixed)
+            self.size = uu.diagonal(dim1=-2, dim2=-1)[..., own:]
+            self.left = uu[..., own:, own:] - mixed.mT @ self.absorbed
+
+    def rest(self, weight: Tensor) -> Tensor:
+        """Σ expected (x − W u) uᵀ, ``[*r, K, D, M]``."""
+        return self.xu - weight @ self.uu
+
+    def common(self, rest: Tensor, factors: Tensor) -> Tensor:
+        """Step ``[*r, D, S]`` of the common coefficients under noise with lower factors ``[*r, K, D, D]``."""
+        gradient = rest[..., self.split :] - rest[..., : self.split] @ self.absorbed
+        if not self.full:
+            weight = factors.diagonal(dim1=-2, dim2=-1).pow(-2)
+            gram = torch.einsum("...kd,...kst->...dst", weight, self.left)
+            size = torch.einsum("...kd,...ks->...ds", weight, self.size)
+            right = torch.einsum("...kd,...kds->...ds", weight, gradient)
+            return NormalEquations(gram, size).solve(right.unsqueeze(-1)).squeeze(-1)
+        root = linalg.inverse_factor(factors)
+        precision = root.mT @ root
+        gram = torch.einsum("...kde,...kst->...dset", precision, self.left)
+        size = torch.einsum("...kdd,...ks->...ds", precision, self.size)
+        right = torch.einsum("...kde,...kes->...ds", precision, gradient)
+        gram = gram.flatten(-4, -3).flatten(-2, -1)
+        move = NormalEquations(gram, size.flatten(-2)).solve(right.flatten(-2).unsqueeze(-1))
+        return move.squeeze(-1).unflatten(-1, right.shape[-2:])
+
+    def own(self, rest: Tensor, move: Tensor | None) -> Tensor:
+        """Step ``[*r, K, D, F]`` of each state's own coefficients after the common ones moved by ``move``."""
+        right = rest[..., : self.split]
+        step = self.normal.solve(right.mT).mT
+        return step if move is None else step - move.unsqueeze(-3) @ self.absorbed.mT
+
+
+class _RegressionKernel(Kernel):
+    """A pass at fixed coefficients: potentials by residuals, moments as products in float64.
+
+    In float64 and of raw values, so that statistics have no origin that would have to move: what is far from zero
+    costs as many digits as it is far, of sixteen.
+    """
+
+    def __init__(self, factor: LinearGaussian):
+        self.factor, self.structure = factor, factor.structure
+        self.weight = factor.weight
+        self.root = self.structure.root(factor.scale)
+        log_det = self.structure.log_det(factor.scale, factor.n_components, factor.n_outputs)
+        self.constant = (log_det + factor.n_outputs * ops.LOG_2PI).unsqueeze(-1)
+        self.total: tuple[Tensor, ...] | None = None
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        factor, x = self.factor, batch.x
+        u = factor._inputs(batch).to(self.weight).reshape(-1, factor.n_inputs)
+        difference = x.reshape(-1, factor.n_outputs) - _predicted(u, self.weight)
+        value = (self.structure.distance(difference, self.root) + self.constant) * -0.5
+        return value.mT.unflatten(-2, x.shape[:-1])
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        factor = self.factor
+        x = batch.x.reshape(-1, factor.n_outputs).to(torch.float64)
+        u = factor._inputs(batch).reshape(-1, factor.n_inputs).to(torch.float64)
+        weight = expected.reshape(*factor.replicas, -1, factor.n_components).mT.to(torch.float64).unsqueeze(-1)
+        weighted = (weight * u).mT
+        parts = (
+            weight.sum((-2, -1)), self.structure.second(x, weight * x), weighted @ x, weighted @ u,
+        )  # fmt: skip
+        self.total = parts if self.total is None else tuple(map(torch.add, self.total, parts))
+
+    def stats(self) -> Stats:
+        if self.total is None:
+            raise RuntimeError("a kernel has no statistics before its first piece")
+        count, xx, ux, uu = self.total
+        shared = ("xx",) if self.structure.shared else ()
+        # Two counts, as in `Gaussian`: a conjugate prior differs in them.
+        return Stats(count=count, dof=count, xx=xx, ux=ux, uu=uu, shared=shared)
+
+    def inner(self) -> Tensor:
+        return self.factor.expected_log_prob(self.stats())

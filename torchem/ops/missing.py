@@ -1,0 +1,474 @@
+"""Normal densities of rows with missing entries (NaN), and the moments that EM takes of such rows.
+
+*Full, tied.* Given the entries that were observed (o), those that are missing (m) are normal with covariance Λ_mm⁻¹ and
+mean μ_m − Λ_mm⁻¹ Λ_mo (x_o − μ_o), where Λ = Σ⁻¹. A row completed by this mean is as far from μ, in Mahalanobis' sense,
+as its observed part is, and log |Σ_oo| = log |Σ| + log |Λ_mm|. So the formulas of complete rows serve for completed
+ones, and all that a pattern of missing entries costs is a matrix of the size of what is missing. Patterns with equally
+many missing entries are factorised together.
+
+*Diagonal, spherical.* Columns are independent given the component: a missing entry is left out and not counted.
+
+Source: R. J. A. Little, D. B. Rubin (2002), section 11.2; Z. Ghahramani, M. I. Jordan (1994).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from torchem.ops.gaussian import LOG_2PI, DirectPass, Entrywise, FeaturesPass, Structure
+
+#: Numbers of the matrices that are factorised at a time: what stays in the cache.
+_AT_ONCE = 1 << 18
+#: Rows per pattern from which a product for each pattern is faster than one for each row.
+_MANY = 64
+#: Columns of a pattern that are packed into one number.
+_BITS = 40
+
+
+# ---- what is missing ----------------------------------------------------------------------------------------------
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The values of ``x`` outside all transforms of torch.func: with the axes that vmap took away."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x.detach()
+
+
+def any_missing(x: Float[Tensor, "..."]) -> bool:
+    """Whether any entry is NaN; inside vmap, whether any is in the whole of what is mapped over.
+
+    Example:
+        >>> any_missing(torch.tensor([[1.0, torch.nan]]))
+        True
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return _any_nan(x.detach())
+    with torch._C._DisableFuncTorch():
+        return _any_nan(_unwrapped(x))
+
+
+def _any_nan(values: Tensor) -> bool:
+    # A sum is finite unless some entry is not (or it overflows).
+    return not math.isfinite(values.sum().item()) and bool(values.isnan().any())
+
+
+def _patterns(x: Float[Tensor, "n d"]) -> Bool[Tensor, "n d"] | None:
+    """Which entries are missing, as values that Python may look at; None where vmap maps over them."""
+    with torch._C._DisableFuncTorch():
+        values = _unwrapped(x)
+        return values.isnan() if values.shape == x.shape else None
+
+
+# ---- groups of rows -----------------------------------------------------------------------------------------------
+
+
+class _Group(ABC):
+    """Some rows, and how the missing columns of each stand in matrices that hold nothing else.
+
+    Rows and patterns are the last axis of everything, so that arithmetic runs along contiguous memory however small
+    the matrices are.
+    """
+
+    rows: slice
+
+    @abstractmethod
+    def block(self, matrix: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k m m p"]:
+        """Missing rows and columns of a matrix, for each pattern."""
+
+    @abstractmethod
+    def by_row(self, value: Float[Tensor, "*k p"]) -> Float[Tensor, "*k n"]:
+        """What belongs to patterns, for each row."""
+
+    @abstractmethod
+    def completed(self, known: Tensor, pull: Tensor, covariance: Float[Tensor, "*j m m p"]) -> Float[Tensor, "*k d n"]:
+        """``known [*k, D, n]`` with −covariance · pull at the missing entries of each row."""
+
+    @abstractmethod
+    def diagonal(self, matrix: Float[Tensor, "*k m m p"], d: int) -> Float[Tensor, "*k d n"]:
+        """The diagonal of each row's matrix, in its places; zero at observed entries."""
+
+    @abstractmethod
+    def total(self, weight: Float[Tensor, "*k n"], matrix: Float[Tensor, "*j m m p"], d: int) -> Tensor:
+        """Σ weight · matrix over the rows, in their places, ``[*k, D, D]``."""
+
+
+@dataclass(frozen=True)
+class _Patterns(_Group):
+    """Patterns with equally many missing entries, whose rows follow one another.
+
+    Attributes:
+        rows: Where the rows stand.
+        columns: Missing columns of each pattern.
+        which: Pattern of each row.
+    """
+
+    rows: slice
+    columns: Int[Tensor, "m p"]
+    which: Int[Tensor, " n"]
+
+    def _cells(self, d: int) -> Int[Tensor, "m m p"]:
+        return self.columns.unsqueeze(1) * d + self.columns.unsqueeze(0)
+
+    def _places(self, lead: torch.Size) -> Int[Tensor, "*k m n"]:
+        places = self.columns[:, self.which]
+        return places.expand(*lead, *places.shape)
+
+    def block(self, matrix: Tensor) -> Tensor:
+        return matrix.flatten(-2)[..., self._cells(matrix.shape[-1])]
+
+    def by_row(self, value: Tensor) -> Tensor:
+        return value if value.shape[-1] == len(self.which) else value.index_select(-1, self.which)
+
+    def completed(self, known: Tensor, pull: Tensor, covariance: Tensor) -> Tensor:
+        places = self._places(known.shape[:-2])
+        pull = pull.gather(-2, places)
+        if covariance.shape[-1] == 1:
+            move = covariance.squeeze(-1) @ pull
+        else:
+            move = (self.by_row(covariance) * pull.unsqueeze(-3)).sum(-2)
+        return known.scatter(-2, places, -move)
+
+    def diagonal(self, matrix: Tensor, d: int) -> Tensor:
+        values = self.by_row(matrix.diagonal(dim1=-3, dim2=-2).mT)
+        lead = values.shape[:-2]
+        return values.new_zeros(*lead, d, values.shape[-1]).scatter(-2, self._places(lead), values)
+
+    def total(self, weight: Tensor, matrix: Tensor, d: int) -> Tensor:
+        patterns = self.columns.shape[1]
+        if patterns < len(self.which):
+            weight = weight.new_zeros(*weight.shape[:-1], patterns).index_add(-1, self.which, weight)
+        values = (weight[..., None, None, :] * matrix).flatten(-3)
+        cells = self._cells(d).flatten().expand(values.shape)
+        return values.new_zeros(*values.shape[:-1], d * d).scatter_add(-1, cells, values).unflatten(-1, (d, d))
+
+
+@dataclass(frozen=True)
+class _Masks(_Group):
+    """Rows with patterns that cannot be looked at: all columns, the observed ones filled up with those of the identity.
+
+    Attributes:
+        rows: Where the rows stand.
+        missing: True where an entry is missing.
+    """
+
+    rows: slice
+    missing: Bool[Tensor, "d n"]
+
+    def _both(self) -> Bool[Tensor, "d d n"]:
+        return self.missing.unsqueeze(1) & self.missing.unsqueeze(0)
+
+    def block(self, matrix: Tensor) -> Tensor:
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return torch.where(self._both(), matrix.unsqueeze(-1), eye.unsqueeze(-1))
+
+    def by_row(self, value: Tensor) -> Tensor:
+        return value
+
+    def completed(self, known: Tensor, pull: Tensor, covariance: Tensor) -> Tensor:
+        move = (covariance * torch.where(self.missing, pull, 0.0).unsqueeze(-3)).sum(-2)
+        return torch.where(self.missing, -move, known)
+
+    def diagonal(self, matrix: Tensor, d: int) -> Tensor:
+        return torch.where(self.missing, matrix.diagonal(dim1=-3, dim2=-2).mT, 0.0)
+
+    def total(self, weight: Tensor, matrix: Tensor, d: int) -> Tensor:
+        return torch.where(self._both(), weight[..., None, None, :] * matrix, 0.0).sum(-1)
+
+
+def _inverse(matrix: Float[Tensor, "*k m m p"]) -> tuple[Float[Tensor, "*k m m p"], Float[Tensor, "*k p"]]:
+    """Inverses and log-determinants of positive definite matrices with unit diagonals.
+
+    Jordan exchanges of one column after the other, A − (a_j − e_j)(a_jᵀ + e_jᵀ)/a_jj. Pivots are at most one, since
+    that is what the diagonal begins with: so nothing cancels. For many small matrices this is several times faster
+    than a factorisation of each; NaN where a matrix is not positive definite.
+
+    Source: G. W. Stewart (1998), Matrix Algorithms I, section 3.1.4.
+    """
+    m = matrix.shape[-2]
+    unit = torch.eye(m, dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
+    log_det = matrix.new_zeros(matrix.shape[:-3] + matrix.shape[-1:])
+    for j in range(m):
+        pivot = matrix[..., j, j, :].unsqueeze(-2)
+        log_det = log_det + pivot.squeeze(-2).log()
+        column, row = matrix[..., :, j, :] - unit[j], (matrix[..., j, :, :] + unit[j]) / pivot
+        matrix = torch.addcmul(matrix, column.unsqueeze(-2), row.unsqueeze(-3), value=-1)
+    return matrix, log_det
+
+
+def _order(missing: Bool[Tensor, "n d"]) -> Int[Tensor, " n"]:
+    """An order of rows in which equal patterns stand together, those with fewer missing entries first."""
+    words = missing.to(torch.int64).split(_BITS, -1)
+    packed = [(word << torch.arange(word.shape[-1], device=word.device)).sum(-1) for word in words]
+    packed[-1] = packed[-1] | missing.sum(-1) << _BITS
+    order = packed[0].argsort(stable=True)
+    for key in packed[1:]:
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def _grouped(missing: Bool[Tensor, "n d"], copies: int) -> tuple[Tensor, list[_Group]]:
+    """The order of rows, and the groups that they then form.
+
+    Args:
+        missing: Values, True where an entry is missing.
+        copies: Matrices per pattern (components × replicas): bounds the size of groups.
+    """
+    order = _order(missing)
+    rows = missing[order]
+    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    new[1:] = (rows[1:] != rows[:-1]).any(-1)
+    starts = new.nonzero()[:, 0]
+    patterns, which = rows[starts], new.cumsum(0) - 1
+    starts = [*starts.tolist(), len(rows)]
+    groups: list[_Group] = []
+    first = 0
+    for m, count in zip(*(t.tolist() for t in patterns.sum(-1).unique_consecutive(return_counts=True)), strict=True):
+        columns = patterns[first : first + count].nonzero()[:, 1].view(count, m).mT
+        size = starts[first + count] - starts[first]
+        step = 1 if size >= _MANY * count else max(1, _AT_ONCE * count // max(1, copies * m * m * size))
+        for p in range(0, count, step):
+            q = min(p + step, count)
+            part = slice(starts[first + p], starts[first + q])
+            groups.append(_Patterns(part, columns[:, p:q].contiguous(), which[part] - (first + p)))
+        first += count
+    return order, groups
+
+
+def _masked(missing: Bool[Tensor, "n d"], copies: int) -> list[_Group]:
+    """All rows as they stand, in groups of bounded size."""
+    n, d = missing.shape
+    step = max(1, _AT_ONCE // (copies * d * d))
+    return [_Masks(slice(i, i + step), missing[i : i + step].mT) for i in range(0, n, step)]
+
+
+# ---- passes -------------------------------------------------------------------------------------------------------
+
+
+class CompletedPass(DirectPass):
+    """Rows completed by their conditional means, under full and tied covariances.
+
+    Computes in the type of its arguments. Differences are held in units of conditional standard deviations, in which
+    precisions have a unit diagonal.
+    """
+
+    def __init__(self, structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor):
+        super().__init__(structure, mean, raw, origin)
+        precision = self.root.mT @ self.root
+        self.unit = precision.diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(-1)
+        self.rate = 1 / self.unit
+        self.precision = precision * self.unit * self.unit.mT
+        self.root = self.root * self.unit.mT
+
+    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
+        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``."""
+        rows, groups = self._arrange(x.to(self.mean.dtype))
+        missing = rows.isnan()
+        gap = (torch.where(missing, 0.0, rows) - self.mean.unsqueeze(-1)) * self.rate
+        known = torch.where(missing, 0.0, gap)
+        pull = self.precision @ known
+        self.left, parts, log_dets = [], [], []
+        for group in groups:
+            covariance, log_det = _inverse(group.block(self.precision))
+            self.left.append((group, covariance))
+            parts.append(group.completed(known[..., group.rows], pull[..., group.rows], covariance))
+            log_dets.append(group.by_row(log_det))
+        self.difference = torch.cat(parts, -1)
+        distance = self.structure.distance(self.difference.mT, self.root) + self.constant
+        absent = missing.sum(0, dtype=distance.dtype)
+        # Summed this is Q: what is missing is expected at a squared distance of its dimension.
+        self.value = (distance + absent) * -0.5
+        # Nothing seen is nothing said: neither a density nor a statistic.
+        self.seen = absent < x.shape[-1]
+        # log |Σ_oo| + o log 2π = log |Σ| + D log 2π + log |Λ_mm| − m log 2π
+        units = (2 * self.unit.log() + LOG_2PI).squeeze(-1) @ missing.to(distance)
+        value = (distance + torch.cat(log_dets, -1) - units) * -0.5
+        return self._restored(torch.where(self.seen, value, 0.0), -1)
+
+    def _arrange(self, x: Tensor) -> tuple[Tensor, list[_Group]]:
+        """The rows as ``[D, n]``, in the order of the groups that they form."""
+        copies = self.mean.shape[:-1].numel()
+        patterns = _patterns(x)
+        if patterns is None:
+            self.order = None
+            return x.mT, _masked(x.isnan(), copies)
+        with torch._C._DisableFuncTorch():
+            self.order, groups = _grouped(patterns, copies)
+        return x.mT.index_select(-1, self.order), groups
+
+    def _restored(self, value: Tensor, dim: int) -> Tensor:
+        """``value`` in the order that rows came in."""
+        return value if self.order is None else value.index_select(dim, self.order.argsort())
+
+    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
+        """Add completed moments under weights ``[*r, K, n]``."""
+        weight = weight if self.order is None else weight.index_select(-1, self.order)
+        weight = torch.where(self.seen, weight.to(self.mean.dtype), 0.0)
+        gap = (self.mean - self.origin).unsqueeze(-1)
+        self._add(weight, torch.addcmul(gap, self.difference, self.unit).mT)
+        tied, d = bool(self.structure.shared), self.precision.shape[-1]
+        each = weight.sum(-2, keepdim=True) if tied else weight
+        left = sum(group.total(each[..., group.rows], covariance, d) for group, covariance in self.left)
+        left = (left * self.unit * self.unit.mT).to(torch.float64)
+        self.second = self.second + (left.squeeze(-3) if tied else left)
+
+    def conditional(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+        """Means and variances ``[*r, K, n, D]`` of all entries given those observed."""
+        self.log_prob(x)
+        mean = torch.addcmul(self.mean.unsqueeze(-1), self.difference, self.unit).mT
+        variance = torch.cat([group.diagonal(covariance, x.shape[-1]) for group, covariance in self.left], -1)
+        variance = (variance * self.unit.square()).mT.expand(mean.shape)
+        mean, variance = (self._restored(value, -2) for value in (mean, variance))
+        return torch.where(x.isnan(), mean, x.to(mean)), variance
+
+
+class EntryFeaturesPass(FeaturesPass):
+    """Observed entries alone, under diagonal and spherical covariances: one product over features."""
+
+    structure: Entrywise
+
+    def __init__(self, structure: Entrywise, mean: Tensor, raw: Tensor, origin: Tensor):
+        delta = mean - origin
+        deviations = structure.deviations(raw, mean.shape[-1])
+        precision = (-2 * deviations).exp()
+        constant = -0.5 * (precision * delta.square() + LOG_2PI) - deviations
+        self.structure, self.origin, self.common, self.product = structure, origin, None, 0.0
+        self.weights = torch.cat([constant, precision * delta, precision / -2], -1)
+
+    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
+        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``."""
+        missing = x.isnan().mT
+        z = torch.where(missing, 0.0, (x - self.origin).mT)
+        self.t = torch.cat([(~missing).to(z), z, z.square()])
+        return self.weights @ self.t
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts and first moments ``[*r, K, D]`` of the entries observed, second ones as the structure has them."""
+        assert isinstance(self.product, Tensor)
+        count, first, second = self.product.unflatten(-1, (3, -1)).unbind(-2)
+        return count, first, self.structure.pooled(second)
+
+
+class EntryPass(DirectPass):
+    """Observed entries alone, under diagonal and spherical covariances, by differences."""
+
+    def __init__(self, structure: Entrywise, mean: Tensor, raw: Tensor, origin: Tensor):
+        super().__init__(structure, mean, raw, origin)
+        self.normalizer = 2 * structure.deviations(raw, mean.shape[-1]) + LOG_2PI
+
+    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
+        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``."""
+        self.x, self.missing = x.to(self.mean.dtype), x.isnan()
+        difference = torch.where(self.missing, 0.0, self.x - self.mean.unsqueeze(-2))
+        constant = self.normalizer @ (~self.missing).to(difference).mT
+        self.value = (self.structure.distance(difference, self.root) + constant) * -0.5
+        return self.value
+
+    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
+        """Add moments of the entries observed under weights ``[*r, K, n]``."""
+        weight = weight.to(self.mean.dtype)
+        self._add(weight, torch.where(self.missing, 0.0, self.x - self.origin.unsqueeze(-2)))
+
+    def _counts(self, weight: Tensor) -> Tensor:
+        return weight @ (~self.missing).to(weight)
+
+
+class Pass:
+    """Potentials and moments of rows of which entries may be missing.
+
+    Rows without a missing entry take the route that complete data take, and pieces of such rows take it bit for bit.
+
+    Args:
+        structure: The kind of covariance.
+        mean: ``[*r, K, D]``.
+        raw: Unconstrained coordinates of the covariances.
+        origin: ``[1 or K, D]``, what moments are taken about.
+        direct: Whether to take differences rather than features.
+    """
+
+    def __init__(self, structure: Structure, mean: Tensor, raw: Tensor, origin: Tensor, direct: bool):
+        self.structure, self.arguments = structure, (mean, raw, origin)
+        self.complete = (DirectPass if direct else FeaturesPass)(structure, *self.arguments)
+        self.incomplete: CompletedPass | EntryFeaturesPass | EntryPass | None = None
+        #: Rows of the present piece that take either route; None where all are complete.
+        self.rows: tuple[Tensor, Tensor] | None = None
+
+    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
+        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``; 0 where nothing was."""
+        if not any_missing(x):
+            self.rows = None
+            return self.complete.log_prob(x)
+        some = self._log_prob_of_some
+        # Values decide what is computed: there is nothing to compile once for all.
+        return torch.compiler.disable(some)(x) if torch.compiler.is_compiling() else some(x)
+
+    def _log_prob_of_some(self, x: Tensor) -> Tensor:
+        self.rows = _divided(x)
+        self.incomplete = self.incomplete or self._route()
+        complete, incomplete = (x.index_select(0, rows) for rows in self.rows)
+        value = [self.complete.log_prob(complete), self.incomplete.log_prob(incomplete).to(x.dtype)]
+        return torch.cat(value, -1).index_select(-1, torch.cat(self.rows).argsort())
+
+    def read(self, x: Float[Tensor, "n d"]) -> None:
+        """Take rows in for `collect` alone: without densities where moments do not need them."""
+        if isinstance(self.complete, DirectPass) and not any_missing(x):
+            self.rows, self.complete.x = None, x
+        else:
+            self.log_prob(x)
+
+    def _route(self) -> CompletedPass | EntryFeaturesPass | EntryPass:
+        """The route of rows with missing entries; in float64 where features would be too coarse."""
+        direct = isinstance(self.complete, DirectPass)
+        arguments = [value.to(torch.float64) for value in self.arguments] if direct else self.arguments
+        if not isinstance(self.structure, Entrywise):
+            return CompletedPass(self.structure, *arguments)
+        return (EntryPass if direct else EntryFeaturesPass)(self.structure, *arguments)
+
+    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
+        """Add the moments of the rows last given to `log_prob`, under weights ``[*r, K, n]``."""
+        if self.rows is None:
+            self.complete.collect(weight)
+            return
+        assert self.incomplete is not None
+        self.complete.collect(weight.index_select(-1, self.rows[0]))
+        self.incomplete.collect(weight.index_select(-1, self.rows[1]))
+
+    def inner(self) -> Tensor:
+        """Q of all that was collected, ``[*r]``."""
+        total = self.complete.inner()
+        return total if self.incomplete is None else total + self.incomplete.inner()
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts as the structure has them, first and second moments about the origin, float64."""
+        count, first, second = self.complete.moments()
+        count = self.structure.counts(count, first.shape[-1])
+        if self.incomplete is None:
+            return count, first, second
+        others = self.incomplete.moments()
+        return count + others[0], first + others[1], second + others[2]
+
+
+def _divided(x: Float[Tensor, "n d"]) -> tuple[Int[Tensor, " c"], Int[Tensor, " i"]]:
+    """The rows that are complete and the others; all count among the others where vmap hides what is missing."""
+    with torch._C._DisableFuncTorch():
+        patterns = _patterns(x)
+        whole = torch.zeros(len(x), dtype=torch.bool, device=x.device) if patterns is None else ~patterns.any(-1)
+        return whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]
+
+
+def conditional(
+    structure: Structure, mean: Float[Tensor, "*r k d"], raw: Tensor, x: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, "*r k n d"], Float[Tensor, "*r k n d"]]:
+    """Means and variances of all entries of rows, given those observed: these themselves, without variance."""
+    k, d = mean.shape[-2:]
+    if any_missing(x) and not isinstance(structure, Entrywise):
+        mean, raw = mean.to(torch.float64), raw.to(torch.float64)
+        return CompletedPass(structure, mean, raw, mean).conditional(x)
+    missing = x.isnan()
+    variance = structure.variances(raw, k, d).unsqueeze(-2)
+    return torch.where(missing, mean.unsqueeze(-2), x), torch.where(missing, variance, 0.0)
