@@ -36,9 +36,13 @@ class Kernel(ABC):
     def log_potential(self, batch: Batch) -> Tensor:
         """Log-potentials ``[*r, *n, K]`` of a piece; work that `collect` needs again is remembered."""
 
+    def revisit(self, batch: Batch) -> None:
+        """Make a piece that was given before others the present one again, for `collect`."""
+        self.log_potential(batch)
+
     @abstractmethod
     def collect(self, batch: Batch, expected: Tensor) -> None:
-        """Add the statistics of the piece last given to `log_potential`, under weighted expectations."""
+        """Add the statistics of the present piece, the last one seen, under weighted expectations."""
 
     @abstractmethod
     def stats(self) -> Stats:

@@ -441,6 +441,9 @@ class _GaussianKernel(Kernel):
             return self.sweep.log_prob(x).mT
         return self.sweep.log_prob(x.reshape(-1, x.shape[-1])).mT.unflatten(-2, x.shape[:-1])
 
+    def revisit(self, batch: Batch) -> None:
+        self.sweep.revisit(_observed(batch).reshape(-1, batch.x.shape[-1]))
+
     def collect(self, batch: Batch, expected: Tensor) -> None:
         if batch.x.dim() != 2:
             expected = expected.flatten(-1 - (batch.x.dim() - 1), -2)

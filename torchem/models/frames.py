@@ -43,9 +43,10 @@ class FramesPass(Kernel):
             flat = torch.where(self.missing, 0.0, flat)
         start = 0
         for piece in self.pieces:
+            rows = piece.with_x(self.factor.cast(piece.x))
             if len(self.pieces) > 1:
-                self._of(piece)
-            self.kernel.collect(piece.with_x(self.factor.cast(piece.x)), flat[..., start : start + len(piece), :])
+                self.kernel.revisit(rows)
+            self.kernel.collect(rows, flat[..., start : start + len(piece), :])
             start += len(piece)
 
     def stats(self) -> Stats:

@@ -529,14 +529,18 @@ class HMM(DiscreteModel):
         copies = self.n_components**self.emission.memory
         return expected.repeat_interleave(copies, -1) / copies
 
+    def _cast(self, rows: Batch) -> Batch:
+        """Frames in the type that the emission computes with."""
+        return rows.with_x(self.emission.cast(rows.x))
+
     def initialize(self, batch: Batch, expected: Tensor) -> None:
         if batch.weight is not None:
             expected = expected * batch.weight.unsqueeze(-1).to(expected)
-        values = self.emission.initialize(batch, self._wide(expected))
+        values = self.emission.initialize(self._cast(batch), self._wide(expected))
         self.assign({f"emission.{name}": value for name, value in values.items()})
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
-        values = self.emission.initialize_at(batch, index)
+        values = self.emission.initialize_at(self._cast(batch), index)
         self.assign({f"emission.{name}": value for name, value in values.items()})
 
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
@@ -555,14 +559,14 @@ class HMM(DiscreteModel):
         return self.emission.degenerate()
 
     def surprise(self, rows: Batch) -> Tensor:
-        return -self.emission.log_potential(rows.with_x(self.emission.cast(rows.x))).logsumexp(-1)
+        return -self.emission.log_potential(self._cast(rows)).logsumexp(-1)
 
     def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
         k = self.n_components
         if self.replicas or k > 128 or self.emission.memory or not isinstance(self.transition, Categorical):
             return []
         rows = self.rows(batch) if batch.x.dim() == 3 else batch
-        value = self.emission.log_potential(rows.with_x(self.emission.cast(rows.x))).detach().to(torch.float64)
+        value = self.emission.log_potential(self._cast(rows)).detach().to(torch.float64)
         gap = (value.unsqueeze(-1) - value.unsqueeze(-2)).abs()
         if tolerance > 0:
             share = value.softmax(-1)
@@ -581,7 +585,7 @@ class HMM(DiscreteModel):
 
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
         """Put the emissions of the states ``which [*r, K]`` at observations ``index [*r, K]``."""
-        values = self.emission.replace_components(which, self.emission.initialize_at(batch, index))
+        values = self.emission.replace_components(which, self.emission.initialize_at(self._cast(batch), index))
         self.assign({f"emission.{name}": value for name, value in values.items()})
 
     def forbid(self, which: Tensor) -> None:

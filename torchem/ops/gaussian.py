@@ -573,12 +573,16 @@ class FeaturesPass:
 
     def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
         """``[*r, K, n]`` log-densities of ``x [n, D]``."""
-        self.z = augment(x, self.origin)
-        self.t = self.structure.features(self.z)
+        self.see(x)
         value = self.weights @ self.t
         if self.common is None:
             return value
         return value - (self.common @ self.z[1:]).square().sum(-2, keepdim=True) / 2
+
+    def see(self, x: Float[Tensor, "n d"]) -> None:
+        """Make these the present rows: their features serve densities and moments."""
+        self.z = augment(x, self.origin)
+        self.t = self.structure.features(self.z)
 
     def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
         """Add moments under weights ``[*r, K, n]``."""

@@ -421,6 +421,14 @@ class Pass:
         else:
             self.log_prob(x)
 
+    def revisit(self, x: Float[Tensor, "n d"]) -> None:
+        """Make rows whose densities are known the present ones again."""
+        if isinstance(self.complete, FeaturesPass) and not any_missing(x):
+            self.rows = None
+            self.complete.see(x)
+        else:
+            self.log_prob(x)
+
     def _route(self) -> CompletedPass | EntryFeaturesPass | EntryPass:
         """The route of rows with missing entries; in float64 where features would be too coarse."""
         direct = isinstance(self.complete, DirectPass)
