@@ -617,26 +617,30 @@ def test_expected_natural_parameters_in_closed_form(kind: str, d: int, k: int) -
     g = cases.gaussian(k, d, kind)
     posterior = posterior_of(FactorCase(g, Batch(cases.randn(30, d)), cases.soft(30, k)))
     count, dof = posterior["count"], posterior["dof"]
+    natural = g.expected_natural(posterior)
+    if kind in ("diag", "spherical"):
+        # Entries are independent given the precision: each has counts of its own.
+        mean = posterior["first"] / count
+        if kind == "diag":
+            rate = (posterior["second"] - count * mean.square()) / 2
+            shape = (dof + 1) / 2
+        else:
+            rate = ((posterior["second"] - (count * mean.square()).sum(-1)) / 2).unsqueeze(-1)
+            shape = (dof.sum(-1, keepdim=True) - d) / 2 + 1
+        precision, log_precision = shape / rate, shape.digamma() - rate.log()
+        close(natural["dof"], (log_precision / 2).expand(k, d))
+        close(natural["second"], (precision if kind == "diag" else precision.squeeze(-1)) / -2)
+        close(natural["first"], precision * mean)
+        close(natural["count"], -(1 / count + precision * mean.square()) / 2)
+        return
     mean = posterior["first"] / count.unsqueeze(-1)
     outer = count[:, None, None] * mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    eye = torch.eye(d, dtype=torch.float64)
     if kind == "full":
         precision, log_det = wishart(dof + d, posterior["second"] - outer)
         slope = -precision / 2
-    elif kind == "tied":
+    else:
         precision, log_det = wishart(dof.sum() - k + d + 1, posterior["second"] - outer.sum(0))
         slope, precision, log_det = -precision / 2, precision.expand(k, d, d), log_det.expand(k)
-    elif kind == "diag":
-        rate = (posterior["second"] - outer.diagonal(dim1=-2, dim2=-1)) / 2
-        shape = (dof.unsqueeze(-1) + 1) / 2
-        precision, log_det = torch.diag_embed(shape / rate), (shape.digamma() - rate.log()).sum(-1)
-        slope = -(shape / rate) / 2
-    else:
-        rate = (posterior["second"] - outer.diagonal(dim1=-2, dim2=-1).sum(-1)) / 2
-        shape = (d * dof - d) / 2 + 1
-        precision, log_det = (shape / rate)[:, None, None] * eye, d * (shape.digamma() - rate.log())
-        slope = -(shape / rate) / 2
-    natural = g.expected_natural(posterior)
     linear = torch.einsum("kij,kj->ki", precision, mean)
     close(natural["dof"], log_det / 2)
     close(natural["second"], slope)
