@@ -17,7 +17,9 @@ STATES = 3
 
 
 def start() -> tuple[torch.Tensor, torch.Tensor]:
-    return cases.randn(STATES, seed=1).softmax(-1), (cases.randn(STATES, STATES, seed=2) + torch.eye(STATES)).softmax(-1)
+    return cases.randn(STATES, seed=1).softmax(-1), (cases.randn(STATES, STATES, seed=2) + torch.eye(STATES)).softmax(
+        -1
+    )
 
 
 def observations(kind: str) -> torch.Tensor:
@@ -93,7 +95,7 @@ def test_the_same_numbers_after_the_same_iterations(family: str, iterations: int
     first, table = start()
     ours.initial_probs, ours.transition_matrix = first, table
     theirs.startprob_, theirs.transmat_ = first.numpy(), table.numpy()
-    x = observations(family.split("-")[0])
+    x = observations(family.split("-", maxsplit=1)[0])
     torchem.fit(ours, x, lengths=LENGTHS, init=None, max_iter=iterations, tol=0, progress=False)
     theirs.fit(x.numpy(), LENGTHS)
     close(ours.initial_probs, theirs.startprob_)
