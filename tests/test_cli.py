@@ -1,5 +1,8 @@
 """The command line: the main job on real data, every command, and the mistakes that people make."""
 
+import contextlib
+import csv
+import io
 import json
 import os
 import re
@@ -90,6 +93,63 @@ def test_faithful(capsys, tmp_path, monkeypatch):
     assert made["data"]["columns"] == ["eruptions", "waiting"]
     for name in ("clusters.png", "bound.png"):
         assert (tmp_path / "faithful" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def earthquakes(tmp_path_factory) -> tuple[Path, str]:
+    """The run of the shipped configuration, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "earthquakes"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["fit", str(ROOT / "configs" / "earthquakes.yaml"), "--output", str(folder)]) == 0
+    return folder, out.getvalue()
+
+
+def test_earthquakes(earthquakes):
+    """W. Zucchini, I. L. MacDonald (2009), table 3.1 and section 4.2: stationary chains of 2 and of 3 states."""
+    folder, out = earthquakes
+    assert "HMM · 107 frames in 1 sequence × 1 column · float64" in out
+    assert "state    rate  stationary   time    → 0    → 1    → 2" in out
+    for row in (r"0  15\.472 +0\.661", r"1  26\.125", r"0  13\.146 +0\.444", r"1  19\.721", r"2  29\.71[45] .* 0\.803"):
+        assert re.search(row, out)
+    assert re.search(r"2 +-342\.32 +4 +692\.64 +703\.33 +\S+\n", out)
+    assert re.search(r"3 +-329\.46 +9 +676\.92 +700\.98 +\S+  ← preferred by BIC\n", out)
+    pictures = {"states.png", "posterior.png", "transitions.png", "chain.png", "bound.png"}
+    models = {"model.safetensors", "model-2.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*pictures, *models, "report.json", "config.yaml", "states.csv"}
+    made = report(folder)
+    assert made["n_states"] == 3
+    two, three = (entry["criteria"] for entry in made["candidates"])
+    assert two["loglik"] == pytest.approx(-342.3183, abs=1e-4)
+    assert three["loglik"] == pytest.approx(-329.4603, abs=1e-4)
+    assert made["criteria"] == three
+    assert [s["rate"]["count"] for s in made["states"]] == pytest.approx([13.146, 19.721, 29.714], abs=2e-3)
+    assert sum(s["stationary"] for s in made["states"]) == pytest.approx(1)
+    assert torchem.load(folder / "model.safetensors").n_states == 3
+    assert torchem.load(folder / "model-2.safetensors").n_states == 2
+
+
+def test_the_states_of_each_year(earthquakes):
+    folder, _ = earthquakes
+    table = read_table(folder / "states.csv")
+    assert table.columns == ["year", "state", "posterior_0", "posterior_1", "posterior_2"]
+    np.testing.assert_array_equal(table.values[:, 0], np.arange(1900, 2007))
+    x = torch.from_numpy(read_table(DATASETS / "earthquakes.csv", ["count"]).values)
+    model = torchem.load(folder / "model.safetensors")
+    np.testing.assert_array_equal(table.values[:, 1], model.most_likely(x)[0].numpy())
+    np.testing.assert_allclose(table.values[:, 2:], model.posterior(x)[0].detach().numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("states", "rates", "loglik"), [(2, [15.421, 26.018], -341.8787), (3, [13.134, 19.713, 29.710], -328.5275)]
+)
+def test_a_free_first_state(capsys, tmp_path, states, rates, loglik):
+    """The EM estimates of Zucchini and MacDonald (2009), section 4.2."""
+    options = ("--states", states, "--model.initial", "torchem.factors.Categorical", "--output", tmp_path / "free")
+    ok(capsys, "fit", ROOT / "configs" / "earthquakes.yaml", *options)
+    made = report(tmp_path / "free")
+    assert made["criteria"]["loglik"] == pytest.approx(loglik, abs=1e-4)
+    assert [s["rate"]["count"] for s in made["states"]] == pytest.approx(rates, abs=2e-3)
+    assert "candidates" not in made
 
 
 def test_segment_with_an_image_of_the_users(capsys, work):
@@ -243,6 +303,200 @@ def test_the_installed_command(work):
     assert done.stderr.count("\n") == 1
 
 
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+CHAIN = """
+model:
+  class_path: torchem.HMM
+  init_args:
+    initial: torchem.factors.Categorical
+    transition: torchem.factors.Categorical
+    emission: torchem.factors.Poisson
+states: 2
+data: {path: s.csv, columns: [x], index: day, sequence: who}
+fit: {seed: 0, restarts: 3, max_iter: 200}
+output: out
+"""
+
+
+@pytest.fixture
+def chain(work) -> Path:
+    """Two people, a frame a day, rows mixed up, one frame missing."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for day in range(30):
+        for who in ("eve", "bob") if day % 2 else ("bob", "eve"):
+            x = "" if (day, who) == (7, "eve") else generator.poisson(2 if day // 10 % 2 else 12)
+            if who == "eve" or day < 20:
+                rows.append(f"{who},2024-03-{day + 1:02d},{x}")
+    (work / "s.csv").write_text("who,day,x\n" + "\n".join(rows) + "\n")
+    (work / "c.yaml").write_text(CHAIN)
+    return work
+
+
+def column(path: str | Path, name: str) -> list[str]:
+    with open(path, newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def test_several_sequences(capsys, chain):
+    out = ok(capsys, "fit", "c.yaml")
+    assert "50 frames in 2 sequences × 1 column" in out
+    made = report(chain / "out")
+    assert made["data"]["sequences"] == 2
+    low, high = made["states"]
+    assert low["rate"]["x"] < 4 < 9 < high["rate"]["x"]
+    # The rows of the file, in its order.
+    for name in ("who", "day"):
+        assert column("out/states.csv", name) == column("s.csv", name)
+    days, state = column("out/states.csv", "day"), column("out/states.csv", "state")
+    assert {s for d, s in zip(days, state, strict=True) if "2024-03-12" <= d <= "2024-03-19"} == {"0"}
+
+    ok(capsys, "predict", "out", "--filtered", "true", "--output", "p.csv")
+    assert column("p.csv", "state") == state
+    names = ["posterior_0", "posterior_1", "filtered_0", "filtered_1"]
+    shares = np.array([[float(v) for v in column("p.csv", name)] for name in names])
+    np.testing.assert_allclose(shares[:2].sum(0), 1)
+    np.testing.assert_allclose(shares[2:].sum(0), 1)
+    assert not np.allclose(shares[0], shares[2])
+
+    (chain / "new.csv").write_text("x,who\n1,a\n14,a\n1,b\n")  # nothing says when
+    ok(capsys, "predict", "out", "new.csv", "--output", "-")
+    (chain / "one.csv").write_text("x\n1\n")
+    assert "expected a column 'who'" in fails(capsys, "predict", "out", "one.csv")
+
+
+def test_sequences_are_drawn(capsys, chain):
+    ok(capsys, "fit", "c.yaml")
+    first = ok(capsys, "sample", "out", "--seed", 1, "--output", "-")
+    assert first.startswith("x\n")
+    assert len(first.splitlines()) == 101
+    assert ok(capsys, "sample", "out", "--seed", 1, "--output", "-") == first
+    assert all(cell.isdigit() for cell in first.split()[1:])
+    table = ok(capsys, "sample", "out", "--n", 4, "--sequences", 3, "--latents", "true", "--output", "-").splitlines()
+    assert table[0] == "who,state,x"
+    assert [row.split(",")[0] for row in table[1:]] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    for option in ("--n", "--sequences"):
+        assert "at least 1, got 0" in fails(capsys, "sample", "out", option, 0)
+
+
+def test_sequences_that_end_are_as_long_as_they_are(capsys, chain):
+    ok(capsys, "fit", "c.yaml", "--model.end", "torchem.factors.Categorical")
+    lengths = {len(ok(capsys, "sample", "out", "--seed", seed, "--output", "-").splitlines()) for seed in range(4)}
+    assert len(lengths) > 1
+
+
+def test_several_numbers_of_states(capsys, chain):
+    out = ok(capsys, "fit", "c.yaml", "--states", "[3, 1, 2]", "--criterion", "icl")
+    assert re.search(r"\n +2 .*  ← preferred by ICL\n", out)
+    assert report(chain / "out")["n_states"] == 2
+    before = (chain / "out" / "model.safetensors").read_bytes()
+    assert "states:\n- 3\n" in (chain / "out" / "config.yaml").read_text()
+    ok(capsys, "plot", "out", "--states", 3)
+    ok(capsys, "predict", "out", "--states", 3, "--output", "p.csv")
+    assert "posterior_2" in (chain / "p.csv").read_text().splitlines()[0]
+    assert (chain / "out" / "states-3.png").exists()
+    assert "one of those fitted (3, 1, 2), got 4" in fails(capsys, "sample", "out", "--states", 4)
+    ok(capsys, "fit", "out/config.yaml")  # from its own folder
+    assert (chain / "out" / "model.safetensors").read_bytes() == before
+    assert not (chain / "out" / "states-3.png").exists()  # it was another run's
+    ok(capsys, "fit", "c.yaml", "--states", 2)
+    assert not (chain / "out" / "model-3.safetensors").exists()
+    assert "the model of the run alone" in fails(capsys, "sample", "out", "--states", 3)
+
+
+def test_sizes_follow_for_any_model(capsys, work):
+    write_config(work, "  init_args:\n    n_components: 2\n", "states: [1, 2]\n")
+    assert re.search(r"\n +2 .*  ← preferred by BIC\n", ok(capsys, "fit", "c.yaml"))
+    assert torchem.load("out/model-1.safetensors").n_components == 1
+    assert len(report(work / "out")["candidates"][0]["components"]) == 1
+    message = "model.init_args.n_components: expected 1, as states says, got 3; leave it out"
+    assert message in fails(capsys, "fit", "c.yaml", "--model.n_components", 3)
+    ok(capsys, "fit", "c.yaml", "--model", "torchem.GaussianHMM", "--states", 2)
+    assert torchem.load("out/model.safetensors").means.shape == (2, 2)
+    mixture = ("--model.mixing", "torchem.factors.Categorical", "--model.component", "torchem.factors.Gaussian")
+    ok(capsys, "fit", "c.yaml", "--model", "torchem.Mixture", *mixture, "--states", 2)
+    assert torchem.load("out/model.safetensors").mixing.shape == (2,)
+
+
+def test_any_emission_is_told_about(capsys, work):
+    (work / "d.csv").write_text("a,b\n" + "".join(f"{i // 20 % 2},{(i // 20 + 1) % 2}\n" for i in range(100)))
+    text = """
+model:
+  class_path: torchem.HMM
+  init_args: {{initial: stationary, transition: torchem.factors.Categorical, emission: {}}}
+data: {{path: d.csv, columns: {}}}
+states: 2
+fit: {{seed: 0, restarts: 3, init: random}}
+output: out
+"""
+    table = "{class_path: torchem.factors.Categorical.rebuild, init_args: {shape: [2, 3]}}"
+    gaussian = "{class_path: torchem.factors.Gaussian, init_args: {covariance_type: diag}}"
+    for emission, columns, key in (
+        (table, "[a]", "probability"),
+        ("torchem.factors.Bernoulli", "[a, b]", "probability"),
+        (gaussian, "[a, b]", "mean"),
+    ):
+        (work / "e.yaml").write_text(text.format(emission, columns))
+        ok(capsys, "fit", "e.yaml")
+        assert key in report(work / "out")["states"][0]
+
+
+def test_an_index_in_no_known_unit_names_rows_alone(capsys, chain):
+    text = (chain / "s.csv").read_text().replace("2024-03-", "day ")
+    (chain / "s.csv").write_text(text)
+    ok(capsys, "fit", "c.yaml")
+    assert column("out/states.csv", "day")[0] == "day 01"
+    assert (chain / "out" / "states.png").stat().st_size > 1000
+
+
+def test_weights_of_sequences(capsys, chain):
+    rows = (chain / "s.csv").read_text().splitlines()
+    rows = [f"{row},{'w' if i == 0 else 2 * row.startswith('eve')}" for i, row in enumerate(rows)]
+    (chain / "s.csv").write_text("\n".join(rows) + "\n")
+    ok(capsys, "fit", "c.yaml", "--data.weights", "w")
+    assert report(chain / "out")["criteria"]["n"] == 60
+    (chain / "s.csv").write_text("\n".join(rows).replace(",2", ",1", 1) + "\n")
+    assert "one weight for each sequence" in fails(capsys, "fit", "c.yaml", "--data.weights", "x")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("a,2024-01-01,-3", (), "data: expected counts: whole numbers of at least zero, got -3"),
+        ("a,2024-01-01,2.5", (), "data: expected counts: whole numbers of at least zero, got 2.5"),
+        ("a,2024-01-01,x", (), "expected numbers, got 'x' on line 2, column 'x'"),
+        ("a,2024-01-01,3", ("--data.columns", "null", "--data.index", "null"), "got '2024-01-01' .* as data.index"),
+        ("a,2024-01-01,3", ("--data.columns", "[y]"), "expected a column 'y', got the columns"),
+        ("a,2024-01-01,3", ("--data.index", "dai"), "expected a column 'dai', .*did you mean 'day'"),
+        ("a,2024-01-01,3", ("--data.sequence", "whom"), "expected a column 'whom', .*did you mean 'who'"),
+        (",2024-01-01,3", (), "the name of a sequence in each row"),
+        ("", (), "at least one row under the header"),
+        ("a,2024-01-01,3\na,2024-01-02,3", ("--data.max_rows", 1), "data.max_rows: .* for sequences"),
+        ("a,2024-01-01,3", ("--states", 0), "states: expected a whole number of at least 1.*got 0"),
+        ("a,2024-01-01,3", ("--states", "[2, 2]"), r"states: expected .*distinct ones.* got \[2, 2\]"),
+        ("a,2024-01-01,3", ("--states", "two"), r"states: expected .*a list such as \[2, 3\] .*got 'two'"),
+        ("a,2024-01-01,3", ("--states", "null"), "n_components: expected the number of states, got none"),
+        ("a,2024-01-01,3", ("--state", 2), "state: .*did you mean 'states'"),
+        ("a,2024-01-01,3", ("--criterion", "bix"), "criterion: expected one of 'bic', 'aic', 'icl', got 'bix'"),
+        ("a,2024-01-01,3", ("--model.initial", "statonary"), "initial: expected Factor or one of 'stationary'"),
+        ("a,2024-01-01,3", ("--model.emission", "torchem.factors.Poison"), "did you mean 'torchem.factors.Poisson'"),
+        ("a,2024-01-01,3", ("--model.emission", "torchem.factors.Categorical"), "emission: expected a shape, got none"),
+        ("a,2024-01-01,3", ("--model.emission.rate", 1), "emission.init_args.rate: .*got an unknown one"),
+        ("a,2024-01-01,3", ("--states", 200), r"data: expected at least .*\(200\), got 1"),
+        (
+            "a,2024-01-01,3",
+            ("--model", "torchem.GaussianMixture"),
+            "data.sequence: expected none, for a model of single",
+        ),
+    ],
+)
+def test_a_mistake_with_sequences(capsys, chain, rows, options, message):
+    (chain / "s.csv").write_text(f"who,day,x\n{rows}\n" if rows else "who,day,x\n")
+    assert re.search(message, fails(capsys, "fit", "c.yaml", *options))
+    assert not (chain / "out").exists()
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +514,7 @@ def test_the_installed_command(work):
         ("torchem.GaussianMixture", "torchem.Stats", "model.class_path: .*'torchem.Stats'"),
         ("n_components: 2", "n_components: two", "model.init_args.n_components: expected a whole number, got 'two'"),
         ("n_components: 2", "n_components: 0", "n_components: expected a positive whole number, got 0"),
-        ("n_components: 2", "covariance_type: diag", "model.init_args: expected n_components, got none"),
+        ("n_components: 2", "covariance_type: diag", "n_components: expected the number of states, got none"),
         ("n_components: 2", "n_components: 2\n    n_features: 3", "n_features: expected 2, the data's columns, got 3"),
         ("n_components: 2", "n_components: 2\n    covariance_type: ful", "covariance_type: expected one of 'full', "),
         ("n_components: 2", "n_components: 300", r"data: expected at least .*\(300\), got 272"),
@@ -311,7 +565,7 @@ def test_what_is_no_configuration(capsys, work, text):
         (["predict"], "run: expected a value, got none"),
         (["predict", "none"], "none: expected a folder that torchem fit wrote, got no such folder"),
         (["predict", "."], "expected a folder that torchem fit wrote, got something else"),
-        (["sample", "out", "--n", "many"], "n: expected a whole number, got 'many'"),
+        (["sample", "out", "--n", "many"], "n: expected a whole number or null, got 'many'"),
         (["plot", "out", "--format", "bmp"], "format: expected one of"),
     ],
 )
@@ -325,7 +579,6 @@ def test_a_mistake_on_the_command_line(capsys, work, arguments, message):
     [
         ("1,2\n3,x\n", "got 'x' on line 3, column 'waiting'"),
         ("1,2\n3\n", "got 1 on line 3"),
-        ("1,2\n3,NA\n", "data: expected no missing entries, got NaN"),
         ("1,2\n3,inf\n", "data: expected finite values, got inf"),
         ("", "expected at least one row"),
     ],

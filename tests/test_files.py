@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 import torchem
-from torchem import files
+from torchem import factors, files, priors
 from torchem.errors import InvalidArgument, InvalidFile, InvalidType
-from torchem.factors import Categorical, Gaussian
+from torchem.factors import Categorical, Gaussian, Poisson
+from torchem.models.stationary import Stationary
 
 TYPES = ["full", "tied", "diag", "spherical"]
 
@@ -112,6 +113,143 @@ def test_pruned_and_replicated_models(tmp_path):
     assert_same(many, again, x)
 
 
+# ---- chains and priors --------------------------------------------------------------------------------------------
+
+
+def assert_same_chain(a: torchem.HMM, b: torchem.HMM, x: torch.Tensor) -> None:
+    assert_same(a, b, x)  # pyright: ignore
+    assert torch.equal(a.most_likely(x), b.most_likely(x))
+    assert a.n_parameters() == b.n_parameters()
+
+
+def test_a_stationary_chain_keeps_its_one_table(tmp_path):
+    model = torchem.HMM("stationary", Categorical(2, 2), Poisson(2, 1)).double()
+    model.transition_matrix, model.emission.rates = [[0.9, 0.1], [1.0, 0.0]], [[1.0], [0.0]]
+    torchem.save(model, tmp_path / "m")
+    again = torchem.load(tmp_path / "m")
+    assert again.initial.transition is again.transition
+    assert again.end is None
+    assert_same_chain(model, again, torch.tensor([[1.0], [0.0], [3.0]]).double())
+    header = json.loads(safetensors_header(tmp_path / "m"))
+    assert [entry["class"] for entry in header["modules"]] == ["HMM", "Stationary", "Categorical", "Poisson"]
+    for one in (model, again):
+        torchem.fit(one, [0, 3, 1, 0, 2, 2], init=None, max_iter=3, tol=0.0, progress=False)
+    assert torch.equal(model.transition_matrix, again.transition_matrix)
+
+
+def test_chains_keep_their_parts(tmp_path):
+    model = torchem.GaussianHMM(3, 2, "full").double()
+    model.restrict(torch.ones(3, 3).triu())
+    model.initial = Stationary(model.transition)
+    torchem.save(model, tmp_path / "m")
+    again = torchem.load(tmp_path / "m")
+    assert torch.equal(again.transition.support, model.transition.support)
+    assert again.initial.transition is again.transition
+    ended = torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3), end=Categorical(2, 2))
+    ended.end_probs = [0.1, 0.5]
+    ended.initial.freeze()
+    torchem.save(ended, tmp_path / "e")
+    again = torchem.load(tmp_path / "e")
+    assert_same_chain(ended, again, torch.tensor([[0], [2]]))
+    assert again.initial.frozen("logits") is not None
+
+
+def test_replicated_chains(tmp_path):
+    model = torchem.HMM("stationary", Categorical(2, 2), Poisson(2, 1)).replicate(3)
+    torchem.save(model, tmp_path / "m")
+    again = torchem.load(tmp_path / "m")
+    assert again.replicas == (3,)
+    assert again.initial.transition is again.transition
+    assert_same(model, again, torch.tensor([[1.0], [4.0]]))  # pyright: ignore
+
+
+def test_every_family_is_kept_as_an_emission(tmp_path):
+    kept = 0
+    for name in factors.__all__:
+        family = getattr(factors, name)
+        for emission, _ in family.examples() if hasattr(family, "examples") else [family.example()]:
+            if emission.n_components is None:
+                continue
+            k = emission.n_components
+            model = torchem.HMM("stationary", Categorical(k, k), emission)
+            torchem.save(model, tmp_path / "m")
+            again = torchem.load(tmp_path / "m")
+            assert type(again.emission) is family
+            for key, value in model.state_dict().items():
+                torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0, equal_nan=True)
+            kept += 1
+    assert kept >= 5
+
+
+def test_priors_are_kept(tmp_path):
+    model = torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)).double()
+    model.transition_matrix = [[0.5, 0.5], [0.0, 1.0]]
+    model.initial.prior = priors.Dirichlet(torch.tensor([2.0, 5.0]))
+    model.transition.prior = priors.StickyDirichlet(7.0, 1.5)
+    torchem.save(model, tmp_path / "m")
+    again = torchem.load(tmp_path / "m")
+    assert again.initial.prior.config() == {"concentration": [2.0, 5.0]}
+    assert again.transition.prior.config() == model.transition.prior.config()
+    assert again.emission.prior is None
+    assert torch.equal(again.log_prior(), model.log_prior())
+
+
+class Flat(priors.Dirichlet):
+    """A prior of a user."""
+
+    def __init__(self, concentration=1.0):
+        super().__init__(concentration)
+
+
+def test_priors_of_users_are_passed_in(tmp_path):
+    model = torchem.GaussianMixture(2, 1)
+    model.mixing.prior = Flat(3.0)
+    torchem.save(model, tmp_path / "m")
+    with pytest.raises(InvalidFile, match=r"prior 'Flat'; pass modules=\{'Flat': …\}"):
+        torchem.load(tmp_path / "m")
+    assert isinstance(torchem.load(tmp_path / "m", modules={"Flat": Flat}).mixing.prior, Flat)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        {"class": "os.system", "config": {"command": "true"}},
+        {"class": "ABC", "config": {}},
+        {"class": "Prior", "config": {}},
+        {"class": "_Concentrations", "config": {}},
+        {"class": "Dirichlet", "config": {"concentration": -1.0}},
+        {"class": "Dirichlet", "config": {"concentration": [1.0] * 7}},
+        {"class": "Dirichlet", "config": {"nonsense": 1}},
+        {"class": "Dirichlet"},
+        {"config": {}},
+        ["Dirichlet"],
+        7,
+    ],
+)
+def test_priors_that_do_not_fit_are_refused(saved, prior):
+    rewrite(saved, header=lambda h: h["modules"][1].update(prior=prior))
+    with pytest.raises(InvalidFile, match="prior"):
+        torchem.load(saved)
+
+
+def test_files_of_the_first_version_still_load(saved):
+    def older(header):
+        header["format_version"] = 1
+        for entry in header["modules"]:
+            entry.pop("prior", None)
+
+    before = torchem.load(saved)
+    rewrite(saved, header=older)
+    assert_same(before, torchem.load(saved), torch.randn(3, 2).double())
+
+
+def safetensors_header(path: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()["torchem"]
+
+
 class Pair(torchem.Mixture):
     """A user's model with a factor in two slots and an argument of each kind."""
 
@@ -209,7 +347,7 @@ def set_class(h, name):
     [
         (
             {"header": lambda h: h.update(format_version=99)},
-            "format version 1 or older, got version 99; update torchem",
+            "format version 2 or older, got version 99; update torchem",
         ),
         ({"header": lambda h: h.update(format_version="1")}, "header with a version"),
         ({"header": lambda h: h.pop("modules")}, "header in JSON"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -138,6 +139,144 @@ def test_segmentation():
     for bad in ({"labels": labels[:2]}, {"colours": np.zeros((1, 3))}, {"image": image[..., 0]}):
         with pytest.raises(InvalidArgument, match=next(iter(bad))):
             plot.segmentation(**{"image": image, "labels": labels, **bad})
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+
+def heights(ax) -> list[float]:
+    return [bar.get_height() for bar in ax.patches]
+
+
+def test_counts_are_bars_in_the_colours_of_their_states():
+    ax = plot.states([2, 0, 9, 8], [0, 0, 1, 1], [[1.5], [8.0]], index=[1990, 1991, 1992, 1993], columns=["events"])
+    draw(ax)
+    assert heights(ax) == [2, 0, 9, 8]
+    first, last = (np.array(ax.patches[i].get_facecolor()[:3]) for i in (0, 3))
+    for colour, own in zip((first, last), plot.palette(2), strict=True):
+        np.testing.assert_allclose(colour, own + 0.55 * (1 - own))
+    assert ax.get_xlim() == (1989.5, 1993.5)
+    lines = ax.collections[-1].get_segments()  # from where each state begins to where it ends, at its level
+    np.testing.assert_allclose(lines, [[[1989.5, 1.5], [1991.5, 1.5]], [[1991.5, 8], [1993.5, 8]]])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["state", "0", "1"]
+
+
+def test_levels_are_means_of_the_frames_when_none_are_given():
+    ax = plot.states([[1.5, 5.0], [2.5, 7.0], [float("nan"), 9.0]], [0, 0, 0])
+    draw(ax[0])
+    levels = [panel.collections[-1].get_segments()[0][0, 1] for panel in ax]
+    assert levels == [2.0, 7.0]
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+@pytest.mark.parametrize("frames", [1, 2, 700, 5000])
+@pytest.mark.parametrize("d", [1, 3, 9])
+def test_sequences_of_every_shape(frames, d, k):
+    x = torch.randn(frames, d, dtype=torch.float64)
+    x[frames // 2] = torch.nan
+    path = torch.randint(-1, k, (frames,))
+    path[0] = k - 1
+    axes = np.ravel(plot.states(x, path))
+    draw(axes)
+    assert len(axes) == min(d, 4)
+    draw(plot.posterior(torch.rand(frames, k).softmax(-1)))
+
+
+def test_several_sequences_are_drawn_one_above_the_other():
+    model = torchem.GaussianHMM(2, 1).double()
+    lengths = torch.tensor([5, 3, 2, 4, 1, 2, 2])
+    x = model.sample(7, 5)
+    path, posterior = model.most_likely(x, lengths=lengths), model.posterior(x, lengths=lengths)
+    names = list("abcdefg")
+    axes = plot.states(x, path, lengths=lengths, names=names)
+    draw(axes)
+    assert [ax.get_title(loc="left") for ax in axes] == names[:6]
+    assert [len(ax.lines[0].get_xdata()) for ax in axes] == lengths[:6].tolist()
+    axes = plot.posterior(posterior, lengths=lengths)
+    draw(axes)
+    assert [round(ax.get_xlim()[1] + 0.5) for ax in axes] == lengths[:6].tolist()
+    listed = [row[:n] for row, n in zip(x, lengths.tolist(), strict=True)]
+    for paths in ([row[:n] for row, n in zip(path, lengths, strict=True)], torch.cat([p[p >= 0] for p in path])):
+        assert len(plot.states(listed, paths)) == 6
+    assert len(plot.states(torch.cat(listed), path, lengths=lengths)) == 6
+
+
+def test_dates_stand_on_the_axis():
+    dates = ["2020-01-31", "2020-02-29", "2020-03-31"]
+    ax = plot.states([0.5, 1.5, 2.5], [0, 1, 1], index=dates)
+    draw(ax)
+    assert any("Feb" in text.get_text() for text in ax.get_xticklabels())
+    again = plot.states([0.5, 1.5, 2.5], [0, 1, 1], index=np.array(dates, "datetime64[D]"))
+    assert again.get_xlim() == ax.get_xlim()
+
+
+def test_a_long_series_is_drawn_in_stretches():
+    x = np.random.default_rng(0).normal(size=100_000)
+    path = np.arange(100_000) // 100 % 3
+    began = time.perf_counter()
+    ax = plot.states(x, path)
+    draw(ax)
+    draw(plot.posterior(np.eye(3)[path]))
+    assert time.perf_counter() - began < 20
+    assert sum(len(c.get_paths()) for c in ax.collections) <= 4_000
+    assert not ax.lines
+
+
+def test_bands_fill_the_height():
+    ax = plot.posterior([[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]])
+    draw(ax)
+    low, high = (band.get_paths()[0].get_extents() for band in ax.collections)
+    assert (low.y0, low.y1, high.y1) == (0.0, 0.75, 1.0)
+    assert ax.get_xlim() == (-0.5, 2.5)
+
+
+def test_the_transition_matrix_has_its_numbers():
+    ax = plot.transitions(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.9999, 0.0001], [0.0, 0.0, 1.0]]))
+    draw(ax)
+    assert [text.get_text() for text in ax.texts] == ["0.500", "0.500", "1.000", "< .001", "1.000"]
+    for tick, colour in zip(ax.get_xticklabels(), plot.palette(3), strict=True):
+        np.testing.assert_allclose(tick.get_color(), colour * 0.85)
+    many = plot.transitions(torch.rand(30, 30).softmax(-1))
+    draw(many)
+    assert not many.texts
+
+
+@pytest.mark.parametrize("d", [1, 2, 6])
+def test_a_chain_at_a_glance(d):
+    model = torchem.GaussianHMM(3, d).double()
+    x = model.sample(1, 40)[0]
+    parts = (model.most_likely(x), model.posterior(x), model.transition_matrix)
+    axes = plot.chain(x, *parts, columns=[f"c{i}" for i in range(d)])
+    draw(axes)
+    assert [ax.get_ylabel() for ax in axes] == [*[f"c{i}" for i in range(min(d, 4))], "probability", "from state"]
+    assert sum(ax.get_legend() is not None for ax in axes) == 1
+    with pytest.raises(InvalidArgument, match="one sequence"):
+        plot.chain(x.reshape(2, 20, d), *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": [0, 1]}, "path: expected a state for each of 3 frames"),
+        ({"means": [[1.0]]}, r"means: expected shape \[2, 1\]"),
+        ({"columns": ["a", "b"]}, "columns: expected 1 names"),
+        ({"index": [1, 2]}, "index: expected a place for each"),
+        ({"index": [1, 1, 2]}, "index: expected places that rise"),
+        ({"index": ["a", "b", "c"]}, "index: expected numbers or dates"),
+        ({"x": []}, "data: expected at least one sequence"),
+    ],
+)
+def test_sequences_that_disagree(arguments, message):
+    with pytest.raises(InvalidArgument, match=message):
+        plot.states(**{"x": [1.0, 2.0, 3.0], "path": [0, 1, 1], **arguments})
+
+
+def test_matrices_that_are_none():
+    for bad in ([[0.5, 0.5]], [1.0], torch.zeros(0, 0)):
+        with pytest.raises(InvalidArgument, match="matrix"):
+            plot.transitions(bad)
+    with pytest.raises(InvalidArgument, match="ax: expected one column of one sequence"):
+        plot.states([[1.0, 2.0]], [0], ax=plt.subplots()[1])
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 20])

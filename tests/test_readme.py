@@ -29,8 +29,38 @@ def test_the_twelve_lines_are_twelve():
 
 
 def test_the_worked_example_is_the_file():
-    source = (ROOT / "examples" / "geometric.py").read_text()
-    assert blocks()[1].strip() in source
+    shown = re.search(r"<!-- example: (\S+) -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    assert shown[2].strip() in (ROOT / shown[1]).read_text()
+
+
+def test_the_chain_runs():
+    exec(compile(blocks()[1], "README.md", "exec"), {})
+
+
+PAGES = sorted(ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), namespace)
+    pytest.importorskip("matplotlib.pyplot").close("all")
+
+
+def test_pages_show_the_configuration_as_it_is():
+    import yaml
+
+    shown = re.search(
+        r"```yaml\n# configs/earthquakes.yaml\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL
+    )
+    assert shown is not None
+    page, real = yaml.safe_load(shown[1]), yaml.safe_load((ROOT / "configs" / "earthquakes.yaml").read_text())
+    real["fit"] = {key: real["fit"][key] for key in page["fit"]}
+    assert page == real
 
 
 @pytest.fixture

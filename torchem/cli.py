@@ -3,6 +3,7 @@
 Errors of the user end with exit code 2 and one line on standard error; nothing half-written stays behind.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -18,11 +19,24 @@ import torch
 import torchem
 from torchem import files, images, options, runs
 from torchem.errors import InvalidFile, MissingExtra, TorchemError, describe, invalid, one_of
-from torchem.evaluate import Criteria
-from torchem.trainer import Result
+from torchem.observations import (
+    Decoded,
+    Observations,
+    decode,
+    label_rows,
+    read_pixels,
+    read_rows,
+    state_rows,
+    to_csv,
+    total_criteria,
+    whole,
+)
+from torchem.result import Result
 
 #: Columns shown in the table of components; report.json has them all.
 _SHOWN = 6
+#: States up to which it shows the transition matrix.
+_MATRIX = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +85,8 @@ def _run(given: list[str]) -> int:
     parser = options.parser()
     config = parser.parse_args(given)
     if config.subcommand == "fit":
-        return _fit(config.fit)
+        several = config.fit.states if isinstance(config.fit.states, list) else []
+        return _fit(config.fit, [parser.parse_args([*given, "--states", str(k)]).fit for k in several] or [config.fit])
     return commands[config.subcommand](config[config.subcommand])
 
 
@@ -100,22 +115,37 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 # ---- fit ----------------------------------------------------------------------------------------------------------
 
 
-def _fit(config: Any) -> int:
+def _fit(config: Any, each: list[Any]) -> int:
+    """Fit the model of each of some configurations, which differ in the number of states, and keep the best."""
     folder = _folder(config)
     runs.check_target(folder)
-    ready = options.fit_parser().instantiate(config)
+    started = [(one.states, options.instantiate(one)) for one in each]
+    ready = started[0][1]
     _check_device(ready.fit.device)
-    data = _read(ready.data)
+    data = _read(ready.data, ready.model.sequential)
     rows = data.draw(ready.data.max_rows, ready.fit.seed)
-    model = ready.model.to(getattr(torch, config.dtype))
-    result = torchem.fit(model, rows.values, weights=rows.weights, **vars(ready.fit))
-    criteria = torchem.criteria(model, rows.values, weights=rows.weights)
-    report = runs.describe_run(result, criteria, data, len(rows.values), ready.data.weights, folder)
-    contents = _contents(result, data, report, options.dump(config, folder))
+    candidates = [_candidate(states, own, rows, getattr(torch, config.dtype)) for states, own in started]
+    chosen = min(candidates, key=lambda c: getattr(c.criteria, config.criterion))
+    names = {key: getattr(ready.data, key) for key in ("weights", "index", "sequence")}
+    report = runs.describe_run(chosen, candidates, data, len(rows.values), names, folder)
+    contents = _contents(chosen, candidates, data, report, options.dump(config, folder))
     runs.write_run(folder, contents)
-    print(_summary(result, criteria, data, len(rows.values), report["components"]))
+    print(_summary(chosen, candidates, data, len(rows.values), config.criterion))
     print(f"\nwrote {_shown(folder)}: {', '.join(contents)}")
-    return {"nonfinite": 1, "diverged": 1, "interrupted": 130}.get(result.status, 0)
+    return {"nonfinite": 1, "diverged": 1, "interrupted": 130}.get(chosen.result.status, 0)
+
+
+def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.dtype) -> runs.Candidate:
+    """Fit one model."""
+    model = ready.model.to(dtype)
+    result = torchem.fit(model, data.values, **data.fields("weights"), **vars(ready.fit))
+    if model.sequential:
+        runs.sort_states(result)
+    criteria = total_criteria([torchem.criteria(model, batch) for batch in data.batches(model)])
+    if not model.sequential:
+        return runs.Candidate(states, result, criteria, runs.components(model, data.columns))
+    decoded = decode(model, data)
+    return runs.Candidate(states, result, criteria, runs.states(model, data, decoded), decoded)
 
 
 def _folder(config: Any) -> Path:
@@ -134,41 +164,91 @@ def _check_device(device: Any) -> None:
         raise invalid("fit.device", "a device of this machine", repr(str(device)), "leave it out") from error
 
 
-def _read(data: options.Data) -> runs.Observations:
+def _read(data: options.Data, sequential: bool) -> Observations:
     if data.image is not None:
-        return runs.read_pixels(data.image.absolute, data.colour)
+        if sequential:
+            raise invalid("data.image", "none, for a model of sequences", "an image", "give data.path")
+        return read_pixels(data.image.absolute, data.colour)
     assert data.path is not None
-    return runs.read_rows(data.path.absolute, data.columns, data.weights)
+    return read_rows(data.path.absolute, data.columns, data.weights, data.index, data.sequence, sequential)
 
 
-def _contents(result: Result, data: runs.Observations, report: dict[str, Any], config: str) -> dict[str, bytes]:
+def _contents(
+    chosen: runs.Candidate, candidates: list[runs.Candidate], data: Observations, report: dict[str, Any], config: str
+) -> dict[str, bytes]:
     """Every file of the run, by name."""
-    contents = {runs.MODEL: files.to_bytes(result.model), runs.CONFIG: config.encode()}
-    if data.image is None:
-        contents["labels.csv"] = runs.to_csv(*runs.label_rows(result.model, data.values))
+    model = chosen.result.model
+    contents = {runs.MODEL: files.to_bytes(model)}
+    contents |= {runs.model_file(c.states): files.to_bytes(c.result.model) for c in candidates if c is not chosen}
+    contents[runs.CONFIG] = config.encode()
+    if chosen.decoded is not None:
+        contents["states.csv"] = to_csv(*state_rows(model, data, report["data"], chosen.decoded))
+    elif data.image is None:
+        contents["labels.csv"] = to_csv(*label_rows(model, data.values))
     try:
-        contents |= _pictures(result.model, data, report, "png")
+        contents |= _pictures(model, data, report, "png", chosen.decoded)
     except MissingExtra as error:
         warnings.warn(f"no pictures: {error}", UserWarning, stacklevel=2)
     report["files"] = [runs.REPORT, *contents]
     return {runs.REPORT: files.to_json(report), **contents}
 
 
-def _pictures(model: Any, data: runs.Observations, report: dict[str, Any], kind: str) -> dict[str, bytes]:
-    """The pictures of a run, by file name."""
+def _pictures(
+    model: Any,
+    data: Observations,
+    report: dict[str, Any],
+    kind: str,
+    decoded: Decoded | None,
+    states: int | None = None,
+) -> dict[str, bytes]:
+    """The pictures of a run, or of a model in it that was not chosen, by file name."""
     from torchem.errors import require
 
     require("matplotlib", "plot").use("Agg")  # pyright: ignore[reportAttributeAccessIssue]
     from torchem import plot
 
-    drawn = {"bound": plot.bound(report["fit"]["histories"] or report["fit"]["history"])}
+    fit = report["fit"]
+    if states is not None:
+        fit = next(entry["fit"] for entry in report["candidates"] if entry["n_states"] == states)
+    drawn = {"bound": plot.bound(fit["histories"] or fit["history"])}
     if data.image is not None:
         drawn["segmented"] = plot.segmentation(data.image, _labels(model, data), _colours(model, data))
+    elif decoded is not None:
+        drawn |= _chain_pictures(model, data, report["data"], decoded)
     elif hasattr(model, "component"):
         d = data.values.shape[1]
         draw = plot.pairs if 2 < d <= _SHOWN else plot.clusters
         drawn["clusters"] = draw(model, data.values, data.columns)
-    return {f"{name}.{kind}": _rendered(axes, kind) for name, axes in drawn.items()}
+    mark = "" if states is None else f"-{states}"
+    return {f"{name}{mark}.{kind}": _rendered(axes, kind) for name, axes in drawn.items()}
+
+
+def _chain_pictures(model: Any, data: Observations, names: dict[str, Any], decoded: Decoded) -> dict[str, Any]:
+    """Sequences with their states, probabilities of states, and the transition matrix where there is one."""
+    from torchem import plot
+
+    places = data.places()
+    assert data.sequences is not None
+    index = places[0] if places is not None and len(places) == 1 else places
+    shared: dict[str, Any] = {"index": index, "names": data.sequences.names}
+    levels = runs.levels(model)
+    means = levels.get("rate", levels.get("mean"))
+    series = [torch.from_numpy(part) for part in data.split(data.values)]
+    posterior = [torch.from_numpy(part) for part in data.split(decoded.posterior)]
+    drawn = {
+        "states": plot.states(series, data.split(decoded.path), means, columns=data.columns, **shared),
+        "posterior": plot.posterior(posterior, **shared),
+    }
+    time = "frame" if places is None else names["index"]
+    for axes in drawn.values():
+        np.ravel(axes)[-1].set_xlabel(time)
+    with contextlib.suppress(TorchemError):  # a gate has no matrix
+        drawn["transitions"] = plot.transitions(model.transition_matrix)
+        if len(series) == 1:
+            parts = (series[0], decoded.path, decoded.posterior, model.transition_matrix)
+            drawn["chain"] = plot.chain(*parts, means, index=index, columns=data.columns)
+            drawn["chain"][-2].set_xlabel(time)
+    return drawn
 
 
 def _rendered(axes: Any, kind: str) -> bytes:
@@ -181,14 +261,14 @@ def _rendered(axes: Any, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def _labels(model: Any, data: runs.Observations) -> np.ndarray:
+def _labels(model: Any, data: Observations) -> np.ndarray:
     assert data.image is not None
     with torch.no_grad():
         labels = model.most_likely(torch.from_numpy(data.values))
     return labels.cpu().numpy().reshape(data.image.shape[:2])
 
 
-def _colours(model: Any, data: runs.Observations) -> np.ndarray | None:
+def _colours(model: Any, data: Observations) -> np.ndarray | None:
     """RGB of the components' means; None where a model has none."""
     means = getattr(getattr(model, "component", None), "means", None)
     return None if means is None else images.to_rgb(means.detach().cpu().double().numpy(), data.colour)
@@ -198,15 +278,77 @@ def _colours(model: Any, data: runs.Observations) -> np.ndarray | None:
 
 
 def _summary(
-    result: Result, criteria: Criteria, data: runs.Observations, rows: int, components: list[dict[str, Any]]
+    chosen: runs.Candidate, candidates: list[runs.Candidate], data: Observations, rows: int, criterion: str
 ) -> str:
+    model = chosen.result.model
     what = "pixels" if data.image is not None else "observations"
     some = "" if rows == len(data.values) else f" (drawn from {len(data.values):,})"
-    dtype = str(result.model.dtype).removeprefix("torch.")
-    head = f"{type(result.model).__name__} · {rows:,} {what}{some} × {_many(len(data.columns), 'column')} · {dtype}"
-    return "\n\n".join(
-        part for part in (head, _component_table(components, data.columns), _facts(result, criteria)) if part
-    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if data.sequences is not None:
+        what, some = "frames", f" in {_many(len(data.sequences.names), 'sequence')}"
+    parts = [f"{type(model).__name__} · {rows:,} {what}{some} × {_many(len(data.columns), 'column')} · {dtype}"]
+    for candidate in candidates:
+        if len(candidates) > 1:
+            parts.append(f"── {_many(candidate.states or 0, 'state')} ──")
+        table = _component_table if data.sequences is None else _state_table
+        parts.append(table(candidate.parts, data.columns))
+        parts.append(_facts(candidate, "observation" if data.sequences is None else "frame", len(candidates) == 1))
+    parts += [_legend(chosen.parts) if data.sequences is not None else "", _comparison(chosen, candidates, criterion)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _comparison(chosen: runs.Candidate, candidates: list[runs.Candidate], criterion: str) -> str:
+    """The criteria of all candidates, and which one is best."""
+    if len(candidates) == 1:
+        return ""
+    rows = [["states", "log-likelihood", "parameters", "AIC", "BIC", "ICL"]]
+    for c in candidates:
+        own = c.criteria
+        rows.append(
+            [
+                str(c.states),
+                f"{own.loglik:.2f}",
+                str(own.n_parameters),
+                *(f"{v:.2f}" for v in (own.aic, own.bic, own.icl)),
+            ]
+        )
+    lines = aligned(rows).splitlines()
+    lines[1 + candidates.index(chosen)] += f"  ← preferred by {criterion.upper()}"
+    return "\n".join(lines)
+
+
+def _state_table(states: list[dict[str, Any]], columns: list[str]) -> str:
+    """Levels and shares of the states of a chain, and its transition matrix."""
+    first = states[0]
+    kind = next((name for name in ("rate", "probability", "mean") if name in first), None)
+    level = columns[:_SHOWN] if kind != "probability" else list(first["probability"])[:_SHOWN]
+    shares = [name for name in ("stationary", "time") if name in first]
+    steps = len(first["to"]) if len(first.get("to", ())) <= _MATRIX else 0
+    header = ["state", *([] if kind is None else [kind] if len(level) == 1 else level), *shares]
+    rows = [[*header, *(f"→ {k}" for k in range(steps))]]
+    for s in states:
+        cells = [] if kind is None else [_level(states, s, kind, name) for name in level]
+        cells += [f"{s[name]:.3f}" for name in shares]
+        rows.append([str(s["state"]), *cells, *(f"{p:.3f}" for p in s.get("to", ())[:steps])])
+    left = 0 if kind == "probability" else len(columns) - len(level)
+    return aligned(rows) + (f"\n({left} more columns in {runs.REPORT})" if left else "")
+
+
+def _legend(states: list[dict[str, Any]]) -> str:
+    """What the columns of the tables of states mean."""
+    notes = {
+        "mean": "mean ± standard deviation",
+        "stationary": "stationary, time: shares of the long run and of these frames",
+        "to": "→ k: probability of a step to k",
+    }
+    return f"({'; '.join(note for name, note in notes.items() if name in states[0])})"
+
+
+def _level(states: list[dict[str, Any]], state: dict[str, Any], kind: str, column: str) -> str:
+    if kind != "mean":
+        return f"{state[kind][column]:.3f}"
+    digits = _decimals([other["sd"][column] for other in states])
+    return f"{state['mean'][column]:.{digits}f} ± {state['sd'][column]:.{digits}f}"
 
 
 def _component_table(components: list[dict[str, Any]], columns: list[str]) -> str:
@@ -234,37 +376,39 @@ def _decimals(deviations: list[float]) -> int:
     return min(12, max(0, 2 - math.floor(math.log10(least))))
 
 
-def _facts(result: Result, criteria: Criteria) -> str:
-    each = criteria.loglik / criteria.n
+def _facts(candidate: runs.Candidate, unit: str, alone: bool) -> str:
+    """How a fit ended; the criteria too, unless they stand beside others'."""
+    result, criteria = candidate.result, candidate.criteria
     facts = [
-        ["log-likelihood", f"{criteria.loglik:.2f}", f"{each:.4f} per observation"],
+        ["log-likelihood", f"{criteria.loglik:.2f}", f"{criteria.loglik / criteria.n:.4f} per {unit}"],
         ["AIC", f"{criteria.aic:.2f}", f"{criteria.n_parameters} parameters"],
         ["BIC", f"{criteria.bic:.2f}", ""],
         ["ICL", f"{criteria.icl:.2f}", ""],
     ]
     width = max(len(fact[1]) for fact in facts)
-    lines = [f"{name:<15} {value:>{width}}  {note}".rstrip() for name, value, note in facts]
+    lines = [f"{name:<15} {value:>{width}}  {note}".rstrip() for name, value, note in facts if alone]
     rest = "" if result.remaining is None else f", an estimated {result.remaining:.2g} nats short of the maximum"
     lines.append(
         f"{'status':<15} {result.status} after {_many(result.n_iter, 'iteration')}{rest}, {result.seconds:.2f} s"
     )
     if len(result.restarts) > 1:
-        lines.append(f"{'restarts':<15} {_restarts(result)}")
+        lines.append(f"{'restarts':<15} {_restarts(result, unit)}")
     for name in ("dead", "floored"):
         which = getattr(result, name)
         if which:
-            meaning = {"dead": "no mass left in", "floored": "covariance at the floor in"}[name]
-            lines.append(f"{name:<15} {meaning} component{'s' * (len(which) > 1)} {', '.join(map(str, which))}")
+            kind = "component" if unit == "observation" else "state"
+            meaning = {"dead": "no mass left in", "floored": "at the floor: covariance of"}[name]
+            lines.append(f"{name:<15} {meaning} {kind}{'s' * (len(which) > 1)} {', '.join(map(str, which))}")
     return "\n".join(lines)
 
 
-def _restarts(result: Result) -> str:
+def _restarts(result: Result, unit: str) -> str:
     low, high = f"{min(result.restarts):.2f}", f"{max(result.restarts):.2f}"
     n = len(result.restarts)
     text = f"{n}, all ending at {high}" if low == high else f"{n}, ending between {low} and {high}"
     if result.agreement is not None:
         same = sum(share >= 0.99 for share in result.agreement)
-        text += f"; {same} of {n} label at least 99 % of observations alike"
+        text += f"; {same} of {n} label at least 99 % of {unit}s alike"
     return text
 
 
@@ -296,33 +440,64 @@ def _shown(path: Path) -> str:
 
 
 def _predict(config: Any) -> int:
-    run = runs.read_run(config.run)
+    run = runs.read_run(config.run, config.states)
     data = run.observations(config.data)
     output = config.output or str(run.folder / (runs.PREDICTED if data.image is not None else runs.PREDICTIONS))
     if data.image is not None and Path(output).suffix.lower() == ".png":
         labels, colours = _labels(run.model, data), _colours(run.model, data)
         content = images.to_png(images.painted(data.image, labels, colours))
+    elif data.sequences is not None:
+        names = run.report["data"]
+        content = to_csv(*state_rows(run.model, data, names, decode(run.model, data), config.filtered))
     else:
-        content = runs.to_csv(*runs.label_rows(run.model, data.values))
+        content = to_csv(*label_rows(run.model, data.values))
     return _deliver(output, content, f"{len(data.values):,} rows")
 
 
 def _sample(config: Any) -> int:
-    run = runs.read_run(config.run)
+    run = runs.read_run(config.run, config.states)
     generator = torch.Generator()
     if config.seed is None:
         generator.seed()
     else:
         generator.manual_seed(config.seed)
-    x = run.model.sample(config.n, generator=generator).cpu().numpy()
+    draw = _draw_sequences if run.model.sequential else _draw_rows
+    table = draw(run, config, generator)
     output = config.output or str(run.folder / runs.SAMPLE)
-    return _deliver(output, runs.to_csv(run.columns, list(x.T)), f"{len(x):,} rows")
+    rows = len(next(iter(table.values())))
+    return _deliver(output, to_csv(list(table), [whole(column) for column in table.values()]), f"{rows:,} rows")
+
+
+def _draw_rows(run: runs.Run, config: Any, generator: torch.Generator) -> dict[str, np.ndarray]:
+    n = 100 if config.n is None else config.n
+    x, z = run.model.sample(n, latents=True, generator=generator)
+    hidden = {"label": z.cpu().numpy()} if config.latents else {}
+    return hidden | dict(zip(run.columns, x.cpu().numpy().T, strict=True))
+
+
+def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> dict[str, np.ndarray]:
+    model = run.model
+    for name, value in (("n", config.n), ("sequences", config.sequences)):
+        if value is not None and value < 1:
+            raise invalid(name, "a whole number of at least 1", value, "correct it")
+    # Where a model says when sequences end, they are as long as it says.
+    length = 100 if config.n is None and model.end is None else config.n
+    xs, zs = model.sample(config.sequences, length, latents=True, generator=generator)
+    table: dict[str, np.ndarray] = {}
+    if config.sequences != 1:
+        name = run.report["data"].get("sequence") or "sequence"
+        table[name] = np.repeat(np.arange(len(xs)), [len(x) for x in xs])
+    if config.latents:
+        table["state"] = torch.cat(list(zs)).cpu().numpy()
+    return table | dict(zip(run.columns, torch.cat(list(xs)).cpu().numpy().T, strict=True))
 
 
 def _plot(config: Any) -> int:
     one_of("format", config.format, ("png", "pdf", "svg"))
-    run = runs.read_run(config.run)
-    pictures = _pictures(run.model, run.observations(config.data), run.report, config.format)
+    run = runs.read_run(config.run, config.states)
+    data = run.observations(config.data)
+    decoded = None if data.sequences is None else decode(run.model, data)
+    pictures = _pictures(run.model, data, run.report, config.format, decoded, run.states)
     for name, content in pictures.items():
         files.write_atomic(run.folder / name, content)
     print(f"wrote {_shown(run.folder)}: {', '.join(pictures)}")

@@ -1,9 +1,10 @@
 """Models as files: safetensors with a JSON header that rebuilds the model. No pickle, nothing imported by name.
 
-The header lists the modules of a model, each by the name of its class, its constructor arguments, its factors and its
+The header lists the modules of a model, each by the name of its class, with constructor arguments, factors, prior and
 small numerical state; tensors follow under their names in the model. A factor that stands in two slots is listed once.
 """
 
+import inspect
 import json
 import math
 import os
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchem import factors, models
+from torchem import factors, models, priors
 from torchem.errors import InvalidFile, TorchemError, describe, invalid, wrong_type
-from torchem.factor import Factor
+from torchem.factor import Factor, Prior
 from torchem.model import LatentModel
+from torchem.models.stationary import Stationary
 
-#: Name and version of the format; a reader refuses versions above its own.
-FORMAT, FORMAT_VERSION = "torchem", 1
+#: Name and version of the format (2 added priors); a reader refuses versions above its own.
+FORMAT, FORMAT_VERSION = "torchem", 2
 
 #: Keys under which constructor arguments that JSON cannot hold are written.
 _MODULE, _TENSOR, _TUPLE, _FLOAT = "$module", "$tensor", "$tuple", "$float"
@@ -36,7 +38,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to a safetensors file, atomically.
 
     Args:
-        model: Any torchem model; its factors, parameters, frozen masks and numerical state are kept.
+        model: Any torchem model; its factors, parameters, frozen masks, priors and numerical state are kept.
         path: File to write or replace.
 
     Raises:
@@ -82,8 +84,8 @@ def load(path: str | os.PathLike[str], modules: Modules | None = None) -> Any:
 
     Args:
         path: The file.
-        modules: Classes (or ready modules) that are not torchem's own, by the name of the class, or by the slot's name
-            where several share a class.
+        modules: Classes (or ready modules) that are not torchem's own, priors among them, by the name of the class, or
+            by the slot's name where several share a class.
 
     Returns:
         The model, on the CPU, in the dtype that it was saved in.
@@ -101,6 +103,7 @@ def load(path: str | os.PathLike[str], modules: Modules | None = None) -> Any:
     except (KeyError, IndexError, AttributeError, TypeError, RuntimeError, MemoryError, RecursionError) as error:
         raise _broken(path, "a header that describes a model", f"{type(error).__name__} ({error})") from error
     reader.fill(model, replicas)
+    reader.attach_priors(model)
     return model
 
 
@@ -199,13 +202,16 @@ class _Writer:
         if module in self._index:
             return self._index[module]
         place = self._index[module] = len(self.modules)
-        entry: dict[str, Any] = {"class": type(module).__name__}
+        entry: dict[str, Any] = {"class": _NAMES.get(type(module), type(module).__name__)}
         self.modules.append(entry)
         arguments = _arguments(module)
         where = f"{type(module).__name__}.config"
         entry["config"] = None if arguments is None else {k: self._encode(v, where) for k, v in arguments.items()}
         entry["factors"] = {name: self.add(child) for name, child in module.named_children() if _described(child)}
         entry["state"] = _state(module, arguments or {})
+        prior = module.prior if isinstance(module, Factor) else None
+        if prior is not None:
+            entry["prior"] = {"class": type(prior).__name__, "config": self._encode(prior.config(), where)}
         return place
 
     def _encode(self, value: Any, where: str) -> Any:
@@ -239,6 +245,8 @@ def _arguments(module: nn.Module) -> dict[str, Any] | None:
     """Constructor arguments; None for foreign modules, which cannot tell theirs."""
     if not _described(module):
         return None
+    if isinstance(module, Stationary):
+        return {"transition": module.transition}  # the same table as the model's, and listed once
     try:
         return module.config()  # pyright: ignore[reportCallIssue]
     except AttributeError as error:
@@ -375,6 +383,31 @@ class _Reader:
             _FLOAT: float,
         }
 
+    def attach_priors(self, model: nn.Module) -> None:
+        """Put priors on factors that are complete: a prior looks at what it stands over."""
+        built = {module: place for place, module in self.built.items()}
+        for module in model.modules():
+            place = built.get(module)
+            entry = {} if place is None else self.entries[place]
+            if entry.get("prior") is None:
+                continue
+            try:
+                name, config = entry["prior"]["class"], self._decode(entry["prior"]["config"], "")
+                config = {
+                    k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for k, v in config.items()
+                }
+                source = self.given.get(name, _PRIORS.get(name))
+                if source is None:
+                    raise _broken(
+                        self.path, "priors of torchem, or passed in", f"prior {name!r}",
+                        f"pass modules={{{name!r}: …}} to load",
+                    )  # fmt: skip
+                module.prior = source(**config)
+            except InvalidFile:
+                raise
+            except (TorchemError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+                raise _broken(self.path, f"a prior that {entry['class']} accepts", str(error)) from error
+
     def _restore(self, module: nn.Module, entry: dict[str, Any]) -> None:
         for name, value in entry["state"].items():
             if type(module.__dict__.get(name)) is not type(value) or not isinstance(value, (bool, int)):
@@ -440,14 +473,26 @@ def _replicated(model: Any, *replicas: int) -> Any:
         raise invalid("replicas", "one positive number", replicas, "save the model again")
     if isinstance(model, LatentModel):
         return model.replicate(replicas[0])
-    model.replicate(replicas[0])
+    for module in model.modules():
+        if isinstance(module, Factor):
+            module.replicate(replicas[0])
     return model
 
 
-#: Classes that a file may name.
+def _classes(package: Any) -> dict[str, type[nn.Module]]:
+    found = {name: getattr(package, name) for name in package.__all__}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+
+
+#: Classes that a file may name: a factor that shares its name with a model stands under that of its package.
 _OWN: dict[str, type[nn.Module]] = {
-    name: found
-    for package in (factors, models)
-    for name in package.__all__
-    if isinstance(found := getattr(package, name), type) and issubclass(found, nn.Module)
+    **_classes(models),
+    **{f"factors.{name}" if name in models.__all__ else name: kind for name, kind in _classes(factors).items()},
+    "Stationary": Stationary,
+}
+_NAMES = {kind: name for name, kind in _OWN.items()}
+_PRIORS: dict[str, type[Prior]] = {
+    name: kind
+    for name, kind in vars(priors).items()
+    if isinstance(kind, type) and issubclass(kind, Prior) and not inspect.isabstract(kind) and name[0] != "_"
 }

@@ -4,20 +4,21 @@ jsonargparse reads the signatures of the constructors that a configuration names
 `torchem.fit` is a key, on the command line too. Its complaints are put into the one-line form of the house.
 """
 
+import functools
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from jsonargparse.typing import Path_fr, path_type
 
 import torchem
-from torchem import models
+from torchem import factors, models
 from torchem.errors import TorchemError, invalid
 from torchem.images import CHANNELS, Colour
 from torchem.model import LatentModel
@@ -31,10 +32,26 @@ else:
     #: A file that can be read, a folder that exists or can be made; in a configuration, relative to its file.
     File, Folder = Path_fr, path_type("dcc")
 
+#: Slots of models that the configuration may leave without sizes, "" the model itself; and the shapes of tables.
+_SLOTS = ("", "mixing", "component", "initial", "transition", "emission", "end")
+_TABLES: dict[str, Callable[[int], list[int]]] = {
+    "mixing": lambda k: [k],
+    "initial": lambda k: [k],
+    "transition": lambda k: [k, k],
+    "end": lambda k: [k, 2],
+}
+_TABLE = "torchem.factors.Categorical"
+
 _FIT = """Fit a model that a YAML configuration describes, and write a run folder.
 
 Every value can be given on the command line: torchem fit configs/faithful.yaml --model.n_components 3 --fit.seed 1.
+Sizes follow: the number of columns from the data, the number of states of all factors from "states" where it is given.
 Paths in a configuration are relative to its file, paths on the command line to the working directory."""
+
+
+_PREDICT = """Write label, responsibilities and log-density of each row, or the segmented image.
+
+For a model of sequences: the most likely state of each frame, and the probability of each state."""
 
 
 @dataclass
@@ -43,8 +60,10 @@ class Data:
 
     Args:
         path: Table of numbers: CSV with a header, .npy, .parquet or .feather.
-        columns: Columns to model, in this order; all when left out.
+        columns: Columns to model, in this order; all but those named below when left out.
         weights: Column that holds the weight of each row.
+        index: Column that says where or when each row was taken, numbers or text: names rows, is not modelled.
+        sequence: Column that says which sequence a row belongs to; all rows are one sequence when left out.
         image: Photograph whose pixels are the observations.
         colour: What a pixel is: rgb in [0, 1], or lab, where distances are as the eye sees them.
         max_rows: Fit on at most this many rows or pixels, drawn at random; all when left out.
@@ -53,6 +72,8 @@ class Data:
     path: File | None = None
     columns: list[str] | None = None
     weights: str | None = None
+    index: str | None = None
+    sequence: str | None = None
     image: File | None = None
     colour: Colour = "rgb"
     max_rows: int | None = None
@@ -61,6 +82,8 @@ class Data:
         if (self.path is None) == (self.image is None):
             got = "neither" if self.path is None else "both"
             raise invalid("data", "a path or an image", got, "give data.path or data.image")
+        if self.image is not None and (self.index or self.sequence):
+            raise invalid("data", "no index or sequence of an image", self.index or self.sequence, "leave them out")
         if self.max_rows is not None and self.max_rows < 1:
             raise invalid("data.max_rows", "a number of at least 1", self.max_rows, "leave it out to fit on all rows")
 
@@ -80,9 +103,19 @@ def parser() -> ArgumentParser:
     return root
 
 
+class _Parser(ArgumentParser):
+    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **options: Any) -> Any:
+        # What jsonargparse tells classes of links it tells functions too, which do not take it.
+        return super().add_function_arguments(*args, **options)
+
+    def dump(self, cfg: Any, **options: Any) -> str:
+        # Sizes that follow from states are left to follow; others were given, though they may follow too.
+        return super().dump(cfg, **options, skip_link_targets=cfg.get("states") is not None)
+
+
 def _parser(**options: Any) -> ArgumentParser:
     # Abbreviations would let a misspelt key pass as another.
-    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    return _Parser(exit_on_error=False, allow_abbrev=False, **options)
 
 
 def fit_parser() -> ArgumentParser:
@@ -91,26 +124,40 @@ def fit_parser() -> ArgumentParser:
     own.add_argument("--config", action=ActionConfigFile, help="the YAML configuration; --config may be left out")
     own.add_argument("--model", type=LatentModel, required=True, help="the model: class_path and init_args")
     own.add_class_arguments(Data, "data")
-    skip: set[str | int] = {"model", "data", "weights", "inputs", "callbacks"}
+    skip: set[str | int] = {"model", "data", "weights", "inputs", "lengths", "labels", "callbacks"}
     own.add_function_arguments(torchem.fit, "fit", skip=skip)
+    states = "number of latent states of every factor, or several to fit and compare: [2, 3]"
+    own.add_argument("--states", type=int | list[int] | None, help=states)
+    criterion = "what decides among several numbers of states"
+    own.add_argument("--criterion", type=Literal["bic", "aic", "icl"], default="bic", help=criterion)
     own.add_argument("--output", type=Folder | None, help="the run folder to write (default: runs/NAME-OF-CONFIG)")
     own.add_argument("--dtype", type=Literal["float64", "float32"], default="float64", help="precision of the model")
-    own.link_arguments(("data", "model"), "model.init_args.n_features", compute_fn=_n_features)
+    for slot, size in [
+        ("", "n_states"),
+        *((slot, size) for slot in _SLOTS for size in ("n_components", "n_features", "shape")),
+    ]:
+        key = ".init_args.".join(filter(None, ("model", slot, size)))
+        own.link_arguments(("states", "data", "model"), key, compute_fn=functools.partial(_size, slot, size, key))
+    # Not for users: what follows from what.
+    own._action_groups = [group for group in own._action_groups if group.title != "Linked arguments"]
     return own
 
 
 def _predict_parser() -> ArgumentParser:
-    own = _parser(description="Write label, responsibilities and log-density of each row, or the segmented image.")
+    own = _parser(description=_PREDICT)
     _add_run(own)
     own.add_argument("data", nargs="?", type=str | None, help="table or image (default: what the model was fitted on)")
     own.add_argument("--output", type=str | None, help="file to write, - for standard output (default: in the run)")
+    own.add_argument("--filtered", type=bool, default=False, help="for sequences: add what was known at each time")
     return own
 
 
 def _sample_parser() -> ArgumentParser:
     own = _parser(description="Draw observations from the model of a run, as CSV.")
     _add_run(own)
-    own.add_argument("--n", type=int, default=100, help="number of observations")
+    own.add_argument("--n", type=int | None, help="number of observations, or frames of each sequence (default: 100)")
+    own.add_argument("--sequences", type=int, default=1, help="number of sequences, where the model is of those")
+    own.add_argument("--latents", type=bool, default=False, help="add the labels or states that were drawn")
     own.add_argument("--seed", type=int | None, help="makes the draws repeatable")
     own.add_argument("--output", type=str | None, help="file to write, - for standard output (default: in the run)")
     return own
@@ -126,22 +173,83 @@ def _plot_parser() -> ArgumentParser:
 
 def _add_run(own: ArgumentParser) -> None:
     own.add_argument("run", metavar="RUN", type=str, help="folder that torchem fit wrote")
+    own.add_argument("--states", type=int | None, help="use the model with so many states, where several were fitted")
 
 
-def _n_features(data: Any, model: Any) -> int | None:
-    """Number of columns that the data give the model; one in the configuration must agree."""
-    given = getattr(getattr(model, "init_args", None), "n_features", None)
-    if data.image is not None:
-        found = len(CHANNELS[data.colour])
-    elif data.columns is not None:
-        found = len(data.columns)
-    elif data.path is not None:
-        found = len([name for name in read_columns(data.path.absolute) if name != data.weights])
+def _size(slot: str, size: str, key: str, states: Any, data: Any, model: Any) -> Any:
+    """A size that follows: from the data's columns or the number of states. One in the configuration must agree."""
+    arguments = _arguments(model, slot)
+    if size not in arguments:
+        return None
+    given, source = arguments[size], "the data's columns" if size == "n_features" else "as states says"
+    if size == "n_features":
+        found: Any = _n_features(data)
+    elif size == "shape":
+        k = _n_states(states, model)
+        found = _TABLES[slot](k) if k is not None and slot in _TABLES else given
     else:
-        raise invalid("data", "a path or an image", "neither", "give data.path or data.image")
+        found = given if states is None else numbers_of_states(states)[0]
+    if found is None:
+        raise invalid(key, "the number of states", "none", "give it, or give states")
     if given is not None and given != found:
-        raise invalid("model.init_args.n_features", f"{found}, the data's columns", given, "leave it out: it follows")
+        raise invalid(key, f"{found}, {source}", given, "leave it out: it follows")
     return found
+
+
+def _arguments(model: Any, slot: str) -> Any:
+    """Arguments of the model, or of the factor in one of its slots, as the configuration has them."""
+    own = getattr(model, "init_args", {})
+    return getattr(own.get(slot), "init_args", {}) if slot else own
+
+
+def _n_states(states: Any, model: Any) -> int | None:
+    """The number of states that tables take: what ``states`` says, or an emission."""
+    if states is not None:
+        return numbers_of_states(states)[0]
+    return next(filter(None, (_arguments(model, slot).get("n_components") for slot in _SLOTS)), None)
+
+
+def _n_features(data: Any) -> int:
+    """Number of columns that the data give the model."""
+    if data.image is not None:
+        return len(CHANNELS[data.colour])
+    if data.columns is not None:
+        return len(data.columns)
+    if data.path is None:
+        raise invalid("data", "a path or an image", "neither", "give data.path or data.image")
+    others = {data.weights, data.index, data.sequence}
+    return len([name for name in read_columns(data.path.absolute) if name not in others])
+
+
+def numbers_of_states(states: int | list[int]) -> list[int]:
+    """The numbers of states to fit, in the order given.
+
+    Raises:
+        InvalidArgument: If one is less than 1 or given twice, or there are none.
+
+    Example:
+        >>> numbers_of_states([2, 3])
+        [2, 3]
+    """
+    numbers = [states] if isinstance(states, int) else list(states)
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        expected = "a whole number of at least 1, or distinct ones to compare"
+        raise invalid("states", expected, states, "give for example 2, or [2, 3]")
+    return numbers
+
+
+def instantiate(config: Any) -> Any:
+    """What a configuration of ``fit`` stands for: the model, the data, the options."""
+    own = config.clone()
+    k, slots = _n_states(own.states, own.model), _arguments(own.model, "")
+    for slot in _SLOTS:
+        if slots.get(slot) != Namespace(class_path=_TABLE):
+            continue
+        # A table without a shape takes that of its slot; a signature of *shape cannot say so.
+        if k is None or slot not in _TABLES:
+            raise invalid(f"model.init_args.{slot}", "a shape", "none", f"give one to {_TABLE}.rebuild")
+        slots[slot] = Namespace(class_path=f"{_TABLE}.rebuild", init_args=Namespace(shape=_TABLES[slot](k)))
+    return fit_parser().instantiate(own)
 
 
 def dump(config: Any, folder: Path) -> str:
@@ -257,9 +365,13 @@ def _bad_class(text: str) -> str | None:
 
 
 def _unknown_class(key: str, path: str) -> str:
-    near = get_close_matches(path.rpartition(".")[2], models.__all__, n=1, cutoff=0.5)
-    hint = f"did you mean 'torchem.{near[0]}'?" if near else "name it as package.Class."
-    return f"{key}.class_path: expected a model that can be imported, got {path!r}; {hint}"
+    # What stands among the arguments of a model is a factor.
+    kind, package, names = ("factor", "torchem.factors", factors.__all__)
+    if ".init_args." not in key:
+        kind, package, names = ("model", "torchem", models.__all__)
+    near = get_close_matches(path.rpartition(".")[2], names, n=1, cutoff=0.5)
+    hint = f"did you mean '{package}.{near[0]}'?" if near else "name it as package.Class."
+    return f"{key}.class_path: expected a {kind} that can be imported, got {path!r}; {hint}"
 
 
 def _arguments_of(path: str) -> list[str]:
@@ -284,7 +396,7 @@ def _bad_value(text: str) -> str | None:
     if not found:
         return None
     kinds = re.split(r", (?![^\[]*\])", found[1])
-    names = " or ".join(dict.fromkeys(map(_kind, kinds)))
+    names = " or ".join(sorted(dict.fromkeys(map(_kind, kinds)), key=lambda name: name == "null"))
     return f"{key[1]}: expected {names}, got {found[2]!r}; correct it."
 
 
@@ -298,6 +410,7 @@ def _kind(name: str) -> str:
         "integer": "a whole number",
         "float": "a number",
         "list[str]": "a list such as [x, y]",
+        "list[int]": "a list such as [2, 3]",
         "bool": "true or false",
     }
     return f"one of {literal[1]}" if literal else plain.get(name, name)

@@ -1,4 +1,7 @@
-"""Pictures of fitted models: clusters, the rise of the bound, segmented images. Needs the extra ``plot``."""
+"""Pictures of fitted models: clusters, sequences of states, the rise of the bound, segmented images.
+
+Needs the extra ``plot``.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +15,17 @@ from torchem.batch import as_tensor
 from torchem.errors import invalid, require
 from torchem.images import mean_colours
 from torchem.model import LatentModel
+from torchem.sequences import as_buckets
 
 #: Colours that colour-blind readers tell apart, the most distinct first. Source: M. Okabe, K. Ito (2008).
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F", "#595959")
 
 #: Observations drawn at most; more hide each other.
 _DRAWN = 20_000
+#: Frames of a sequence drawn one by one at most; of longer ones that many stretches. At most: bars, steps joined.
+_STRETCHES, _BARS, _RISES = 2_000, 250, 300
+#: Columns shown of a sequence, panels in a picture, states with names and numbers, at most.
+_COLUMNS, _PANELS, _NUMBERED = 4, 6, 12
 _INK, _FAINT = "#1a1a1a", "#8a8a8a"
 
 
@@ -167,6 +175,213 @@ def bound(result: Any, ax: Any = None) -> Any:
     return ax
 
 
+def states(
+    x: Any,
+    path: Any,
+    means: Any = None,
+    *,
+    lengths: Any = None,
+    index: Any = None,
+    columns: Sequence[str] | None = None,
+    names: Sequence[Any] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Draw sequences, each frame in the colour of its state, under steps at the level of the state.
+
+    Counts of a short series become bars, other numbers a line with points; of a long series the range of each stretch
+    is drawn, and the state that holds most of it. The first few columns and sequences are shown, one above the other.
+
+    Args:
+        x: Sequences in any layout that `torchem.fit` takes: ``[T]`` or ``[T, D]`` is one.
+        path: State of each frame, ``[T]``, ``[N, T]`` or a list; −1 where there is none.
+        means: ``[K, D]`` level of each state; what its frames are on average when None.
+        lengths: ``[N]`` frames of each sequence.
+        index: Where each frame stands on the horizontal axis: numbers or dates ``[T]``; a list for several sequences.
+        columns: Names of the columns.
+        names: Names of the sequences.
+        ax: Axes to draw in, for one column of one sequence; new ones when None.
+
+    Returns:
+        The axes; an array of them where several are drawn.
+
+    Raises:
+        InvalidArgument: If the shapes disagree or there is nothing to draw.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> states([1, 0, 7, 9], [0, 0, 1, 1], index=[1900, 1901, 1902, 1903], columns=["count"]).get_ylabel()
+        'count'
+    """
+    series = _sequences(x, lengths)
+    d = series[0].shape[1]
+    labels = _names(columns, d)
+    paths = _paths(path, [len(s) for s in series])
+    k = 1 + max(int(p.max()) for p in paths)
+    levels = _levels(series, paths, k) if means is None else _array(as_tensor(means, "means"))
+    if levels.ndim != 2 or len(levels) < k or levels.shape[1] != d:
+        raise invalid("means", f"shape [{k}, {d}]", list(levels.shape), "give a row for each state")
+    shown = min(d, _COLUMNS)
+    places = _Places(index, series)
+    axes = _panels(shown * min(len(series), max(1, _PANELS // shown)), ax, 2.6)
+    for row, panel in enumerate(axes):
+        which, column = divmod(row, shown)
+        at = places.set(panel, which)
+        _frames(panel, at, series[which][:, column], paths[which], levels[:, column])
+        panel.set_ylabel(labels[column])
+        panel.tick_params(labelbottom=column == shown - 1)
+        if len(series) > 1 and column == 0:
+            _entitle(panel, which, names)
+    _state_legend(axes[0], len(levels))
+    return axes[0] if len(axes) == 1 else axes
+
+
+def posterior(
+    probs: Any, *, lengths: Any = None, index: Any = None, names: Sequence[Any] | None = None, ax: Any = None
+) -> Any:
+    """Draw the probabilities of states over time, as bands that share the height of each frame.
+
+    Args:
+        probs: ``[T, K]`` of one sequence, or several: ``[N, T, K]`` or a list.
+        lengths: ``[N]`` frames of each sequence, where ``probs`` is padded.
+        index: Where each frame stands on the horizontal axis, as for `states`.
+        names: Names of the sequences.
+        ax: Axes to draw in, for one sequence; new ones when None.
+
+    Returns:
+        The axes; an array of them for several sequences, of which the first few are shown.
+
+    Raises:
+        InvalidArgument: If the shape is another or there is nothing to draw.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> posterior([[0.9, 0.1], [0.2, 0.8]]).get_ylabel()
+        'probability of state'
+    """
+    series = _sequences(probs, lengths)
+    places = _Places(index, series)
+    axes = _panels(min(len(series), _PANELS), ax, 1.8)
+    colours = palette(series[0].shape[1])
+    for which, panel in enumerate(axes):
+        _bands(panel, places.set(panel, which), series[which], colours)
+        if len(series) > 1:
+            _entitle(panel, which, names)
+    label = axes[0].set_ylabel if len(axes) == 1 else axes[0].figure.supylabel
+    label("probability of state", fontsize="medium")
+    _state_legend(axes[0], len(colours))
+    return axes[0] if len(axes) == 1 else axes
+
+
+def transitions(matrix: Any, ax: Any = None) -> Any:
+    """Draw a transition matrix: the probability of each step, from the state of a row to that of a column.
+
+    Args:
+        matrix: ``[K, K]``; steps that are impossible stay blank.
+        ax: Axes to draw in; new ones when None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InvalidArgument: If the matrix is not square.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> [text.get_text() for text in transitions([[0.9, 0.1], [0.0, 1.0]]).texts]
+        ['0.900', '0.100', '1.000']
+    """
+    table = _array(as_tensor(matrix, "matrix"))
+    if table.ndim != 2 or table.shape[0] != table.shape[1] or not table.size:
+        raise invalid("matrix", "shape [K, K]", list(table.shape), "pass model.transition_matrix")
+    k = len(table)
+    if ax is None:
+        side = float(np.clip(1.5 + 0.72 * k, 3.0, 8.0))
+        pyplot: Any = require("matplotlib.pyplot", "plot")
+        ax = pyplot.subplots(figsize=(side, side), layout="constrained")[1]
+    colours: Any = require("matplotlib.colors", "plot")
+    # Grey: colours belong to the states.
+    shades = colours.LinearSegmentedColormap.from_list("shades", ["#f4f4f2", "#b4bcc6", "#33414f"])
+    most = 1.0 if k <= _NUMBERED else table.max()
+    image = ax.imshow(np.where(table > 0, table, np.nan), cmap=shades, vmin=0, vmax=most)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="to state", ylabel="from state")
+    ax.tick_params(which="both", length=0)
+    if k > _NUMBERED:
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        ax.figure.colorbar(image, ax=ax, shrink=0.6, label="probability").outline.set_visible(False)
+        return ax
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(np.arange(1, k) - 0.5, minor=True)
+        axis.set_ticks(range(k), range(k))
+        for tick, colour in zip(axis.get_ticklabels(), palette(k), strict=True):
+            tick.set(color=colour * 0.85, fontweight="bold", fontsize=11)
+    ax.grid(which="minor", color="white", linewidth=2.5)
+    for (i, j), p in np.ndenumerate(table):
+        if p > 0:
+            ax.text(j, i, _probability(p), ha="center", va="center", color="white" if p > 0.5 else _INK)
+    return ax
+
+
+def chain(
+    x: Any,
+    path: Any,
+    probs: Any,
+    matrix: Any,
+    means: Any = None,
+    *,
+    index: Any = None,
+    columns: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Draw one sequence at a glance: its frames and states, the probabilities of states, the transition matrix.
+
+    Args:
+        x: One sequence ``[T]`` or ``[T, D]``; the first few columns are shown.
+        path: State of each frame, as for `states`.
+        probs: ``[T, K]`` probabilities of the states of each frame.
+        matrix: ``[K, K]`` transition matrix.
+        means: ``[K, D]`` level of each state, as for `states`.
+        index: Where each frame stands on the horizontal axis, as for `states`.
+        columns: Names of the columns.
+
+    Returns:
+        The axes: those of the columns, of the probabilities and of the matrix.
+
+    Raises:
+        InvalidArgument: If there are several sequences, or the shapes disagree.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> len(chain([1.0, 2.0, 9.0], [0, 0, 1], [[1, 0], [0.8, 0.2], [0, 1]], [[0.5, 0.5], [0.1, 0.9]]))
+        3
+    """
+    series = _sequences(x, None)
+    if len(series) > 1:
+        raise invalid("x", "one sequence", f"{len(series)}", "draw them with states and posterior")
+    frames, d = series[0], series[0].shape[1]
+    paths, shares = _paths(path, [len(frames)]), _sequences(probs, None)
+    levels = _levels(series, paths, shares[0].shape[1]) if means is None else _array(as_tensor(means, "means"))
+    labels, shown = _names(columns, d), min(d, _COLUMNS)
+    figure = _figure(11.5, 2.9 + 1.6 * shown)
+    figure.set_layout_engine("constrained", wspace=0.06)
+    grid = figure.add_gridspec(shown + 1, 2, width_ratios=(2.3, 1), height_ratios=(*[1.7] * shown, 1))
+    axes = [figure.add_subplot(grid[row, 0]) for row in range(shown + 1)]
+    for i, ax in enumerate(axes[:-1]):
+        states(frames[:, [i]], paths[0], levels[:, [i]], index=index, columns=[labels[i]], ax=ax)
+        ax.tick_params(labelbottom=False)
+    posterior(shares[0], index=index, ax=axes[-1])
+    for ax in axes[1:]:
+        if ax.get_legend() is not None:
+            ax.get_legend().remove()
+    axes[-1].set_ylabel("probability")
+    figure.align_ylabels(axes)
+    return np.array([*axes, transitions(matrix, figure.add_subplot(grid[:, 1]))])
+
+
 def segmentation(image: Any, labels: Any, colours: Any = None, ax: Any = None) -> Any:
     """Draw an image beside its segments, each in its component's colour, over a bar of the components' shares.
 
@@ -236,12 +451,17 @@ def _data(model: LatentModel, x: Any, columns: Sequence[str] | None) -> tuple[np
     data = data[:, None] if data.ndim == 1 else data
     if data.ndim != 2 or not data.size:
         raise invalid("x", "a table [N, D]", f"shape {list(data.shape)}", "pass the observations")
-    names = [f"$x_{{{i}}}$" for i in range(data.shape[1])] if columns is None else list(columns)
-    if len(names) != data.shape[1]:
-        raise invalid("columns", f"{data.shape[1]} names", len(names), "name each column")
+    names = _names(columns, data.shape[1])
     if len(data) > _DRAWN:
         data = data[np.random.default_rng(0).choice(len(data), _DRAWN, replace=False)]
     return data, names
+
+
+def _names(columns: Sequence[str] | None, d: int) -> list[str]:
+    names = [f"$x_{{{i}}}$" for i in range(d)] if columns is None else list(columns)
+    if len(names) != d:
+        raise invalid("columns", f"{d} names", len(names), "name each column")
+    return names
 
 
 @torch.no_grad()
@@ -395,3 +615,187 @@ def _shares(ax: Any, share: np.ndarray, paint: np.ndarray, place: tuple[int, int
             options = {"ha": "center", "va": "center", "fontsize": 8, "annotation_clip": False}
             ax.annotate(f"{share[k]:.0%}", middle, color=ink, **options)
         left += length
+
+
+# ---- series -------------------------------------------------------------------------------------------------------
+
+
+def _sequences(value: Any, lengths: Any) -> list[np.ndarray]:
+    """Each sequence as ``[T_i, D]``."""
+    found: dict[int, np.ndarray] = {}
+    for numbers, batch in as_buckets(value, lengths=lengths, allow_missing=True):
+        rows = zip(_array(batch.x), batch.frames().tolist(), strict=True)
+        found |= {
+            i: row[:n]
+            for i, (row, n) in zip(range(len(batch)) if numbers is None else numbers.tolist(), rows, strict=True)
+        }
+    return [found[i] for i in sorted(found)]
+
+
+def _paths(path: Any, sizes: list[int]) -> list[np.ndarray]:
+    """The states of each sequence, cut to its frames; −1 where there is none."""
+    if isinstance(path, (list, tuple)) and len(path) and not np.isscalar(path[0]):
+        rows = [as_tensor(row, "path") for row in path]
+    else:
+        table = as_tensor(path, "path")
+        rows = table.split(sizes) if table.shape == (sum(sizes),) else torch.atleast_2d(table)
+    found = [_array(row.flatten()[:n]) for row, n in zip(rows, sizes, strict=False)]
+    if [len(row) for row in found] != sizes:
+        got = f"{sum(map(len, found))} in {len(found)} sequences"
+        raise invalid("path", f"a state for each of {sum(sizes)} frames", got, "pass model.most_likely(x)")
+    return [np.where(np.isfinite(row), row, -1).astype(int) for row in found]
+
+
+def _levels(series: list[np.ndarray], paths: list[np.ndarray], k: int) -> np.ndarray:
+    """``[K, D]``: mean of the frames of each state; NaN for a state that has none."""
+    x, path = np.concatenate(series), np.concatenate(paths)
+    levels = np.full((k, x.shape[1]), np.nan)
+    for state in np.unique(path[path >= 0]):
+        own = np.ma.masked_invalid(x[path == state])
+        levels[state] = own.mean(0).filled(np.nan)
+    return levels
+
+
+class _Places:
+    """Where the frames of each sequence stand on the horizontal axis."""
+
+    def __init__(self, index: Any, series: list[np.ndarray]):
+        sizes = [len(s) for s in series]
+        if index is None:
+            self.dated, self.at = False, [np.arange(n, dtype=float) for n in sizes]
+            return
+        given = [np.asarray(i) for i in (index if len(series) > 1 else [index])]
+        if [i.shape for i in given] != [(n,) for n in sizes]:
+            got = [list(i.shape) for i in given][:5]
+            raise invalid("index", f"a place for each of {sizes[:5]} frames", f"shapes {got}", "leave it out to count")
+        self.dated = any(i.dtype.kind not in "iufb" for i in given)
+        self.at = [_days(i) if self.dated else i.astype(float) for i in given]
+        if not all(np.isfinite(at).all() and (np.diff(at) > 0).all() for at in self.at):
+            raise invalid("index", "places that rise from frame to frame", "some that do not", "sort the frames by it")
+
+    def set(self, panel: Any, which: int) -> np.ndarray:
+        """Prepare an axis for a sequence; returns its places."""
+        if self.dated:
+            dates: Any = require("matplotlib.dates", "plot")
+            locator = dates.AutoDateLocator()
+            panel.xaxis.set_major_locator(locator)
+            panel.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
+        else:
+            panel.ticklabel_format(axis="x", useOffset=False, style="plain")
+            if not (self.at[which] % 1).any():
+                panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_xlim(*_edges(self.at[which])[[0, -1]])
+        return self.at[which]
+
+
+def _days(dates: np.ndarray) -> np.ndarray:
+    """Dates, or text that gives them as 2001-12-31, as matplotlib's days."""
+    module: Any = require("matplotlib.dates", "plot")
+    try:
+        return module.date2num(dates.astype("datetime64[s]"))
+    except ValueError as error:
+        raise invalid("index", "numbers or dates such as 2001-12-31", error, "leave it out to count frames") from error
+
+
+def _edges(at: np.ndarray) -> np.ndarray:
+    """``[T + 1]``: where each frame begins and ends, halfway to its neighbours."""
+    gaps = np.diff(at) / 2 if len(at) > 1 else np.array([0.5])
+    return np.concatenate([[at[0] - gaps[0]], at[:-1] + np.diff(at) / 2, [at[-1] + gaps[-1]]])
+
+
+def _stretches(frames: int) -> np.ndarray:
+    """First frames of the stretches that are drawn as one, and the end: single frames unless there are very many."""
+    return np.linspace(0, frames, min(frames, _STRETCHES) + 1).astype(int)
+
+
+def _frames(panel: Any, at: np.ndarray, x: np.ndarray, path: np.ndarray, level: np.ndarray) -> None:
+    """One column of one sequence: its frames, and steps at the level of the state."""
+    cuts, colours = _stretches(len(at)), palette(len(level))
+    edges = _edges(at)[cuts]
+    votes = np.stack([np.add.reduceat(path == k, cuts[:-1]) for k in range(len(level))], 1)
+    state = np.where(votes.any(1), votes.argmax(1), -1)
+    ink = np.vstack([colours, [0.6, 0.6, 0.6]])[state]
+    light = ink + 0.55 * (1 - ink)
+    if len(edges) <= len(at):
+        low, high = np.fmin.reduceat(x, cuts[:-1]), np.fmax.reduceat(x, cuts[:-1])
+        _boxes(panel, edges, low, high, light)
+    elif len(x) <= _BARS and np.isfinite(x).any() and not (np.nan_to_num(x) % 1).any() and np.nanmin(x) >= 0:
+        panel.bar(at, x, 0.84 * np.diff(edges), color=light, linewidth=0, zorder=1)
+    else:
+        panel.plot(at, x, color="#c8c8c8", linewidth=0.7, zorder=1)
+        size = float(np.clip(5000 / len(x), 3, 16))
+        panel.scatter(at, x, s=size, c=ink, alpha=0.75, linewidths=0, zorder=2, rasterized=len(x) > 500)
+    _steps(panel, edges, state, level, colours)
+    panel.margins(y=0.08)
+
+
+def _boxes(panel: Any, edges: np.ndarray, low: np.ndarray, high: np.ndarray, colours: np.ndarray) -> None:
+    """The range of each stretch."""
+    collections: Any = require("matplotlib.collections", "plot")
+    left, right = edges[:-1], edges[1:]
+    corners = [(left, low), (left, high), (right, high), (right, low)]
+    boxes = np.stack([np.stack(corner, 1) for corner in corners], 1)
+    known = np.isfinite(boxes).all((1, 2))
+    panel.add_collection(collections.PolyCollection(boxes[known], facecolors=colours[known], linewidths=0, zorder=1))
+
+
+def _steps(panel: Any, edges: np.ndarray, state: np.ndarray, level: np.ndarray, colours: np.ndarray) -> None:
+    """A line at the level of the state, from where a state begins to where it ends."""
+    collections: Any = require("matplotlib.collections", "plot")
+    first = np.concatenate([[0], np.flatnonzero(np.diff(state)) + 1])
+    begin, end, held = edges[first], edges[np.append(first[1:], len(state))], state[first]
+    y = np.where(held >= 0, level[held], np.nan)
+    if len(held) <= _RISES:
+        rises = np.stack([np.stack([begin[1:], begin[1:]], 1), np.stack([y[:-1], y[1:]], 1)], -1)
+        panel.add_collection(collections.LineCollection(list(rises), colors=_FAINT, linewidths=0.8, zorder=3))
+    runs = np.stack([np.stack([begin, end], 1), np.stack([y, y], 1)], -1)
+    lines = collections.LineCollection(list(runs), colors=0.85 * colours[held], linewidths=2.4, zorder=4)
+    lines.set_capstyle("butt")
+    panel.add_collection(lines)
+    panel.autoscale_view(scalex=False)
+
+
+def _bands(panel: Any, at: np.ndarray, probs: np.ndarray, colours: np.ndarray) -> None:
+    cuts = _stretches(len(at))
+    share = np.add.reduceat(probs, cuts[:-1]) / np.diff(cuts)[:, None]
+    top = np.concatenate([np.zeros((len(share), 1)), share.cumsum(1)], 1)
+    top = np.vstack([top, top[-1:]])
+    for k, colour in enumerate(colours):
+        panel.fill_between(
+            _edges(at)[cuts], top[:, k], top[:, k + 1], step="post", color=colour, alpha=0.85, linewidth=0
+        )
+    panel.set(ylim=(0, 1), yticks=(0, 0.5, 1))
+
+
+def _panels(count: int, ax: Any, height: float) -> np.ndarray:
+    """Axes one above the other."""
+    if ax is not None:
+        if count > 1:
+            raise invalid("ax", "one column of one sequence to draw in it", f"{count} panels", "leave it out")
+        return np.array([_style(ax)])
+    pyplot: Any = require("matplotlib.pyplot", "plot")
+    size = (9.0, 0.7 + height * count**0.8)
+    axes = pyplot.subplots(count, 1, figsize=size, squeeze=False, layout="constrained")[1][:, 0]
+    return np.array([_style(panel) for panel in axes])
+
+
+def _entitle(panel: Any, which: int, names: Sequence[Any] | None) -> None:
+    name = f"sequence {which}" if names is None else str(names[which])
+    panel.set_title(name, loc="left", fontsize=9, color=_INK, pad=3)
+
+
+def _state_legend(panel: Any, k: int) -> None:
+    if not 1 < k <= _NUMBERED:
+        return
+    patches: Any = require("matplotlib.patches", "plot")
+    handles = [patches.Patch(color=colour, label=str(i)) for i, colour in enumerate(palette(k))]
+    box = {"handlelength": 1.0, "handleheight": 1.0, "handletextpad": 0.4, "columnspacing": 1.2}
+    label = patches.Patch(alpha=0, label="state")
+    panel.legend(
+        handles=[label, *handles], ncols=k + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False,
+        borderaxespad=0.2, **box,
+    )  # fmt: skip
+
+
+def _probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "< .001"

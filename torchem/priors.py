@@ -31,7 +31,7 @@ class _Concentrations(Prior, ABC):
         support = getattr(factor, "support", None)
         if support is None or support.shape != getattr(factor, "logits", support).shape or not hasattr(factor, "shape"):
             raise invalid("prior", "a table of probabilities to stand over", type(factor).__name__, "use its own prior")
-        return self.concentrations(factor.get_parameter("logits")), support
+        return self.concentrations(factor.logits), support
 
     def mode_stats(self, factor: Factor) -> Stats:
         alpha, support = self._alpha(factor)
@@ -83,7 +83,13 @@ class Dirichlet(_Concentrations):
         self.concentration = value
 
     def concentrations(self, table: Tensor) -> Tensor:
-        return self.concentration.to(table.device).expand(table.shape)
+        try:
+            return self.concentration.to(table.device).expand(table.shape)
+        except RuntimeError as error:
+            raise invalid(
+                "concentration", f"one number, or a shape that broadcasts to {list(table.shape)}",
+                list(self.concentration.shape), "give one per cell",
+            ) from error  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         return {"concentration": self.concentration.tolist()}

@@ -1,8 +1,10 @@
 """Run folders: what a fit leaves behind, written whole or not at all, and read again by the other commands."""
 
+import copy
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchem import files
+from torchem.batch import Batch
 from torchem.errors import InvalidFile, describe, invalid
 from torchem.evaluate import Criteria
-from torchem.images import CHANNELS, read_image, to_pixels
-from torchem.model import LatentModel
-from torchem.tables import read_table
-from torchem.trainer import Result
+from torchem.factors import Categorical
+from torchem.models.stationary import Stationary
+from torchem.observations import Decoded, Observations, read_pixels, read_rows
+from torchem.result import Result
+from torchem.tables import read_columns
 
 #: What marks a folder as a run, and the version of its layout.
 FORMAT, FORMAT_VERSION = "torchem run", 1
@@ -27,60 +30,12 @@ MODEL, REPORT, CONFIG = "model.safetensors", "report.json", "config.yaml"
 
 #: What the other commands write into a run when no other place is named; it belongs to the model that it was made with.
 PREDICTIONS, PREDICTED, SAMPLE = "predictions.csv", "predicted.png", "sample.csv"
-PICTURES = ("clusters", "bound", "segmented")
-_DERIVED = {PREDICTIONS, PREDICTED, SAMPLE, *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "pdf", "svg"))}
+_DERIVED = re.compile(
+    r"predictions\.csv|predicted\.png|sample\.csv"
+    r"|(clusters|bound|segmented|states|posterior|transitions|chain)(-\d+)?\.(png|pdf|svg)"
+)
 
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
-
-
-# ---- observations -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Observations:
-    """Data of a run, with what is needed to read others like them.
-
-    Attributes:
-        source: File that they were read from.
-        columns: Name of each column.
-        values: ``[N, D]``.
-        weights: ``[N]`` or None.
-        image: ``[H, W, 3]`` bytes where the rows are the pixels of an image.
-        colour: What a pixel's columns are.
-    """
-
-    source: Path
-    columns: list[str]
-    values: np.ndarray
-    weights: np.ndarray | None = None
-    image: np.ndarray | None = None
-    colour: Any = "rgb"
-
-    def draw(self, rows: int | None, seed: int | None) -> "Observations":
-        """At most ``rows`` of them, at random."""
-        if rows is None or rows >= len(self.values):
-            return self
-        index = np.sort(np.random.default_rng(seed or 0).choice(len(self.values), rows, replace=False))
-        weights = None if self.weights is None else self.weights[index]
-        return Observations(self.source, self.columns, self.values[index], weights)
-
-
-def read_pixels(path: str | os.PathLike[str], colour: Any) -> Observations:
-    """The pixels of an image."""
-    image = read_image(path)
-    return Observations(Path(path), CHANNELS[colour], to_pixels(image, colour), None, image, colour)
-
-
-def read_rows(path: str | os.PathLike[str], columns: list[str] | None, weights: str | None) -> Observations:
-    """The rows of a table, with the column of weights apart."""
-    if weights is None:
-        table = read_table(path, columns)
-        return Observations(Path(path), table.columns, table.values)
-    table = read_table(path, None if columns is None else [*columns, weights])
-    columns = [name for name in table.columns if name != weights] if columns is None else columns
-    source = str(path)
-    weight = table.select([weights], source).values[:, 0]
-    return Observations(Path(path), list(columns), table.select(columns, source).values, np.ascontiguousarray(weight))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -93,6 +48,7 @@ class Run:
     folder: Path
     model: Any
     report: dict[str, Any]
+    states: int | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -107,6 +63,7 @@ class Run:
         """
         data = self.report["data"]
         own = path is None
+        names = {key: data.get(key) for key in ("index", "sequence")}
         source = self.folder / data["source"] if own else Path(path)
         if own and not source.exists():
             raise InvalidFile(
@@ -115,14 +72,23 @@ class Run:
         image = data["colour"] is not None and (own or source.suffix.lower() in _IMAGES)
         if image:
             return read_pixels(source, data["colour"])
-        return read_rows(source, self.columns, data["weights"] if own else None)
+        if not own:
+            # Other data need not say when they were taken.
+            names["index"] = names["index"] if names["index"] in read_columns(source) else None
+        weights = data["weights"] if own else None
+        return read_rows(source, self.columns, weights, **names, sequential=self.model.sequential)
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
+def read_run(folder: str | os.PathLike[str], states: int | None = None) -> Run:
     """Read a run folder.
+
+    Args:
+        folder: What ``torchem fit`` wrote.
+        states: The number of states to use, where several were fitted; that which was chosen when None.
 
     Raises:
         InvalidFile: If it is none, or damaged.
+        InvalidArgument: If no model with so many states was fitted.
     """
     path = Path(folder)
     report = _report(path)
@@ -137,7 +103,22 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not isinstance(data, dict) or any(key not in data for key in keys) or not isinstance(report.get("fit"), dict):
         got = "one that lacks its data or fit"
         raise InvalidFile(describe(str(path / REPORT), "a whole report", got, "run torchem fit again"))
-    return Run(path, files.load(path / MODEL), report)
+    return Run(path, files.load(path / _model_file(report, states)), report, states)
+
+
+def model_file(states: int | None = None) -> str:
+    """Where a run keeps its model, or one that was not chosen, of so many states."""
+    return MODEL if states is None else MODEL.replace(".", f"-{states}.")
+
+
+def _model_file(report: dict[str, Any], states: int | None) -> str:
+    fitted = [entry["n_states"] for entry in report.get("candidates", ())]
+    if states is None or states == report.get("n_states"):
+        return MODEL
+    if states not in fitted:
+        several = ", ".join(map(str, fitted)) or "the model of the run alone"
+        raise invalid("states", f"one of those fitted ({several})", states, "leave it out")
+    return model_file(states)
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
@@ -199,9 +180,9 @@ def _exchange(fresh: Path, target: Path) -> None:
         fresh.rename(target)
         files.sync_folder(target.parent)
         return
-    written = {*(_report(target) or {}).get("files", ()), *_DERIVED}
+    written = (_report(target) or {}).get("files", ())
     for item in target.iterdir():
-        if item.name not in written and not (fresh / item.name).exists():
+        if item.name not in written and not _DERIVED.fullmatch(item.name) and not (fresh / item.name).exists():
             _copy(item, fresh / item.name)
     old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
     target.rename(old / "run")
@@ -225,55 +206,82 @@ def _copy(item: Path, where: Path) -> None:
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was fitted, and what is told about it.
+
+    Attributes:
+        states: Number of its states, where several numbers were tried.
+        result: What the fit returned.
+        criteria: Of the rows that the model was fitted on.
+        parts: Its components or states, as report.json lists them.
+        decoded: What it says of the frames of sequences.
+    """
+
+    states: int | None
+    result: Result
+    criteria: Criteria
+    parts: list[dict[str, Any]]
+    decoded: Decoded | None = None
+
+    def report(self) -> dict[str, Any]:
+        """What report.json holds of the fit."""
+        result = self.result
+        names = (
+            "status", "converged", "bound", "n_iter", "remaining", "restarts", "agreement", "dead", "floored", "pruned",
+            "seconds", "history", "histories",
+        )  # fmt: skip
+        kind = "states" if result.model.sequential else "components"
+        return {
+            "fit": {name: getattr(result, name) for name in names},
+            "criteria": vars(self.criteria),
+            kind: self.parts,
+        }
+
+
 def describe_run(
-    result: Result, criteria: Criteria, data: Observations, rows: int, weights: str | None, folder: Path
+    chosen: Candidate,
+    candidates: list[Candidate],
+    data: Observations,
+    rows: int,
+    names: Mapping[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """What report.json holds, but for the list of files.
 
     Args:
-        result: What the fit returned.
-        criteria: Of the rows that the model was fitted on.
+        chosen: The model of the run.
+        candidates: All that were fitted.
         data: All rows.
         rows: Number of rows that the model was fitted on.
-        weights: Name of the column of weights.
+        names: Names of the columns that are not observed: ``weights``, ``index``, ``sequence``.
         folder: Where the report will lie.
     """
     from torchem import __version__
 
-    image = data.image is not None
-    return {
+    model = chosen.result.model
+    report = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "torchem": __version__,
         "torch": str(torch.__version__),
-        "model": type(result.model).__name__,
-        "dtype": str(result.model.dtype).removeprefix("torch."),
+        "model": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "data": {
             "source": relative(data.source, folder),
             "columns": data.columns,
             "rows": len(data.values),
             "fitted_rows": rows,
-            "weights": weights,
-            "colour": data.colour if image else None,
+            "sequences": None if data.sequences is None else len(data.sequences.names),
+            "colour": None if data.image is None else data.colour,
+            **names,
         },
-        "fit": {
-            "status": result.status,
-            "converged": result.converged,
-            "bound": result.bound,
-            "n_iter": result.n_iter,
-            "remaining": result.remaining,
-            "restarts": result.restarts,
-            "agreement": result.agreement,
-            "dead": result.dead,
-            "floored": result.floored,
-            "pruned": result.pruned,
-            "seconds": result.seconds,
-            "history": result.history,
-            "histories": result.histories,
-        },
-        "criteria": vars(criteria),
-        "components": components(result.model, data.columns),
+        **chosen.report(),
     }
+    if len(candidates) > 1:
+        report["n_states"] = chosen.states
+        report["candidates"] = [{"n_states": c.states, **c.report()} for c in candidates]
+    return report
 
 
 def components(model: Any, columns: list[str]) -> list[dict[str, Any]]:
@@ -309,39 +317,64 @@ def _variances(part: Any, k: int, d: int) -> list[float]:
     return own.expand(d).tolist()
 
 
+def states(model: Any, data: Observations, decoded: Decoded) -> list[dict[str, Any]]:
+    """Shares, levels and steps of each state of a chain, as far as the model has them.
+
+    ``stationary`` is the share of time in the long run, ``time`` that in the data, by posterior probability.
+    """
+    shares: dict[str, list[Any]] = {"time": decoded.posterior.mean(0).tolist()}
+    if isinstance(model.transition, Categorical):
+        shares = {"stationary": Stationary(model.transition).probs.tolist(), **shares}
+    shares |= {
+        kind: [dict(zip(data.columns, row, strict=False)) for row in rows] for kind, rows in levels(model).items()
+    }
+    if isinstance(model.transition, Categorical):
+        shares["to"] = model.transition_matrix.tolist()
+    k = model.n_states
+    return [{"state": i, **{name: values[i] for name, values in shares.items()}} for i in range(k)]
+
+
+def levels(model: Any) -> dict[str, list[list[float]]]:
+    """What tells states of a chain apart, ``[K, D]``: rates, probabilities, or means and standard deviations.
+
+    Example:
+        >>> import torchem
+        >>> levels(torchem.GaussianHMM(1, 2))
+        {'mean': [[0.0, 0.0]], 'sd': [[1.0, 1.0]]}
+    """
+    emission = model.emission
+    for view, kind in (("rates", "rate"), ("probs", "probability")):
+        if hasattr(emission, view):
+            return {kind: getattr(emission, view).tolist()}
+    if emission.memory or getattr(emission, "lags", 0):
+        return {}  # what is expected depends on what was before
+    try:
+        mean, variance = emission.moments(Batch(torch.zeros(1, emission.n_features or 1, dtype=model.dtype)))
+    except NotImplementedError:
+        return {}
+    return {"mean": mean[0].tolist(), "sd": variance[0].sqrt().tolist()}
+
+
+def sort_states(result: Result) -> None:
+    """Number the states of a fitted chain by the level of their first column, lowest first, in place."""
+    model: Any = result.model
+    first = next(iter(levels(model).values()), None)
+    if first is None or not isinstance(model.transition, Categorical):
+        return
+    order = sorted(range(len(first)), key=lambda k: first[k])
+    twin = copy.deepcopy(model)
+    try:
+        twin.prune(torch.tensor(order))
+    except NotImplementedError:
+        return
+    model.load_from(twin)
+    for group in (result.dead, result.floored):
+        group[:] = sorted(order.index(k) for k in group)
+
+
 def relative(path: Path, folder: Path) -> str:
     """A path as seen from a folder, so that both can move together; absolute where there is no way."""
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:  # another drive
         return str(path.resolve())
-
-
-def label_rows(model: LatentModel, values: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
-    """Names and columns of a prediction: label, responsibilities where the model has them, log-density."""
-    batch = model.batch(torch.from_numpy(np.ascontiguousarray(values)))
-    with torch.no_grad():
-        label = model.most_likely(batch).cpu().numpy()
-        posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
-    names, columns = ["label"], [label]
-    if isinstance(posterior, torch.Tensor) and posterior.dim() == 2:
-        names += [f"responsibility_{k}" for k in range(posterior.shape[1])]
-        columns += list(posterior.cpu().numpy().T)
-    return [*names, "log_prob"], [*columns, log_prob]
-
-
-def to_csv(names: list[str], columns: list[np.ndarray]) -> bytes:
-    r"""A table as CSV; every number is written so that it reads back exactly.
-
-    Example:
-        >>> to_csv(["a", "b"], [np.array([1, 2]), np.array([0.5, 0.1])])
-        b'a,b\n1,0.5\n2,0.1\n'
-    """
-    import csv
-    import io
-
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
-    return stream.getvalue().encode()

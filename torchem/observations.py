@@ -1,0 +1,267 @@
+"""Observations from files: rows, frames of sequences or pixels, and what a model says of them, as tables again."""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchem.batch import Batch
+from torchem.errors import InvalidFile, invalid
+from torchem.evaluate import Criteria
+from torchem.images import CHANNELS, read_image, to_pixels
+from torchem.model import LatentModel
+from torchem.sequences import as_buckets
+from torchem.tables import SequenceTable, read_columns, read_sequences
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Data of a run, with what is needed to read others like them.
+
+    Attributes:
+        source: File that they were read from.
+        columns: Name of each column.
+        values: ``[N, D]``; of sequences all frames, one sequence after the other.
+        weights: ``[N]``, or one for each sequence; or None.
+        image: ``[H, W, 3]`` bytes where the rows are the pixels of an image.
+        colour: What a pixel's columns are.
+        index: ``[N]`` what the file says of when or where each row was taken, if it does.
+        sequences: Which rows make which sequence; None where they are observations of their own.
+    """
+
+    source: Path
+    columns: list[str]
+    values: np.ndarray
+    weights: np.ndarray | None = None
+    image: np.ndarray | None = None
+    colour: Any = "rgb"
+    index: np.ndarray | None = None
+    sequences: SequenceTable | None = None
+
+    def draw(self, rows: int | None, seed: int | None) -> "Observations":
+        """At most ``rows`` of them, at random.
+
+        Raises:
+            InvalidArgument: For frames of sequences, which do not stand alone.
+        """
+        if rows is None or rows >= len(self.values):
+            return self
+        if self.sequences is not None:
+            raise invalid("data.max_rows", f"{len(self.values)} or more for sequences", rows, "leave it out")
+        index = np.sort(np.random.default_rng(seed or 0).choice(len(self.values), rows, replace=False))
+        weights = None if self.weights is None else self.weights[index]
+        return Observations(self.source, self.columns, self.values[index], weights)
+
+    def batches(self, model: LatentModel) -> list[Batch]:
+        """The data as a model reads them; sequences of very different lengths apart, so that padding stays small."""
+        values = torch.from_numpy(self.values)
+        if self.sequences is None:
+            return [model.batch(values, weight=self.weights)]
+        found = as_buckets(values, allow_missing=model.handles_missing, **self.fields("weight"))
+        return [model.check(batch) for _, batch in found]
+
+    def fields(self, weights: str) -> dict[str, Any]:
+        """What belongs to the values, by the names of arguments; ``weights`` is what that one is called."""
+        return {weights: self.weights} | ({} if self.sequences is None else {"lengths": self.sequences.lengths})
+
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in the order of `values` by sequence."""
+        assert self.sequences is not None
+        return np.split(rows, np.cumsum(self.sequences.lengths)[:-1])
+
+    def places(self) -> list[np.ndarray] | None:
+        """Where frames stand on a time axis, by sequence; None if the index rises in no unit that is known."""
+        if self.index is None:
+            return None
+        try:
+            at = self.index if self.index.dtype.kind == "f" else self.index.astype("datetime64[us]")
+        except ValueError:
+            return None
+        parts = self.split(at)
+        rising = all(np.isfinite(part).all() and (part[1:] > part[:-1]).all() for part in parts)
+        return parts if rising else None
+
+
+def read_pixels(path: str | os.PathLike[str], colour: Any) -> Observations:
+    """The pixels of an image."""
+    image = read_image(path)
+    return Observations(Path(path), CHANNELS[colour], to_pixels(image, colour), None, image, colour)
+
+
+def read_rows(
+    path: str | os.PathLike[str],
+    columns: list[str] | None,
+    weights: str | None = None,
+    index: str | None = None,
+    sequence: str | None = None,
+    sequential: bool = False,
+) -> Observations:
+    """The rows of a table, with what names or weights them apart.
+
+    Args:
+        path: The table.
+        columns: Columns that are observed; all others when None.
+        weights: Column of weights.
+        index: Column that names rows.
+        sequence: Column that names sequences.
+        sequential: Whether rows are frames of sequences.
+
+    Raises:
+        InvalidFile: If the table cannot be read.
+        InvalidArgument: If sequences are asked for where rows stand alone, or a weight differs within one.
+    """
+    if sequence is not None and not sequential:
+        raise invalid("data.sequence", "none, for a model of single rows", repr(sequence), "leave it out")
+    if columns is None:
+        columns = [name for name in read_columns(path) if name not in (weights, index, sequence)]
+    wanted = columns if weights is None else [*columns, weights]
+    try:
+        found = read_sequences(path, wanted, sequence=sequence, index=index)
+    except InvalidFile as error:
+        hint = "or read only numeric columns with columns=[…]"
+        better = "or name the columns to model as data.columns, and one of times as data.index"
+        raise InvalidFile(str(error).replace(hint, better)) from error
+    table = found.table.select(columns, str(path))
+    weight = None
+    if weights is not None:
+        weight = np.ascontiguousarray(found.table.select([weights], str(path)).values[:, 0])
+    if not sequential:
+        return Observations(Path(path), table.columns, table.values, weight, index=found.index)
+    if weight is not None:
+        weight = _one_each(weight, found.lengths, found.names)
+    return Observations(Path(path), table.columns, table.values, weight, index=found.index, sequences=found)
+
+
+def _one_each(weight: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.ndarray:
+    """The weight of each sequence."""
+    first = weight[np.cumsum(lengths) - lengths]
+    for name, own, weights in zip(names, first, np.split(weight, np.cumsum(lengths)[:-1]), strict=True):
+        if not (weights == own).all():
+            raise invalid(
+                "data.weights", "one weight for each sequence", f"several in {name!r}", "repeat it in each row"
+            )
+    return first
+
+
+# ---- what a model says of them --------------------------------------------------------------------------------------
+
+
+def total_criteria(parts: list[Criteria]) -> Criteria:
+    """Criteria of all data from those of its parts under the same model.
+
+    Example:
+        >>> half = Criteria(loglik=-3.0, n_parameters=1, n=4.0, aic=8.0, bic=7.4, icl=7.5)
+        >>> total_criteria([half, half])
+        Criteria(loglik=-6.0, n_parameters=1, n=8.0, aic=14.0, bic=14.07..., icl=14.27...)
+    """
+    if len(parts) == 1:
+        return parts[0]
+    k, n, loglik = parts[0].n_parameters, sum(part.n for part in parts), sum(part.loglik for part in parts)
+    bic = -2 * loglik + k * math.log(n)
+    return Criteria(loglik, k, n, -2 * loglik + 2 * k, bic, bic + sum(part.icl - part.bic for part in parts))
+
+
+def label_rows(model: LatentModel, values: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
+    """Names and columns of a prediction: label, responsibilities where the model has them, log-density."""
+    batch = model.batch(torch.from_numpy(np.ascontiguousarray(values)))
+    with torch.no_grad():
+        label = model.most_likely(batch).cpu().numpy()
+        posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
+    names, columns = ["label"], [label]
+    if isinstance(posterior, torch.Tensor) and posterior.dim() == 2:
+        names += [f"responsibility_{k}" for k in range(posterior.shape[1])]
+        columns += list(posterior.cpu().numpy().T)
+    return [*names, "log_prob"], [*columns, log_prob]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a chain says of the frames of sequences, in the order of the observations.
+
+    Attributes:
+        path: ``[F]`` the most likely path.
+        posterior: ``[F, K]`` probability of each state given the whole sequence.
+    """
+
+    path: np.ndarray
+    posterior: np.ndarray
+
+
+def decode(model: Any, data: Observations) -> Decoded:
+    """Path and posterior of each frame."""
+    return Decoded(by_frame(model, data, model.most_likely), by_frame(model, data, model.posterior))
+
+
+@torch.no_grad()
+def by_frame(model: Any, data: Observations, function: Callable[[Batch], torch.Tensor]) -> np.ndarray:
+    """What a function of batches of sequences says of each frame, in the order of the observations."""
+    assert data.sequences is not None
+    lengths = data.sequences.lengths
+    starts, out = np.cumsum(lengths) - lengths, None
+    values = torch.from_numpy(data.values)
+    for numbers, batch in as_buckets(values, lengths=lengths, allow_missing=model.handles_missing):
+        found = function(model.check(batch)).cpu().numpy()
+        for row, i in zip(found, range(len(found)) if numbers is None else numbers.tolist(), strict=True):
+            out = np.empty((len(values), *row.shape[1:]), row.dtype) if out is None else out
+            out[starts[i] : starts[i] + lengths[i]] = row[: lengths[i]]
+    assert out is not None
+    return out
+
+
+def state_rows(
+    model: Any, data: Observations, names: Mapping[str, Any], decoded: Decoded, filtered: bool = False
+) -> tuple[list[str], list[np.ndarray]]:
+    """Names and columns of a prediction for sequences: sequence and index, state, probabilities, in the file's order.
+
+    Args:
+        model: The chain.
+        data: The sequences.
+        names: Names of the columns ``sequence`` and ``index``.
+        decoded: Their paths and posteriors.
+        filtered: Whether to add probabilities given the frames up to each alone.
+    """
+    assert data.sequences is not None
+    table: dict[str, np.ndarray] = {}
+    if names.get("sequence"):
+        table[names["sequence"]] = np.repeat(np.array(data.sequences.names), data.sequences.lengths)
+    if data.index is not None:
+        table[names["index"]] = whole(data.index)
+    table["state"] = decoded.path
+    probs = {"posterior": decoded.posterior}
+    if filtered:
+        probs["filtered"] = by_frame(model, data, model.filter)
+    table |= {f"{kind}_{k}": column for kind, columns in probs.items() for k, column in enumerate(columns.T)}
+    back = np.argsort(data.sequences.rows)
+    return list(table), [column[back] for column in table.values()]
+
+
+def whole(column: np.ndarray) -> np.ndarray:
+    """Whole numbers as integers, so that they are written without a point.
+
+    Example:
+        >>> whole(np.array([1900.0, 1901.0])).tolist()
+        [1900, 1901]
+    """
+    integral = column.dtype.kind == "f" and np.isfinite(column).all() and (column == column.round()).all()
+    return column.astype(np.int64) if integral and (np.abs(column) < 2**53).all() else column
+
+
+def to_csv(names: list[str], columns: list[np.ndarray]) -> bytes:
+    r"""A table as CSV; every number is written so that it reads back exactly.
+
+    Example:
+        >>> to_csv(["a", "b"], [np.array([1, 2]), np.array([0.5, 0.1])])
+        b'a,b\n1,0.5\n2,0.1\n'
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+    return stream.getvalue().encode()
