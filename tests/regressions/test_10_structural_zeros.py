@@ -71,9 +71,9 @@ def test_a_mask_without_successor_says_so() -> None:
     m = torchem.GaussianHMM(3, 1)
     mask = torch.eye(3, dtype=torch.bool)
     mask[1] = False
-    with pytest.raises(torchem.errors.InvalidArgument, match="state 1.*absorbing"):
+    with pytest.raises(torchem.errors.InvalidArgument, match=r"state 1.*absorbing"):
         m.restrict(mask)
     with pytest.raises(torchem.errors.InvalidArgument, match="row 1"):
         m.transition_matrix = [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
-    with pytest.raises(torchem.errors.InvalidArgument, match="sum to one"):
+    with pytest.raises(torchem.errors.InvalidArgument, match=r"sum to one"):
         m.transition_matrix = [[0.5, 0.4, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]

@@ -1,4 +1,4 @@
-"""NaN says that missing data need a factor that supports them; ±inf always raises. Nothing spreads in silence."""
+"""A NaN is a missing entry: what was observed keeps its marginal density. ±inf always raises."""
 
 import math
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchem
-from tests.regressions.common import COVARIANCE_TYPES, blobs, fit, same, started
+from tests.regressions.common import COVARIANCE_TYPES, DTYPES, blobs, dense, fit, healthy, same, started
 from torchem.errors import InvalidArgument
 
 
@@ -34,9 +35,15 @@ USES: dict[str, Callable[[torchem.GaussianMixture, torch.Tensor], Any]] = {
 }
 
 
+def regression(device: torch.device) -> torchem.Mixture:
+    """A model whose factor does not support missing entries."""
+    model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.LinearGaussian(2, 1, 2))
+    return model.double().to(device)
+
+
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_the_entry_is_named(use: str, value: float, device: torch.device) -> None:
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_the_infinite_entry_is_named(use: str, value: float, device: torch.device) -> None:
     clean = blobs(40, 2, 2)
     model, before = (started(clean, 2, device=device) for _ in range(2))
     with pytest.raises(InvalidArgument) as error:
@@ -44,19 +51,75 @@ def test_the_entry_is_named(use: str, value: float, device: torch.device) -> Non
     message = str(error.value)
     assert message.startswith("data: expected ")
     assert "row 2, column 1" in message if use == "fit loader" else "row 17, column 1" in message
-    if math.isnan(value):
-        assert "missing data needs a factor that supports it" in message
-    else:
-        assert f"{value}" in message
-        assert "NaN if it stands for a missing entry" in message
+    assert f"{value}" in message
+    assert "NaN if it stands for a missing entry" in message
     assert same(model, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_in_every_type(value: float, dtype: torch.dtype, device: torch.device) -> None:
+def test_in_every_type(dtype: torch.dtype, device: torch.device) -> None:
+    model = started(blobs(40, 2, 2), 2, device=device)
     with pytest.raises(InvalidArgument, match="row 17, column 1"):
-        fit(started(blobs(40, 2, 2), 2, device=device), spoilt(value, dtype).to(device))
+        fit(model, spoilt(math.inf, dtype).to(device))
+    assert math.isfinite(fit(model, spoilt(math.nan, dtype).to(device), max_iter=2).bound)
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("use", USES)
+def test_missing_entries_just_work(use: str, covariance_type: str, device: torch.device) -> None:
+    model, x = started(blobs(40, 2, 2), 2, covariance_type, device=device), spoilt(math.nan).to(device)
+    before = x.clone()
+    USES[use](model, x)
+    healthy(model)
+    assert model.log_prob(x).isfinite().all()
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+
+
+def test_the_missing_entry_is_named_where_no_factor_supports_it(device: torch.device) -> None:
+    with pytest.raises(InvalidArgument, match=r"NaN at row 17, column 1.*missing data needs a factor that supports it"):
+        fit(regression(device), spoilt(math.nan).to(device), inputs=torch.ones(40, 1))
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_the_likelihood_is_that_of_the_observed_columns(covariance_type: str, device: torch.device) -> None:
+    x = blobs(40, 3, 2)
+    model = started(x, 2, covariance_type, device=device)
+    fit(model, x, max_iter=2, init=None)
+    mean, covariance = model.means.detach().double().cpu(), dense(model)
+    for seen in ([0], [2], [0, 1], [1, 2], [0, 1, 2]):
+        part = torch.full_like(x, math.nan)
+        part[:, seen] = x[:, seen]
+        marginal = MultivariateNormal(mean[:, seen], covariance[:, seen][:, :, seen])
+        joint = model.weights.detach().double().cpu().log() + marginal.log_prob(x[:, None, seen])
+        found = model.log_prob(part.to(device)).detach().double().cpu()
+        torch.testing.assert_close(found, joint.logsumexp(-1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_a_row_missing_throughout_adds_nothing(covariance_type: str, device: torch.device) -> None:
+    x = blobs(40, 2, 2)
+    more = torch.cat([x, torch.full((7, 2), math.nan, dtype=torch.float64)]).to(device)
+    model = started(x, 2, covariance_type, device=device)
+    assert float(model.log_prob(more)[40:].detach().abs().max()) < 1e-15
+    few, many = model.e_step(model.batch(x.to(device))), model.e_step(model.batch(more))
+    torch.testing.assert_close(many["log_likelihood"], few["log_likelihood"], rtol=1e-12, atol=0)
+    for name, leaf in few["component"].items():
+        torch.testing.assert_close(many["component"][name], leaf, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_nothing_is_missing_nothing_changes(
+    covariance_type: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A mask without a gap, and a batch beside one with gaps, leave every bit as it was."""
+    x = blobs(60, 2, 2).to(device, dtype)
+    plain, masked = (started(x.cpu(), 2, covariance_type, dtype, device) for _ in range(2))
+    fit(plain, x, init=None)
+    fit(masked, torchem.Batch(x, observed=torch.ones_like(x, dtype=torch.bool)), init=None)
+    assert same(plain, masked)
+    together = plain.log_prob(torch.cat([x, spoilt(math.nan).to(device, dtype)]))[:60]
+    torch.testing.assert_close(together, plain.log_prob(x), rtol=1e-5, atol=1e-5)
 
 
 def test_both_infinities_do_not_hide_each_other(device: torch.device) -> None:

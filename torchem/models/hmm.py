@@ -598,10 +598,15 @@ class HMM(DiscreteModel):
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         if not isinstance(self.initial, Stationary):
             self.initial = self.initial.select(index)
-        probs = self._table("transition").probs.detach().to(torch.float64)[index][:, index]
+        table = self._table("transition")
+        probs = table.probs.detach().to(torch.float64)[index][:, index]
         small = Categorical(len(index), len(index)).to(self.device, self.dtype)
         total = probs.sum(-1, keepdim=True)
         small.probs = torch.where(total > 0, probs / total.clamp(min=1e-300), 1.0 / len(index))
+        frozen = table.frozen("logits")
+        if frozen is not None:
+            small.register_buffer("frozen_logits", frozen[index][:, index] if frozen.dim() else frozen)
+        small.prior = table.prior
         self.transition, self.emission = small, self.emission.select(index)
         if isinstance(self.initial, Stationary):
             self.initial = Stationary(small)
