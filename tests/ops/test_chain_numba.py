@@ -311,6 +311,12 @@ def traps() -> Iterator[tuple[str, Chains]]:
     last = against.clone()
     last[0, -1, :-1] = -torch.inf
     yield "forced to the end", Chains(start, forward, last, None)
+    # The best path passes once, and at a cost that linear messages do not carry, through a state that leads on.
+    bridge = torch.full((1, 3, 3), -torch.inf, dtype=DOUBLE)
+    bridge[0, 0, 0] = bridge[0, 0, 1] = bridge[0, 1, 2] = bridge[0, 2, 2] = -0.5
+    emission = favoured((100, 0, 0.0), (300, 2, 10.0), k=3)
+    emission[..., 1] = -1000.0
+    yield "a bridge", Chains(torch.tensor([[0.0, -torch.inf, -torch.inf]], dtype=DOUBLE), bridge, emission, None)
     # A ring in which only neighbours are joined.
     ring = torch.full((1, 12, 12), -torch.inf, dtype=DOUBLE)
     for i in range(12):

@@ -207,7 +207,7 @@ def test_rounding_bounds_the_error_of_the_features_route(
     noise = randn(40, d, seed=seed + 2)
     noise = noise / noise.norm(dim=-1, keepdim=True) * 3 * rand(40, 1, seed=seed + 3)
     for j in range(k):  # the bound speaks of each component near itself
-        one = [structure, mean[j : j + 1], raw if kind == "tied" else raw[j : j + 1], origin]
+        one = (structure, mean[j : j + 1], raw if kind == "tied" else raw[j : j + 1], origin)
         error, bound = observed_error(*one, mean[j] + noise @ factor[j].mT)
         # Values themselves are rounded once more on output.
         assert error <= bound + 1e-6 * (1 + d)

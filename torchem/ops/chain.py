@@ -232,6 +232,8 @@ def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, length
     """
     if torch.compiler.is_compiling():
         return _normalize_op(initial, transition, emission, lengths)
+    if _dual():
+        return reference(initial, transition, emission, lengths)
     if _plain(initial, transition, emission):
         return _normalize(initial, transition, emission, lengths)
     return _apply(_LogNormalizer, initial, transition, emission, lengths)
@@ -247,16 +249,16 @@ def expectations(
 
     Source: L. R. Rabiner (1989), equations 27 and 37.
     """
-    plain = not torch.compiler.is_compiling() and _plain(
-        initial, transition, emission, *([] if weight is None else [weight])
-    )
-    if plain:
+    given = [initial, transition, emission, *([] if weight is None else [weight])]
+    if not torch.compiler.is_compiling() and not _dual() and _plain(*given):
         return _expect(initial, transition, emission, lengths, weight)
     lead = layout(initial, transition, emission, lengths).lead
     weight = torch.ones(lead, dtype=emission.dtype, device=emission.device) if weight is None else weight.to(emission)
     weight = weight.expand(lead)
     if torch.compiler.is_compiling():
         return _expect_op(initial, transition, emission, lengths, weight)
+    if _dual():
+        return _reference_expectations(initial, transition, emission, lengths, weight)
     return _apply(_Expectations, initial, transition, emission, lengths, weight)
 
 
@@ -297,7 +299,9 @@ def _(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_z = emission.new_empty(_lead(initial, transition, emission))
-    return log_z, *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in (initial, transition, emission))
+    potentials = (initial, transition, emission)
+    first, pairs, gamma = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in potentials)
+    return log_z, first, pairs, gamma
 
 
 def _op_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -309,6 +313,11 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _normalize_op.register_autograd(_op_backward, setup_context=_op_context)
+
+
+def _dual() -> bool:
+    """Whether tensors carry tangents outside of ``torch.func``, where rules of jvp cannot nest."""
+    return torch.autograd.forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active()
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -369,6 +378,9 @@ def stream_expectations(
         steps, inside, left = part(start)
         gain, message = _last_message(message, steps, inside, left)
         log_z += gain
+    # Only at its end is a chain known to be impossible.
+    mass = torch.ones_like(log_z) if weight is None else weight.to(log_z).expand_as(log_z)
+    weight = torch.where(log_z == -torch.inf, 0.0, mass)
     behind = torch.zeros_like(emission[..., 0, :])
     gamma = torch.empty_like(emission)
     for start, message in zip(reversed(starts), reversed(messages), strict=True):

@@ -13,18 +13,25 @@ Source: R. J. A. Little, D. B. Rubin (2002), section 11.2; Z. Ghahramani, M. I. 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from torchem.ops import linalg
 from torchem.ops.gaussian import LOG_2PI, DirectPass, Entrywise, FeaturesPass, Structure
 
 #: Numbers of the matrices that are factorised at a time: what stays in the cache.
 _AT_ONCE = 1 << 18
-#: Rows per pattern from which a product for each pattern is faster than one for each row.
+#: Numbers of the matrices that are held between potentials and moments; others are made twice.
+_HELD = 1 << 22
+#: Rows of a pattern from which one product for all of them is faster than one for each.
 _MANY = 64
+#: Largest matrices that are inverted faster all at once than one by one, if there are many.
+_SMALL = 12
 #: Columns of a pattern that are packed into one number.
 _BITS = 40
 
@@ -182,23 +189,34 @@ class _Masks(_Group):
 
 
 def _inverse(matrix: Float[Tensor, "*k m m p"]) -> tuple[Float[Tensor, "*k m m p"], Float[Tensor, "*k p"]]:
-    """Inverses and log-determinants of positive definite matrices with unit diagonals.
+    """Inverses and log-determinants of positive definite matrices with unit diagonals; NaN where they are not."""
+    m, p = matrix.shape[-2:]
+    return _exchanged(matrix) if m <= _SMALL and p >= 6 * m else _factorised(matrix)
 
-    Jordan exchanges of one column after the other, A − (a_j − e_j)(a_jᵀ + e_jᵀ)/a_jj. Pivots are at most one, since
-    that is what the diagonal begins with: so nothing cancels. For many small matrices this is several times faster
-    than a factorisation of each; NaN where a matrix is not positive definite.
 
-    Source: G. W. Stewart (1998), Matrix Algorithms I, section 3.1.4.
+def _exchanged(matrix: Float[Tensor, "*k m m p"]) -> tuple[Float[Tensor, "*k m m p"], Float[Tensor, "*k p"]]:
+    """Jordan exchanges of one column after the other, A − (a_j − e_j)(a_jᵀ + e_jᵀ)/a_jj, for all matrices at once.
+
+    No pivot exceeds one, since the diagonal began with that: so nothing cancels.
+
+    Source: N. J. Higham (2002), section 14.4.
     """
-    m = matrix.shape[-2]
-    unit = torch.eye(m, dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
+    unit = torch.eye(matrix.shape[-2], dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
     log_det = matrix.new_zeros(matrix.shape[:-3] + matrix.shape[-1:])
-    for j in range(m):
-        pivot = matrix[..., j, j, :].unsqueeze(-2)
-        log_det = log_det + pivot.squeeze(-2).log()
-        column, row = matrix[..., :, j, :] - unit[j], (matrix[..., j, :, :] + unit[j]) / pivot
+    for j in range(len(unit)):
+        pivot = matrix[..., j, j, :]
+        log_det = log_det + pivot.log()
+        column, row = matrix[..., :, j, :] - unit[j], (matrix[..., j, :, :] + unit[j]) / pivot.unsqueeze(-2)
         matrix = torch.addcmul(matrix, column.unsqueeze(-2), row.unsqueeze(-3), value=-1)
     return matrix, log_det
+
+
+def _factorised(matrix: Float[Tensor, "*k m m p"]) -> tuple[Float[Tensor, "*k m m p"], Float[Tensor, "*k p"]]:
+    """A Cholesky factor of each matrix."""
+    factor, info = torch.linalg.cholesky_ex(matrix.movedim(-1, -3))
+    root = linalg.inverse_factor(factor)
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return (root.mT @ root).movedim(-3, -1).contiguous(), torch.where(info == 0, log_det, torch.nan)
 
 
 def _order(missing: Bool[Tensor, "n d"]) -> Int[Tensor, " n"]:
@@ -221,23 +239,26 @@ def _grouped(missing: Bool[Tensor, "n d"], copies: int) -> tuple[Tensor, list[_G
     """
     order = _order(missing)
     rows = missing[order]
-    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    new[1:] = (rows[1:] != rows[:-1]).any(-1)
-    starts = new.nonzero()[:, 0]
-    patterns, which = rows[starts], new.cumsum(0) - 1
-    starts = [*starts.tolist(), len(rows)]
+    first = _changes((rows[1:] != rows[:-1]).any(-1))
+    which = first.cumsum(0) - 1
+    starts = first.nonzero()[:, 0]
+    patterns = rows[starts]
+    size, m = starts.diff(append=starts.new_tensor([len(rows)])), patterns.sum(-1)
+    alone = size >= _MANY
+    share = torch.where(alone, 0, size * m * m * copies).cumsum(0) // _AT_ONCE
+    group = _changes((m.diff() != 0) | alone[1:] | alone[:-1] | (share.diff() != 0)).nonzero()[:, 0]
+    patterns_of = pairwise([*group.tolist(), len(patterns)])
+    rows_of = pairwise([*starts[group].tolist(), len(rows)])
     groups: list[_Group] = []
-    first = 0
-    for m, count in zip(*(t.tolist() for t in patterns.sum(-1).unique_consecutive(return_counts=True)), strict=True):
-        columns = patterns[first : first + count].nonzero()[:, 1].view(count, m).mT
-        size = starts[first + count] - starts[first]
-        step = 1 if size >= _MANY * count else max(1, _AT_ONCE * count // max(1, copies * m * m * size))
-        for p in range(0, count, step):
-            q = min(p + step, count)
-            part = slice(starts[first + p], starts[first + q])
-            groups.append(_Patterns(part, columns[:, p:q].contiguous(), which[part] - (first + p)))
-        first += count
+    for (p, q), (start, stop), width in zip(patterns_of, rows_of, m[group].tolist(), strict=True):
+        columns = patterns[p:q].nonzero()[:, 1].view(q - p, width).mT.contiguous()
+        groups.append(_Patterns(slice(start, stop), columns, which[start:stop] - p))
     return order, groups
+
+
+def _changes(new: Bool[Tensor, " n"]) -> Bool[Tensor, " n+1"]:
+    """Where runs begin: at the first place, and where the next one is new."""
+    return torch.cat([new.new_ones(1), new])
 
 
 def _masked(missing: Bool[Tensor, "n d"], copies: int) -> list[_Group]:
@@ -272,10 +293,11 @@ class CompletedPass(DirectPass):
         gap = (torch.where(missing, 0.0, rows) - self.mean.unsqueeze(-1)) * self.rate
         known = torch.where(missing, 0.0, gap)
         pull = self.precision @ known
-        self.left, parts, log_dets = [], [], []
+        self.left, parts, log_dets, held = [], [], [], 0
         for group in groups:
             covariance, log_det = _inverse(group.block(self.precision))
-            self.left.append((group, covariance))
+            held += covariance.numel()
+            self.left.append((group, covariance if held <= _HELD else None))
             parts.append(group.completed(known[..., group.rows], pull[..., group.rows], covariance))
             log_dets.append(group.by_row(log_det))
         self.difference = torch.cat(parts, -1)
@@ -305,6 +327,11 @@ class CompletedPass(DirectPass):
         """``value`` in the order that rows came in."""
         return value if self.order is None else value.index_select(dim, self.order.argsort())
 
+    def _covariances(self) -> Iterator[tuple[_Group, Tensor]]:
+        """The covariance that each pattern leaves, made again where it was not held."""
+        for group, covariance in self.left:
+            yield group, _inverse(group.block(self.precision))[0] if covariance is None else covariance
+
     def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
         """Add completed moments under weights ``[*r, K, n]``."""
         weight = weight if self.order is None else weight.index_select(-1, self.order)
@@ -313,7 +340,7 @@ class CompletedPass(DirectPass):
         self._add(weight, torch.addcmul(gap, self.difference, self.unit).mT)
         tied, d = bool(self.structure.shared), self.precision.shape[-1]
         each = weight.sum(-2, keepdim=True) if tied else weight
-        left = sum(group.total(each[..., group.rows], covariance, d) for group, covariance in self.left)
+        left = sum(group.total(each[..., group.rows], covariance, d) for group, covariance in self._covariances())
         left = (left * self.unit * self.unit.mT).to(torch.float64)
         self.second = self.second + (left.squeeze(-3) if tied else left)
 
@@ -321,7 +348,7 @@ class CompletedPass(DirectPass):
         """Means and variances ``[*r, K, n, D]`` of all entries given those observed."""
         self.log_prob(x)
         mean = torch.addcmul(self.mean.unsqueeze(-1), self.difference, self.unit).mT
-        variance = torch.cat([group.diagonal(covariance, x.shape[-1]) for group, covariance in self.left], -1)
+        variance = torch.cat([group.diagonal(c, x.shape[-1]) for group, c in self._covariances()], -1)
         variance = (variance * self.unit.square()).mT.expand(mean.shape)
         mean, variance = (self._restored(value, -2) for value in (mean, variance))
         return torch.where(x.isnan(), mean, x.to(mean)), variance
@@ -403,9 +430,11 @@ class Pass:
         if not any_missing(x):
             self.rows = None
             return self.complete.log_prob(x)
-        some = self._log_prob_of_some
-        # Values decide what is computed: there is nothing to compile once for all.
-        return torch.compiler.disable(some)(x) if torch.compiler.is_compiling() else some(x)
+        some: Callable[[Tensor], Tensor] = self._log_prob_of_some
+        if torch.compiler.is_compiling():
+            # Values decide what is computed: there is nothing to compile once for all.
+            some = torch.compiler.disable(some)  # pyright: ignore[reportAssignmentType]
+        return some(x)
 
     def _log_prob_of_some(self, x: Tensor) -> Tensor:
         self.rows = _divided(x)

@@ -26,8 +26,8 @@ from torchem.ops.dispatch import time_blocks
 
 #: Scaled transition probabilities above this make every message safe: no state's share can be flushed.
 _DENSE = {torch.float64: 1e-60, torch.float32: 1e-6}
-#: A share below this, of a state that may be needed later, is not trusted.
-_THIN = {torch.float64: 1e-200, torch.float32: 1e-25}
+#: Masses above this are exact: its square is far above the smallest normal number, below which products are flushed.
+_SAFE = {torch.float64: 1e-140, torch.float32: 1e-15}
 #: Frames whose K × K exponentials are held at once in the log domain, as numbers.
 _PIECE = 1 << 22
 
@@ -54,17 +54,20 @@ class _Blocks:
         top = _top(emission, -1)
         self.top = top.squeeze(-1)
         b = (emission - top).exp()
-        self.flushed = None if self.dense else ((b == 0) & (emission > -torch.inf)).any(-1)
         self.b = self._blocked(b)
         first = (initial - (peak := _top(initial, -1))).exp()
         self.first_scale = peak.squeeze(-1).to(torch.float64).repeat_interleave(s // len(initial), 0)
         self.first = first.repeat_interleave(s // len(initial), 0).reshape(self.g, self.n, k)
-        if self.homogeneous:
-            self.step = self.a
-        else:
-            ahead = torch.cat([torch.ones_like(self.a[:, :1]), self.a], 1)  # the step into frame 0 is never read
-            self.step = self._blocked(ahead.repeat_interleave(s // len(ahead), 0).flatten(-2)).unflatten(-1, (k, k))
+        self.step = self._steps(self.a)
         self.alive = self._alive(s, t)
+
+    def _steps(self, value: Tensor) -> Tensor:
+        """Values in the shape of the transition as sweeps read them, the step into each frame at its place."""
+        if self.homogeneous:
+            return value
+        s, k = len(self.emission), value.shape[-1]
+        ahead = torch.cat([value.new_ones(len(value), 1, k, k), value], 1)  # the step into frame 0 is never read
+        return self._blocked(ahead.repeat_interleave(s // len(ahead), 0).flatten(-2)).unflatten(-1, (k, k))
 
     def _blocked(self, value: Tensor) -> Tensor:
         """``[S, T, *]`` as ``[L, G, n·blocks, *]``, padded with copies of the last frame."""
@@ -146,7 +149,7 @@ class _Blocks:
             out = ((joint - top).exp().to(product.dtype).unsqueeze(-2) @ product[:, :, j]).squeeze(-2).to(torch.float64)
             total = out.sum(-1, keepdim=True)
             log_z = log_z + (top + total.log()).squeeze(-1)
-            left.append(out.log() - total.log())
+            left.append(out.log() - _nonzero(total).log())
         if backward:
             for j in range(self.blocks - 1, 0, -1):
                 back = right[-1]
@@ -200,22 +203,39 @@ class _Blocks:
             message = new if alive is None else torch.where(alive, new, message)
         return beta, ahead
 
-    def thin(self, alpha: Tensor, beta: Tensor | None) -> Tensor:
-        """``[S]`` Boolean: sequences in which a state's share fell so low that a later frame may have needed it."""
-        limit = _THIN[self.b.dtype]
-        risky = self.flushed
-        assert risky is not None
-        for message, step in ((alpha, self.step), (beta, self.step.mT)):
-            if message is None:
-                continue
-            value = message / _nonzero(message.sum(-1, keepdim=True))
-            following = value @ step if self.homogeneous else (value.unsqueeze(-2) @ step).squeeze(-2)
-            low = ((following > 0) & (following < limit)).any(-1, keepdim=True)
-            risky = risky | self._unblocked(low, risky.shape[1]).squeeze(-1)
+    def doubtful(
+        self, alpha: Tensor | None = None, divisor: Tensor | None = None, overlap: Tensor | None = None
+    ) -> Tensor:
+        """``[S]`` Boolean: sequences in which a mass fell so low that what was flushed to zero may matter.
+
+        With dense transitions only the first frame can do that, when it denies what the initial law says. Otherwise a
+        state may be cut off from all others: by induction over frames nothing is lost as long as each state that can be
+        reached has a predicted mass of `_SAFE`, and so have a frame and the overlap of the messages from both sides.
+        """
+        k, safe = self.b.shape[-1], _SAFE[self.b.dtype]
+        begin = self.b[0].view(self.g, self.n, self.blocks, k)[:, :, 0]
+        doubt = ((self.first * begin).sum(-1) < safe).reshape(-1)
+        if self.dense or alpha is None or divisor is None:
+            return doubt
+        step, allowed = self.step, self._steps((self.transition > -torch.inf).to(alpha))
+        if not self.homogeneous:
+            step, allowed = step[1:], allowed[1:]
+        predicted = torch.cat([self.first.unsqueeze(0), _led(alpha[:-1], step)])
+        reached = (predicted > 0) & (self._blocked(self.emission) > -torch.inf)
+        starts = (self.initial > -torch.inf).repeat_interleave(len(doubt) // len(self.initial), 0)
+        reached = torch.cat([starts.view_as(self.first).unsqueeze(0), _led(reached[:-1].to(alpha), allowed) > 0])
+        low = (reached & (predicted < safe)).any(-1) | (divisor < safe)
+        if overlap is not None:
+            low = low | (overlap < safe)
+        inside = self._unblocked(low.unsqueeze(-1), self.emission.shape[1]).squeeze(-1)
         if self.lengths is not None:
-            inside = torch.arange(risky.shape[1], device=risky.device) < self.lengths.unsqueeze(-1)
-            risky = risky & inside
-        return risky.any(-1)
+            inside = inside & (torch.arange(inside.shape[1], device=inside.device) < self.lengths.unsqueeze(-1))
+        return doubt | inside.any(-1)
+
+
+def _led(message: Tensor, step: Tensor) -> Tensor:
+    """Messages ``[L, G, m, K]`` times steps ``[G, K, K]``, or ``[L, G, m, K, K]``."""
+    return message @ step if step.dim() == 3 else (message.unsqueeze(-2) @ step).squeeze(-2)
 
 
 def _top(value: Tensor, dim: int) -> Tensor:
@@ -245,14 +265,11 @@ def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, length
         return emission.new_zeros(0)
     problem = _Blocks(initial, transition, emission, lengths)
     if problem.blocks > 1:
-        log_z = problem.boundaries(backward=False)[2]
-        redo = log_z == -torch.inf
+        log_z, doubt = problem.boundaries(backward=False)[2], problem.doubtful()
     else:
-        alpha, _, log_scale = problem.forward(_edges(problem)[0])
-        log_z = log_scale.reshape(-1)
-        redo = log_z == -torch.inf
-        if not problem.dense:
-            redo = redo | problem.thin(alpha, None)
+        alpha, divisor, log_scale = problem.forward(_edges(problem)[0])
+        log_z, doubt = log_scale.reshape(-1), problem.doubtful(alpha, divisor)
+    redo = (log_z == -torch.inf) | doubt
     log_z = (log_z + problem.log_scale()).to(emission.dtype)
     if bool(redo.any()):
         which = redo.nonzero()[:, 0]
@@ -275,11 +292,9 @@ def log_filter(initial: Tensor, transition: Tensor, emission: Tensor, lengths: T
     if not s:
         return emission.new_zeros(0), emission.clone()
     problem = _Blocks(initial, transition, emission, lengths)
-    alpha, _, log_scale = problem.forward(_edges(problem)[0])
+    alpha, divisor, log_scale = problem.forward(_edges(problem)[0])
     log_z = log_scale.view(problem.g, problem.n, problem.blocks).sum(-1).reshape(-1)
-    redo = log_z == -torch.inf
-    if not problem.dense:
-        redo = redo | problem.thin(alpha, None)
+    redo = (log_z == -torch.inf) | problem.doubtful(alpha, divisor)
     log_z = (log_z + problem.log_scale()).to(emission.dtype)
     value = problem._unblocked(alpha, t)
     value = (value / _nonzero(value.sum(-1, keepdim=True))).log()
@@ -305,14 +320,12 @@ def smooth(
     alpha, divisor, log_scale = problem.forward(left)
     beta, ahead = problem.backward(right)
     log_z = log_scale.view(problem.g, problem.n, problem.blocks).sum(-1).reshape(-1)
-    redo = log_z == -torch.inf
-    if not problem.dense:
-        redo = redo | problem.thin(alpha, beta)
+    gamma = alpha * beta
+    share = gamma.sum(-1)
+    redo = (log_z == -torch.inf) | problem.doubtful(alpha, divisor, share)
     log_z = (log_z + problem.log_scale()).to(emission.dtype)
     # Weights of the sequences that stand: the others count for nothing here.
     mass = torch.where(redo, 0.0, torch.ones_like(log_z) if weight is None else weight.to(log_z))
-    gamma = alpha * beta
-    share = gamma.sum(-1)
     each = mass.view(problem.g, problem.n, 1).expand(-1, -1, problem.blocks).reshape(problem.g, -1)
     factor = torch.where(each != 0, each / _nonzero(share), 0.0)
     if any(alive is not None for alive in problem.alive):

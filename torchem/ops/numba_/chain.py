@@ -570,7 +570,7 @@ def _written(source, row, scale, out, place, k):
 def _combine(p, s, start, stop, space, u_shift, beta_shift, weight, gamma):
     """γ_t and w_t, which takes the place of b_t; False where the sequence must be done again."""
     k, width, b, u, beta, inverse = p.k, p.width, space.b, space.u, space.beta, space.inverse
-    begin, tiny = s * p.frames * k, _splat(1e-150)
+    begin, tiny, sign = s * p.frames * k, _splat(1e-150), _splat(math.copysign(1.0, weight))
     for t in range(start, stop):
         u_row, row, w_row = (t - u_shift) * width, (t - beta_shift) * width, t * width
         total = _splat(0.0)
@@ -582,10 +582,11 @@ def _combine(p, s, start, stop, space, u_shift, beta_shift, weight, gamma):
         if not overlap >= _SAFE:
             return False
         factor = _splat(1.0 / overlap)
-        after = _splat(weight / overlap * inverse[t - 1 - u_shift] if t else 0.0)
+        # A gradient's weight may be negative; what is cut off is small in size.
+        after = _splat(abs(weight) / overlap * inverse[t - 1 - u_shift] if t else 0.0)
         for j in range(0, width, _LANES):
             x = _unless_below(_load(beta, row + j), tiny)
-            _store(b, w_row + j, _unless_below(_times(after, _times(x, _load(b, w_row + j))), tiny))
+            _store(b, w_row + j, _times(sign, _unless_below(_times(after, _times(x, _load(b, w_row + j))), tiny)))
             _store(beta, row + j, _times(x, _times(factor, _unless_below(_load(u, u_row + j), tiny))))
         _written(beta, row, weight, gamma, begin + t * k, k)
     return True
@@ -1226,8 +1227,8 @@ def _problem(
         _aligned(made * width * width),
         _aligned(made),
         _aligned(made),
-        starts=s // len(initial),
-        shared=s // len(transition),
+        starts=s // max(1, len(initial)),
+        shared=s // max(1, len(transition)),
         steps=transition.shape[1] if varying else 1,
         varying=varying,
         frames=t,
