@@ -132,7 +132,7 @@ DATA: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("columns", lambda: torch.zeros(5, 3), InvalidArgument, ("2 features", "3")),
     ("a vector", lambda: torch.zeros(5), InvalidArgument, ("2 features", "1")),
     ("few rows", lambda: torch.zeros(1, 2), InvalidArgument, ("at least as many observations as components (2)", "1")),
-    ("nan", lambda: x().index_fill(0, torch.tensor([3]), math.nan), InvalidArgument, ("NaN at row 3, column 0",)),
+    ("nan", lambda: x().index_fill(1, torch.tensor([1]), math.nan), InvalidArgument, ("none in column 1",)),
     ("inf", lambda: x().index_fill(0, torch.tensor([3]), math.inf), InvalidArgument, ("inf at row 3, column 0",)),
     ("-inf", lambda: x().index_fill(0, torch.tensor([3]), -math.inf), InvalidArgument, ("-inf at row 3, column 0",)),
     ("complex", lambda: x().to(torch.complex64), InvalidType, ("real numbers", "complex64")),
@@ -161,7 +161,7 @@ def test_data(make: Callable[[], Any], kind: type[Exception], words: tuple[str, 
 
 
 #: What a fit alone can say, and where data come from that only a fit reads.
-_FIT_ONLY = {"few rows", "None", "number", "function", "generator"}
+_FIT_ONLY = {"few rows", "nan", "None", "number", "function", "generator"}
 _USES = ("log_prob", "posterior", "most_likely", "forward")
 
 

@@ -69,10 +69,10 @@ def _batches(rank: int, world: int) -> Any:
     return fit(started(data(), 2), rows, init=None, batch_size=7 if rank == 0 else 10, tol=0.0, max_iter=5).history
 
 
-def _nan(rank: int, world: int) -> None:
+def _inf(rank: int, world: int) -> None:
     x = mine(rank, world)
     if rank == 1:
-        x[4, 1] = math.nan
+        x[4, 1] = math.inf
     fit(mixture(2, 2), x)
 
 
@@ -132,7 +132,7 @@ def _interrupt(rank: int, world: int) -> Any:
 
 #: All ranks must raise one of torchem's exceptions whose text has these words.
 REFUSED = {
-    "nan": (_nan, "NaN at row 4, column 1"),
+    "inf": (_inf, "inf at row 4, column 1"),
     "shape": (_shape, "2 features"),
     "weights": (_weights, "weights"),
     "loader": (_loader_that_fails, "inf"),

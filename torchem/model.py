@@ -332,7 +332,8 @@ class DiscreteModel(LatentModel):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_z, pull, *_ = torch.func.vjp(lambda p: self.log_partition(p, batch, plus), potentials)
         weight = torch.ones_like(log_z) if batch.weight is None else batch.weight.to(log_z).expand_as(log_z)
-        return log_z, pull(weight)[0]
+        # A maximum names a configuration even where none is possible.
+        return log_z, pull(torch.where(log_z == -torch.inf, 0.0, weight))[0]
 
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of the posteriors of all latents, ``[*r]`` in nats: Σ w (log Z − E[potentials])."""
@@ -438,6 +439,20 @@ class _Map(nn.Module):
         return new | self.model.maximize(self.model.e_step(batch))
 
 
+def _placed(wrapped: _Map, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters under each place that they have, once for each module.
+
+    torch's own tying puts the value into a module that stands in two slots twice, and then cannot restore it.
+    """
+    names = {id(value): name for name, value in wrapped.model.named_parameters()}
+    return {
+        f"{path}.{name}": params[names[id(value)]]
+        for path, module in wrapped.named_modules()
+        for name, value in module.named_parameters(recurse=False)
+        if names[id(value)] in params
+    }
+
+
 def em_map(model: LatentModel) -> Callable[[dict[str, Tensor], Batch], dict[str, Tensor]]:
     """The EM iteration θ → θ′ as a pure function of unconstrained parameters and a batch.
 
@@ -458,6 +473,6 @@ def em_map(model: LatentModel) -> Callable[[dict[str, Tensor], Batch], dict[str,
     wrapped = _Map(model)
 
     def step(params: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        return torch.func.functional_call(wrapped, {f"model.{k}": v for k, v in params.items()}, (batch,))
+        return torch.func.functional_call(wrapped, _placed(wrapped, params), (batch,), tie_weights=False)
 
     return step

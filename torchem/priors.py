@@ -6,7 +6,7 @@ log-density joins the objective that a fit climbs and reports. Statistics themse
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class _Concentrations(Prior, ABC):
         support = getattr(factor, "support", None)
         if support is None or support.shape != getattr(factor, "logits", support).shape or not hasattr(factor, "shape"):
             raise invalid("prior", "a table of probabilities to stand over", type(factor).__name__, "use its own prior")
-        return self.concentrations(factor.logits), support
+        # By attribute: inside a functional call no parameter stands there.
+        return self.concentrations(cast(Tensor, factor.logits)), support
 
     def mode_stats(self, factor: Factor) -> Stats:
         alpha, support = self._alpha(factor)

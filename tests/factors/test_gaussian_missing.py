@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchem
@@ -229,6 +230,22 @@ def test_pieces_with_and_without_missing_entries(kind: str, direct: bool) -> Non
 
 
 @every_kind
+def test_float32_where_features_are_accurate_enough(kind: str) -> None:
+    g, x, weight = gaussian(3, 4, kind), rows(60, 4), soft(60, 3)
+    exact = g.stats(Batch(x), weight)
+    small = copy.deepcopy(g).float()
+    small.direct = False
+    kernel = small.kernel()
+    value = kernel.log_potential(Batch(x.float()))
+    assert value.dtype == torch.float32
+    close(value.double(), g.log_prob(Batch(x)), rtol=1e-5, atol=1e-4)
+    kernel.collect(Batch(x.float()), weight.float())
+    stats = kernel.stats()
+    assert all(leaf.dtype == torch.float64 for leaf in stats.leaves())
+    close_stats(stats, exact, rtol=1e-5)
+
+
+@every_kind
 def test_a_mask_says_the_same_as_nan(kind: str) -> None:
     g, x, weight = gaussian(2, 3, kind), rows(20), soft(20, 2)
     masked = Batch(torch.where(x.isnan(), 1e3, x), observed=~x.isnan())
@@ -239,14 +256,48 @@ def test_a_mask_says_the_same_as_nan(kind: str) -> None:
 @completing
 @pytest.mark.parametrize("many", [1, 10**9])
 @pytest.mark.parametrize("at_once", [1, 300, 10**9])
-def test_however_patterns_are_grouped(kind: str, many: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_however_patterns_are_grouped_and_inverted(
+    kind: str, many: int, at_once: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     g, weight = gaussian(2, 4, kind), soft(300, 2)
     x = torch.cat([rows(200, 4), torch.where(torch.tensor([True, False, False, True]), torch.nan, randn(100, 4))])
-    value, stats = g.log_prob(Batch(x)), g.stats(Batch(x), weight)
+    value, stats, conditional = g.log_prob(Batch(x)), g.stats(Batch(x), weight), g.conditional(Batch(x))
     monkeypatch.setattr(ops, "_MANY", many)
     monkeypatch.setattr(ops, "_AT_ONCE", at_once)
+    monkeypatch.setattr(ops, "_HELD", at_once)
+    monkeypatch.setattr(ops, "_SMALL", small)
     close(g.log_prob(Batch(x)), value, rtol=1e-12)
     close_stats(g.stats(Batch(x), weight), stats, rtol=1e-12)
+    for a, b in zip(g.conditional(Batch(x)), conditional, strict=True):
+        close(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 12])
+@pytest.mark.parametrize("correlation", [0.0, 0.9, 1 - 1e-8])
+def test_both_inverses(m: int, correlation: float) -> None:
+    """To the accuracy that the condition of the matrices allows, in both types; NaN where there is none."""
+    root = randn(2, 30, m, m) * (1 - correlation) ** 0.5 + correlation
+    a = root @ root.mT + 1e-9 * torch.eye(m, dtype=torch.float64)
+    scale = a.diagonal(dim1=-2, dim2=-1).rsqrt()
+    a = a * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    condition = torch.linalg.cond(a)
+    truth, log_det = torch.linalg.inv(a), a.logdet()
+    for invert in (ops._exchanged, ops._factorised):
+        for dtype in (torch.float64, torch.float32):
+            found, value = invert(a.movedim(-3, -1).contiguous().to(dtype))
+            assert found.dtype == value.dtype == dtype
+            limit = 30 * m * condition * torch.finfo(dtype).eps
+            usable = limit < 0.1
+            gap = torch.linalg.matrix_norm(found.movedim(-1, -3).double() - truth) / torch.linalg.matrix_norm(truth)
+            assert (gap <= limit)[usable].all()
+            assert ((value - log_det).abs() <= limit)[usable].all()
+        if m > 1:
+            broken = a.movedim(-3, -1).clone()
+            broken[0, 0, 1, 0] = broken[0, 1, 0, 0] = 2.0
+            value = invert(broken)[1]
+            assert value[0, 0].isnan()
+            assert value[1].isfinite().all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 40])
@@ -546,7 +597,7 @@ def test_fisher_s_identity(kind: str) -> None:
     stats = model.e_step(Batch(x))
     close(model.bound(stats), stats["log_likelihood"], rtol=1e-12)
     close(stats["log_likelihood"], model.log_prob(x).sum(), rtol=1e-12)
-    frozen = torch.utils._pytree.tree_map(Tensor.detach, stats)
+    frozen = pytree.tree_map(Tensor.detach, stats)
     parameters = list(model.parameters())
     ours = torch.autograd.grad(model.expected_log_prob(frozen), parameters)
     theirs = torch.autograd.grad(model.log_prob(x).sum(), parameters)

@@ -285,11 +285,11 @@ def regimes(k: int = STATES) -> Tensor:
     return (torch.arange(FRAMES) // 2 + torch.arange(SEQUENCES).unsqueeze(-1)) % k
 
 
-def ragged(x: Tensor, **fields: Tensor) -> Batch:
-    """Sequences of `LENGTHS`, padded with copies of their first frames."""
-    inside = (torch.arange(FRAMES) < LENGTHS.unsqueeze(-1)).unsqueeze(-1)
+def ragged(x: Tensor, lengths: Tensor = LENGTHS, **fields: Tensor) -> Batch:
+    """Sequences of several lengths, padded with copies of their first frames."""
+    inside = (torch.arange(x.shape[1]) < lengths.unsqueeze(-1)).unsqueeze(-1)
     fields = {name: torch.where(inside, value, value[:, :1]) for name, value in fields.items()}
-    return Batch(torch.where(inside, x, x[:, :1]), lengths=LENGTHS, **fields)
+    return Batch(torch.where(inside, x, x[:, :1]), lengths=lengths, **fields)
 
 
 def hmm(emission: Factor, seed: int = 0, **slots: Any) -> HMM:
@@ -362,7 +362,8 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     def adjusted(order: int = 1, switching: bool = False) -> ModelCase:
         factor = factors.MeanAdjustedAutoregression(2, order, switching)
         factor.means, factor.coefficients = [-1.0, 1.5], 0.4 * randn(order, seed=42)
-        return ModelCase(hmm(factor), ragged(frames(1, 2)))
+        # Frames that are given tell nothing: there must be more of them.
+        return ModelCase(hmm(factor), ragged(torch.cat([frames(1, 2), frames(1, 2).flip(0)[:, :3]], 1), LENGTHS + 3))
 
     for kind in COVARIANCE_TYPES:
         yield f"HMM-Gaussian-{kind}", lambda kind=kind: ModelCase(hmm(gaussian(STATES, 2, kind)), ragged(frames(2)))
@@ -370,6 +371,7 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-Categorical", categorical
     yield "HMM-Poisson", poisson
     yield "HMM-Product", product
+    yield "HMM-Counts", lambda: ModelCase(hmm(Counts.example()[0]), ragged(counts()))
     yield "HMM-Mixture", parts
     yield "HMM-LinearGaussian", regression
     yield "HMM-Autoregressive", autoregressive

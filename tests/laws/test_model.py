@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -12,12 +13,16 @@ from torch import Tensor
 import torchem
 from tests.laws import cases
 from tests.laws.cases import ModelCase, close, close_dict, close_stats, every_model
+from tests.laws.paths import all_paths
 from torchem.batch import Batch, concatenate
 from torchem.model import DiscreteModel, LatentModel
-from torchem.models import GaussianMixture
+from torchem.models import HMM, GaussianMixture
+from torchem.models.stationary import Stationary
 
 pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
 ROOMY = every_model(only=lambda name: "N1" not in name)
+CHAINS = every_model(only=lambda name: name.startswith("HMM"))
+MIXTURES = every_model(only=lambda name: not name.startswith("HMM"))
 
 
 def test_every_model_has_cases() -> None:
@@ -27,9 +32,28 @@ def test_every_model_has_cases() -> None:
     assert concrete <= covered, f"give these a classmethod example(): {concrete - covered}"
 
 
+def test_every_factor_stands_in_a_chain() -> None:
+    found = {type(f).__name__ for name, build in cases.MODEL_CASES.items() if name.startswith("HMM")
+             for f in build().model.modules()}  # fmt: skip
+    assert set(torchem.factors.__all__) <= found
+
+
 def potentials_of(model: DiscreteModel, batch: Batch) -> dict[str, Tensor]:
-    tables = model.table_slots()
-    return {slot: f.log_table(batch) if slot in tables else f.log_potential(batch) for slot, f in model.slots()}
+    return {slot: kernel.log_potential(batch) for slot, kernel in model._kernels().items()}
+
+
+def objective(model: LatentModel, stats: torchem.Stats) -> Tensor:
+    """What the bound is where the statistics were taken: the log-likelihood, and the prior."""
+    return stats["log_likelihood"] + model.log_prior()
+
+
+def reweighted(batch: Batch, weight: Tensor | None) -> Batch:
+    return replace(batch, weight=weight)
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, missing entries included."""
+    return a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0))
 
 
 def weights_of(batch: Batch) -> Tensor:
@@ -74,10 +98,19 @@ def never_falls(case: ModelCase, rows: int) -> None:
 
 
 FEW, MANY = 1, 1 << 40
+#: Each model tuned as for a long pass; those whose route through normal densities it decides as for a short one too.
+ROUTES = pytest.mark.parametrize(
+    ("build", "rows"),
+    [
+        pytest.param(build, rows, id=f"{name}-{route}")
+        for name, build in cases.MODEL_CASES.items()
+        for route, rows in (("few", FEW), ("many", MANY))
+        if rows == MANY or "Gaussian" in name
+    ],
+)
 
 
-@every_model()
-@pytest.mark.parametrize("rows", [FEW, MANY])
+@ROUTES
 def test_bound_never_falls(build, rows: int, device: torch.device) -> None:
     never_falls(build().to(device), rows)
 
@@ -113,9 +146,10 @@ class _Moments:
 def test_bound_is_the_log_likelihood_where_it_was_computed(build, device: torch.device) -> None:
     case = build().to(device)
     stats = case.model.e_step(case.batch)
-    close(case.model.bound(stats), stats["log_likelihood"], rtol=1e-12)
+    close(case.model.bound(stats), objective(case.model, stats), rtol=1e-12)
     close(stats["log_likelihood"], total_log_prob(case.model, case.batch), rtol=1e-9)
-    close(stats["count"], weights_of(case.batch).sum(), rtol=1e-12)
+    frames = case.batch.frames() if case.model.sequential else 1
+    close(stats["count"], (weights_of(case.batch) * frames).sum(), rtol=1e-12)
 
 
 @ROOMY
@@ -123,13 +157,13 @@ def test_bound_lies_below_the_log_likelihood_elsewhere(build, device: torch.devi
     case = build().to(device)
     stats = case.model.e_step(case.batch)
     other = fitted(case.model, case.batch, 1)
-    gap = float((total_log_prob(other, case.batch) - other.bound(stats)).detach())
+    gap = float((total_log_prob(other, case.batch) + other.log_prior() - other.bound(stats)).detach())
     assert gap >= -1e-8 * (1 + abs(float(stats["log_likelihood"].detach())))
     if other.n_parameters() and isinstance(other, GaussianMixture) and other.n_components > 1:
         assert gap > 1e-6, "the bound must be loose once the parameters have moved"
 
 
-@every_model(only=lambda name: name.startswith("GaussianMixture") or "Categorical" in name)
+@every_model(only=lambda name: name.startswith(("GaussianMixture", "Mixture-Categorical")))
 def test_entropy_is_that_of_the_posteriors(build, device: torch.device) -> None:
     """Gaussian and categorical Q leave nothing out, so what remains is Σ w H(γ) and the evidence's own share."""
     case = build().to(device)
@@ -143,12 +177,12 @@ def test_entropy_is_that_of_the_posteriors(build, device: torch.device) -> None:
 
 @every_model()
 def test_fisher_identity(build, device: torch.device) -> None:
-    """∇ Σ w log p(x; θ) = ∇ Q(θ; S(θ)), with S held."""
+    """∇ (Σ w log p(x; θ) + log p(θ)) = ∇ (Q(θ; S(θ)) + log p(θ)), with S held."""
     case = build().to(device)
     model, values = case.model, list(case.model.parameters())
     with torch.no_grad():
         stats = model.e_step(case.batch)
-    score = torch.autograd.grad(total_log_prob(model, case.batch), values)
+    score = torch.autograd.grad(total_log_prob(model, case.batch) + model.log_prior(), values)
     surrogate = torch.autograd.grad(model.bound(stats), values)
     for name, a, b in zip(parameters(model), score, surrogate, strict=True):
         assert a.isfinite().all()
@@ -168,10 +202,10 @@ def hard_potentials(model: DiscreteModel, batch: Batch) -> tuple[dict[str, Tenso
         hole = cases.rand(*value.shape, seed=17).to(value.device) < 0.15
         torn[slot] = value.detach().masked_fill(hole, -torch.inf) if slot not in model.table_slots() else value.detach()
         if slot not in model.table_slots():
-            torn[slot][..., :1, :] = -torch.inf
+            torn[slot][:1] = -torch.inf
     weight = cases.rand(len(batch), seed=18).to(batch.x.device)
     weight[::3] = 0.0
-    return torn, Batch(*[weight if n == "weight" else getattr(batch, n) for n in batch.__dataclass_fields__])
+    return torn, reweighted(batch, weight)
 
 
 @every_model()
@@ -192,7 +226,7 @@ def test_infer_equals_the_autograd_default(build, device: torch.device) -> None:
             close(expected[slot], gradient[slot])
 
 
-@every_model(only=lambda name: "ixture" in name)
+@MIXTURES
 def test_infer_equals_enumeration(build, device: torch.device) -> None:
     case = build().to(device)
     model = case.model
@@ -218,7 +252,7 @@ def test_infer_equals_enumeration(build, device: torch.device) -> None:
         close(expected["mixing"].reshape(-1).detach().cpu(), mixing, rtol=1e-5, atol=1e-6)
 
 
-@every_model(only=lambda name: "ixture" in name)
+@MIXTURES
 def test_most_likely_is_the_maximum_of_the_posterior(build, device: torch.device) -> None:
     case = build().to(device)
     posterior = case.model.posterior(case.batch)
@@ -229,7 +263,7 @@ def test_most_likely_is_the_maximum_of_the_posterior(build, device: torch.device
     close(best, posterior.amax(-1), rtol=1e-12)
 
 
-@every_model(only=lambda name: "ixture" in name)
+@MIXTURES
 def test_most_likely_is_log_partition_with_a_maximum(build, device: torch.device) -> None:
     case = build().to(device)
     potentials = {k: v.detach() for k, v in potentials_of(case.model, case.batch).items()}
@@ -241,6 +275,152 @@ def test_most_likely_is_log_partition_with_a_maximum(build, device: torch.device
     assert torch.equal(one_hot.argmax(-1), case.model.most_likely(case.batch))
 
 
+@every_model()
+def test_hard_inference_equals_the_autograd_default(build, device: torch.device) -> None:
+    case = build().to(device)
+    model = case.model
+    plain = {k: v.detach() for k, v in potentials_of(model, case.batch).items()}
+    for potentials, batch in ((plain, case.batch), hard_potentials(model, case.batch)):
+        score, chosen = model.infer_hard(potentials, batch)
+        reference, gradient = DiscreteModel.infer_hard(model, potentials, batch)
+        close(score, reference, rtol=1e-12)
+        assert chosen.keys() == gradient.keys()
+        for slot in potentials:
+            assert chosen[slot].shape == potentials[slot].shape
+            close(chosen[slot], gradient[slot], rtol=1e-12)
+
+
+@every_model()
+def test_hard_objective_never_falls(build, device: torch.device) -> None:
+    """Classification EM and Viterbi training climb the density of data and latents together."""
+    case = build().to(device)
+    model = case.model
+    model.project()
+    values = []
+    with torch.no_grad():
+        for _ in range(12):
+            stats = model.e_step(case.batch, "hard")
+            values.append(float(objective(model, stats)))
+            close(model.bound(stats), objective(model, stats))
+            model.m_step(stats)
+    for before, after in itertools.pairwise(values):
+        assert after >= before - 1e-9 * (1 + abs(before))
+
+
+@CHAINS
+def test_chains_equal_the_list_of_their_paths(build) -> None:
+    """Log-likelihood with its gradient, posteriors, expected steps, entropy and the best path."""
+    case = build()
+    model, batch = case.model, case.batch
+    assert isinstance(model, HMM)
+    paths, k, weight = all_paths(model, batch), model.n_components, weights_of(batch)
+    truth = torch.stack([each.log_prob for each in paths])
+    values = model.log_prob(batch)
+    close(values, truth)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(values @ weight, parameters),
+        torch.autograd.grad(truth @ weight, parameters, allow_unused=True),
+        strict=True,
+    ):
+        close(a, torch.zeros_like(a) if b is None else b, atol=1e-8)
+    posterior, best = model.posterior(batch), model.most_likely(batch)
+    with torch.no_grad():
+        potentials = potentials_of(model, batch)
+        expected = model.infer(potentials, batch)[1]
+    gates = {slot: value.dim() > rank for slot, value, rank in (
+        ("initial", potentials["initial"], 2), ("transition", potentials["transition"], 3))}  # fmt: skip
+    entropy, steps, first = 0.0, torch.zeros(k, k).double(), torch.zeros(k).double()
+    ends = torch.zeros(k, 2).double()
+    for n, each in enumerate(paths):
+        length = each.states.shape[1]
+        assert best[n].tolist() == [*each.states[each.log_joint.argmax()].tolist(), *[-1] * (batch.x.shape[1] - length)]
+        assert (posterior[n, length:] == 0).all()
+        assert (expected["emission"][n, length:] == 0).all()
+        for t in range(length):
+            gamma = each.expected(t, k)
+            close(posterior[n, t], gamma)
+            close(
+                expected["emission"][n, t], weight[n] * each.expected(t, k ** (model.emission.memory + 1), codes=True)
+            )
+            ends[:, int(t == length - 1)] += weight[n] * gamma
+            if t:
+                steps += weight[n] * each.steps(t, k)
+                if gates["transition"]:
+                    close(expected["transition"][n, t], weight[n] * each.steps(t, k))
+        first += weight[n] * each.expected(0, k)
+        entropy += weight[n] * each.entropy
+    for slot, total in (("initial", first), ("transition", steps), ("end", ends)):
+        if slot in expected:
+            assert expected[slot].shape == potentials[slot].shape
+            close(expected[slot].flatten(0, -1 - total.dim()).sum(0), total)
+    close(model.entropy(batch).detach(), entropy, atol=1e-8)
+
+
+@CHAINS
+def test_filtering_stops_at_each_frame(build) -> None:
+    """p(z_t | x_1…t) is the posterior at the last frame of the sequence cut there."""
+    case = build()
+    model, batch = case.model, case.batch
+    filtered = model.filter(batch)
+    close(filtered.sum(-1), (torch.arange(batch.x.shape[1]) < batch.frames().unsqueeze(-1)).double())
+    last = (batch.frames() - 1).view(-1, 1, 1).expand(-1, 1, filtered.shape[-1])
+    close(filtered.gather(1, last), model.posterior(batch).gather(1, last))
+    model.end = None  # what is cut has not ended
+    filtered = model.filter(batch)
+    for t in range(batch.x.shape[1]):
+        cut = batch.with_frames(t + 1)
+        inside = batch.frames() > t
+        close(filtered[inside, t], model.posterior(cut)[inside, t])
+
+
+@CHAINS
+def test_padding_is_never_read(build, device: torch.device) -> None:
+    """Other valid data in the padding, more of it, or none: the same numbers."""
+    case = build().to(device)
+    model, batch = case.model, case.batch
+    stats, values, posterior = model.e_step(batch), model.log_prob(batch), model.posterior(batch)
+    longer = batch.with_frames(batch.x.shape[1] + 3)
+    assert longer.lengths is not None
+    other = longer.map(torch.clone)
+    for n, length in enumerate(batch.frames().tolist()):
+        source = (n + 1) % len(batch)
+        for value in (other.x, *([] if other.u is None else [other.u])):
+            value[n, length:] = torch.where(value[source, :1].isnan(), value[n, :1], value[source, :1])
+    for changed in (longer, other):
+        close_stats(model.e_step(changed), stats, rtol=1e-12)
+        close(model.log_prob(changed), values, rtol=1e-12)
+        close(model.posterior(changed)[:, : batch.x.shape[1]], posterior, rtol=1e-10, atol=1e-12)
+    for n, length in enumerate(batch.frames().tolist()):
+        alone = batch[n : n + 1].with_frames(length)
+        close(model.log_prob(alone), values[n : n + 1], rtol=1e-12)
+        close(model.posterior(alone)[0], posterior[n, :length], rtol=1e-10, atol=1e-12)
+
+
+@CHAINS
+def test_labels_pin_the_path(build) -> None:
+    """A state given for each frame leaves one path, and its joint density."""
+    case = build()
+    model, batch = case.model, reweighted(case.batch, None)
+    k = model.n_components
+    paths = all_paths(model, batch)
+    chosen = [torch.nonzero(each.log_joint > -torch.inf)[-1, 0] for each in paths]
+    label = torch.zeros(batch.x.shape[:2], dtype=torch.long)
+    for n, (each, place) in enumerate(zip(paths, chosen, strict=True)):
+        label[n, : each.states.shape[1]] = each.states[place]
+    hot = torch.nn.functional.one_hot(label, k)
+    evidence = torch.zeros(hot.shape, dtype=torch.float64).masked_fill(hot == 0, -torch.inf)
+    soft = evidence if batch.evidence is None else evidence + batch.evidence
+    pinned = replace(batch, evidence=soft)
+    inside = torch.arange(label.shape[1]) < batch.frames().unsqueeze(-1)
+    close(model.posterior(pinned)[inside], hot[inside].double())
+    assert torch.equal(model.most_likely(pinned)[inside], label[inside])
+    close(model.log_prob(pinned), torch.stack([e.log_joint[place] for e, place in zip(paths, chosen, strict=True)]))
+    if batch.evidence is None:
+        free = replace(batch, evidence=torch.zeros_like(evidence))
+        close(model.log_prob(free), model.log_prob(batch), rtol=1e-12)
+
+
 # ---- invariances --------------------------------------------------------------------------------------------------
 
 
@@ -248,22 +428,23 @@ def tiled(batch: Batch, rows: int) -> Batch:
     """Enough rows for several pieces, none equal to another."""
     index = torch.arange(rows, device=batch.x.device) % len(batch)
     many = batch[index]
-    weight = weights_of(many) * (0.5 + cases.rand(rows, seed=5).to(batch.x.device))
-    return Batch(*[weight if n == "weight" else getattr(many, n) for n in batch.__dataclass_fields__])
+    return reweighted(many, weights_of(many) * (0.5 + cases.rand(rows, seed=5).to(batch.x.device)))
 
 
 @ROOMY
 def test_invariance_to_chunks_and_order(build, device: torch.device) -> None:
     case = build().to(device)
-    batch = tiled(case.batch, 300)
+    # Pieces of 128 rows, or of one sequence.
+    rows, pieces = (11, 11) if case.model.sequential else (300, 3)
+    batch = tiled(case.batch, rows)
     model = case.model
     whole, log_prob, posterior = model.e_step(batch), model.log_prob(batch), model.posterior(batch)
-    model.memory_budget = 1  # pieces of 128 rows
-    assert len(list(model.stream(batch))) == 3
+    model.memory_budget = 1
+    assert len(list(model.stream(batch))) == pieces
     close_stats(model.e_step(batch), whole, rtol=1e-10)
     close(model.log_prob(batch), log_prob, rtol=1e-12)
     close(model.posterior(batch), posterior, rtol=1e-9)
-    order = torch.randperm(300, generator=cases.rng(1)).to(device)
+    order = torch.randperm(rows, generator=cases.rng(1)).to(device)
     close_stats(model.e_step(batch[order]), whole, rtol=1e-10)
     close(model.log_prob(batch[order]), log_prob[order], rtol=1e-12)
 
@@ -283,18 +464,16 @@ def test_statistics_of_parts_add_to_those_of_the_whole(build, device: torch.devi
 def test_weights_are_repetitions(build, device: torch.device) -> None:
     case = build().to(device)
     repeats = torch.arange(len(case.batch), device=device) % 3
-    bare = Batch(*[None if n == "weight" else getattr(case.batch, n) for n in case.batch.__dataclass_fields__])
-    weighted = Batch(*[repeats.double() if n == "weight" else getattr(bare, n) for n in bare.__dataclass_fields__])
+    bare = reweighted(case.batch, None)
+    weighted = reweighted(bare, repeats.double())
     repeated = bare[torch.repeat_interleave(torch.arange(len(bare), device=device), repeats)]
     close_stats(case.model.e_step(weighted), case.model.e_step(repeated))
     close(case.model.log_prob(weighted), case.model.log_prob(bare), rtol=1e-12)
-    ones = Batch(
-        *[torch.ones_like(weighted.weight) if n == "weight" else getattr(bare, n) for n in bare.__dataclass_fields__]
-    )
+    ones = reweighted(bare, torch.ones(len(bare), dtype=torch.float64, device=device))
     close_stats(case.model.e_step(ones), case.model.e_step(bare), rtol=1e-12)
 
 
-@every_model(only=lambda name: "ixture" in name)
+@MIXTURES
 def test_labels_pin_the_posterior(build, device: torch.device) -> None:
     case = build().to(device)
     k = case.model.n_components
@@ -337,7 +516,7 @@ def test_nothing_is_mutated(build, device: torch.device) -> None:
     case.model.bound(stats)
     cases.unchanged(case.model, before)
     for mine, theirs in zip(case.batch.values(), kept.values(), strict=True):
-        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+        assert (mine is None and theirs is None) or identical(mine, theirs)
     for a, b in zip(stats.leaves(), copied.leaves(), strict=True):
         assert torch.equal(a, b)
 
@@ -376,14 +555,13 @@ def test_float32_near_float64(build, device: torch.device) -> None:
     stats = small.e_step(batch)
     assert all(leaf.dtype == torch.float64 for leaf in stats.leaves())
     close(stats["log_likelihood"], case.model.e_step(case.batch)["log_likelihood"], rtol=1e-5, atol=1e-3)
-    close(small.bound(stats), stats["log_likelihood"], rtol=1e-6, atol=1e-4)
+    close(small.bound(stats), objective(small, stats), rtol=1e-6, atol=1e-4)
 
 
 # ---- replicas -----------------------------------------------------------------------------------------------------
 
 
-@every_model()
-@pytest.mark.parametrize("rows", [FEW, MANY])
+@ROUTES
 def test_replicas_equal_each_alone(build, rows: int, device: torch.device) -> None:
     case = build().to(device)
     model, batch = case.model, case.batch
@@ -461,7 +639,12 @@ def test_em_map_of_many_problems_at_once(build, device: torch.device) -> None:
         close_dict({k: v[r] for k, v in batched.items()}, alone, rtol=1e-7)
 
 
-SMOOTH = every_model(only=lambda name: "N1" not in name and "1e" not in name and "Counts" not in name)
+def is_continuous(x: Tensor) -> bool:
+    """Whether data may move: no column of them holds counts or categories."""
+    return x.is_floating_point() and not bool((x == x.round()).flatten(0, -2).all(0).any())
+
+
+SMOOTH = every_model(only=lambda name: not any(part in name for part in ("N1", "1e", "Counts", "missing")))
 
 
 @SMOOTH
@@ -478,12 +661,14 @@ def test_em_map_is_differentiable_in_parameters_and_data(build, device: torch.de
         return tuple(v.softmax(-1) if "logits" in name else v for name, v in new.items())
 
     x = batch.x.clone()
-    if x.is_floating_point():
+    if is_continuous(x):
         x = x.requires_grad_()
-    assert torch.autograd.gradcheck(views, (x, *start), eps=1e-6, atol=1e-4, rtol=1e-4, fast_mode=True, nondet_tol=1e-9)
+    # Inner ascents end where rounding hides a further rise: their results are exact to its square root only.
+    eps = 1e-6 if not isinstance(case.model, HMM) else 1e-4 if isinstance(case.model.initial, Stationary) else 1e-5
+    assert torch.autograd.gradcheck(views, (x, *start), eps=eps, atol=1e-4, rtol=1e-4, fast_mode=True, nondet_tol=1e-9)
 
 
-@every_model(only=lambda name: name.endswith(("K3-D2-N60", "Mixture-Categorical")))
+@every_model(only=lambda name: name.endswith(("K3-D2-N60", "Mixture-Categorical", "Gaussian-full", "HMM-memory")))
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_em_map_by_every_transform_of_torch_func(build) -> None:
     """Reverse, forward and second derivatives agree with each other and under vmap."""
@@ -515,7 +700,7 @@ def test_log_prob_gradcheck_twice(build) -> None:
     names = list(parameters(case.model))
     start = [value.requires_grad_() for value in with_detached(case.model).values()]
     x = batch.x.clone()
-    if x.is_floating_point():
+    if is_continuous(x):
         x.requires_grad_()
 
     def value(x: Tensor, *values: Tensor) -> Tensor:
@@ -575,7 +760,9 @@ def compiled(model: LatentModel, batch: Batch, backend: str) -> None:
         close(a, b, rtol=1e-8)
 
 
-COMPILED = every_model(only=lambda name: name.endswith(("K3-D2-N60", "Mixture-Categorical-zeros")))
+COMPILED = every_model(
+    only=lambda name: name.endswith(("K3-D2-N60", "Mixture-Categorical-zeros", "HMM-inputs", "HMM-labels"))
+)
 
 
 @COMPILED

@@ -350,7 +350,9 @@ TRAPS: dict[str, Case] = {
     "left to right from the start": potentials(
         [0, *[-INF] * 4], steps(5, -0.1, -2), evidence(200, 5, 20.0, (0, 200, 4))
     ),
-    "a step seldom taken among zeros": potentials([0, -INF, -INF], steps(3, 0, -700), evidence(200, 3, 12.0, (9, 200, 2))),
+    "a step seldom taken among zeros": potentials(
+        [0, -INF, -INF], steps(3, 0, -700), evidence(200, 3, 12.0, (9, 200, 2))
+    ),
 }  # fmt: skip
 
 
@@ -409,7 +411,7 @@ def test_random_chains_of_every_sparsity(varying: bool, dtype: torch.dtype, kern
 
 @functools.cache
 def filtered(name: str) -> dict[int, Tensor]:
-    """p(z_t | x_1…t) at some frames: the law of the last state of the chain cut there, by its sum over paths to each."""
+    """p(z_t | x_1…t) at some frames: the law of the last state of the chain cut there."""
     initial, transition, emission = TRAPS[name].potentials
     only = torch.full_like(transition, -INF).fill_diagonal_(0)
     laws = {}
@@ -610,13 +612,11 @@ def test_vmap_is_a_loop(in_dims: tuple[int | None, ...], varying: bool, kernel: 
     functions = (
         chain.log_normalizer, lambda *a: chain.expectations(*a), lambda *a: chain.expectations(*a, weight), gradient,
     )  # fmt: skip
+    leaves = torch.utils._pytree.tree_leaves
     for function in functions:
-        batched = torch.utils._pytree.tree_leaves(torch.func.vmap(function, in_dims=in_dims)(*args))
-        alone = [
-            torch.utils._pytree.tree_leaves(function(*(v if axis is None else v[r] for v, axis in zip(args, in_dims, strict=True))))
-            for r in range(2)
-        ]  # fmt: skip
-        for found, *wanted in zip(batched, *alone, strict=True):
+        batched = leaves(torch.func.vmap(function, in_dims=in_dims)(*args))
+        singles = [[v if axis is None else v[r] for v, axis in zip(args, in_dims, strict=True)] for r in range(2)]
+        for found, *wanted in zip(batched, *(leaves(function(*single)) for single in singles), strict=True):
             close(found, torch.stack(wanted))
 
 

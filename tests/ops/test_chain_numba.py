@@ -278,6 +278,7 @@ def traps() -> Iterator[tuple[str, Chains]]:
 
     flat = torch.zeros(1, 2, dtype=DOUBLE)
     yield "two absorbing states", Chains(flat, absorbing(2), favoured((100, 0, 10.0), (300, 1, 10.0), k=2), None)
+    yield "across blocks of frames", Chains(flat, absorbing(2), favoured((500, 0, 10.0), (1000, 1, 10.0), k=2), None)
     almost = absorbing(2).clamp(min=-1e4)
     yield "two nearly so", Chains(flat, almost, favoured((100, 0, 10.0), (300, 1, 10.0), k=2), None)
     for first, second, third in itertools.permutations(range(3)):

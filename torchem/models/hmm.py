@@ -371,9 +371,10 @@ class HMM(DiscreteModel):
 
     def filter(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t k"]:
         """p(z_t | x_1, …, x_t) of each frame, ``[N, T, K]``: what could be known at the time."""
-        return self._each(
-            self._read(data, fields), lambda p, b: self._present(chain.filter(*self._chain(p, b), b.lengths)[1])
-        )
+        return self._each(self._read(data, fields), self._filtered)
+
+    def _filtered(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return self._present(chain.filter(*self._chain(potentials, batch), batch.lengths)[1])
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely path of states, ``[N, T]`` (Viterbi); −1 in the padding and where there is none."""
@@ -402,18 +403,18 @@ class HMM(DiscreteModel):
         self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
     ) -> Int[Tensor, "n_draws n t"]:
         """``n`` draws of the path of states given the data, ``[n, N, T]``."""
-        batch = self._read(data, fields)
-        draws = [
-            self._each(batch, lambda p, b: self._digits(chain.sample(*self._chain(p, b), b.lengths, generator)))
-            for _ in range(n)
-        ]
-        return torch.stack(draws)
+
+        def paths(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+            parts = self._chain(potentials, batch)
+            return torch.stack([chain.sample(*parts, batch.lengths, generator) for _ in range(n)], -2)
+
+        return self._digits(self._each(self._read(data, fields), paths)).movedim(-2, 0)
 
     def forecast(
         self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
         **fields: Any,
     ) -> "Forecast":  # fmt: skip
-        """What follows each sequence: laws of states and observations ``1 … steps`` frames ahead.
+        """What follows each sequence: laws of states and observations ``1 … steps`` frames ahead, if it goes on.
 
         Args:
             data: Sequences, as for `torchem.fit`.
@@ -442,7 +443,7 @@ class HMM(DiscreteModel):
             )  # fmt: skip
         batch = self._read(data, fields)
         with torch.no_grad():
-            filtered = self.filter(batch)
+            filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b))
             last = torch.full((len(batch),), batch.x.shape[1]) if batch.lengths is None else batch.lengths
             place = (last.to(filtered.device) - 1).view(-1, 1, 1).expand(*filtered.shape[:-2], 1, filtered.shape[-1])
             state = filtered.gather(-2, place).squeeze(-2)
@@ -590,7 +591,8 @@ class HMM(DiscreteModel):
 
     def forbid(self, which: Tensor) -> None:
         """Take states ``which [*r, K]`` out of the chain, in place; never the last successor of another."""
-        self.initial.forbid(which)
+        if not isinstance(self.initial, Stationary):
+            self.initial.forbid(which)
         self.transition.forbid(which.unsqueeze(-2))
 
     def prune(self, keep: Tensor) -> None:
@@ -617,6 +619,8 @@ class HMM(DiscreteModel):
 
     def check(self, batch: Batch) -> Batch:
         self.emission.check(batch)
+        if isinstance(self.initial, Stationary):
+            self.initial.check(batch)
         if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
             raise invalid(
                 "evidence", f"{self.n_components} columns, one per state", batch.evidence.shape[-1],
@@ -638,6 +642,14 @@ class HMM(DiscreteModel):
                 piece = piece.map(Tensor.pin_memory) if self.device.type == "cuda" else piece
                 piece = piece.to(self.device)
             yield piece
+
+
+def _going_on(potentials: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Potentials of sequences whose last frame need not be their end."""
+    if "end" not in potentials:
+        return potentials
+    going = potentials["end"][..., :1]
+    return {**potentials, "end": torch.cat([going, torch.zeros_like(going)], -1)}
 
 
 class GaussianHMM(HMM):

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch
-from torchem.errors import wrong_type
+from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical
+from torchem.ops import reduce
 from torchem.stats import Stats
 
 #: Steps of the inner ascent, and how far each may be damped, in multiples of the largest gradient.
 _STEPS = 40
 _DAMPING = (0.0, 0.5, 2.0, 10.0, 100.0)
+#: Relative difference of objectives that rounding explains.
+_ROUNDING = 1e-14
 #: Share of a uniform law that makes the stationary one unique where the chain falls apart.
 _MIX = 1e-13
 
@@ -64,6 +67,23 @@ class Stationary(Factor):
         """π ``[*r, K]``."""
         return _stationary(self.transition.probs.to(torch.float64)).to(self.dtype)
 
+    def check(self, batch: Batch) -> None:
+        """Refuse a chain that cannot come back: states that it leaves for good have no share in a stationary law.
+
+        Raises:
+            InvalidArgument: If some state cannot be reached from some other.
+        """
+        reach = self.transition.support.to(torch.float64)
+        for _ in range(max(1, reach.shape[-1]).bit_length()):
+            reach = ((reach + reach @ reach) > 0).to(torch.float64)
+        lost = (reach == 0).nonzero()
+        if len(lost):
+            start, end = lost[0, -2:].tolist()
+            raise invalid(
+                "initial", "a chain that can reach every state from every other, for a stationary law",
+                f"no way from state {start} to state {end}", "use a free initial law",
+            )  # fmt: skip
+
     def log_table(self, batch: Batch) -> Tensor:
         probs = _stationary(self.transition.probs.to(torch.float64))
         return probs.clamp(min=torch.finfo(torch.float64).tiny).log().to(self.dtype).unsqueeze(-2)
@@ -85,35 +105,44 @@ class Stationary(Factor):
     def maximize_jointly(self, first: Stats, steps: Stats) -> dict[str, Tensor]:
         """New logits of the transition matrix from the counts of first states and of steps (prior included). Pure."""
         table, starts, counts = self.transition, first["counts"], steps["counts"]
-        best, value = table.logits, self._objective(table.logits, starts, counts)
-        best, value = self._better(best, value, table.maximize(steps)["logits"].unsqueeze(0), starts, counts)
+        best = self._best(table.logits, table.maximize(steps)["logits"].unsqueeze(0), starts, counts)
+        damping = torch.tensor(_DAMPING, dtype=torch.float64, device=counts.device)
         for _ in range(_STEPS):
             probs = self._probs(best)
             gradient = _score(probs, starts)
-            gradient = gradient - gradient.amin(-1, keepdim=True)
-            size = gradient.amax((-2, -1), keepdim=True)
-            pseudo = torch.stack([counts + probs * (gradient + damping * size) for damping in _DAMPING])
-            tried = table.maximize(steps.like({"counts": pseudo}))["logits"]
-            best, value = self._better(best, value, tried, starts, counts)
+            lowest = gradient.amin(-1, keepdim=True)
+            size = (gradient - lowest).amax((-2, -1), keepdim=True)
+            step = gradient - lowest + damping.view(-1, *[1] * probs.dim()) * size
+            trials = table.maximize(steps.like({"counts": counts + probs * step}))["logits"]
+            best = self._best(best, trials, starts, counts)
         return {"logits": best}
 
-    def _better(
-        self, best: Tensor, value: Tensor, tried: Tensor, starts: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The best of some logits ``[n, *r, K, K]`` and those so far, and what it reaches."""
-        reached, place = self._objective(tried, starts, counts).max(0)
-        winner = tried.gather(0, place[None, ..., None, None].expand_as(tried[:1])).squeeze(0)
-        higher = reached > value
-        return torch.where(higher[..., None, None], winner, best), torch.where(higher, reached, value)
+    def _best(self, old: Tensor, trials: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+        """Of logits ``[n, *r, K, K]`` those that gain most on the old ones; these where none gains."""
+        gain = self._gained(self._probs(old), self._probs(trials), starts, counts)
+        most = gain.amax(0)
+        place = reduce.first_max(gain, 0)[None, ..., None, None].expand(1, *old.shape)
+        return torch.where((most > 0)[..., None, None], trials.gather(0, place).squeeze(0), old)
+
+    def _gained(self, old: Tensor, new: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+        """How much higher the objective is under new probabilities, from their changes.
+
+        Near the maximum a difference of two objectives would be rounding alone, and so would be what is chosen by it.
+        """
+        support, tiny = self.transition.support, torch.finfo(old.dtype).tiny
+        change = new - old
+        change = change - old * change.sum(-1, keepdim=True)
+        before, after = _stationary(old), _stationary(new)
+        # π′ − π = π′ (A′ − A) Z
+        moved = torch.linalg.solve(_fundamental(old, before).mT, (after.unsqueeze(-2) @ change).mT).squeeze(-1)
+        share = (moved / before.clamp(min=tiny)).clamp(min=tiny - 1).log1p()
+        ratio = (change / torch.where(support, old, 1.0).clamp(min=tiny)).clamp(min=tiny - 1).log1p()
+        first = torch.where(starts > 0, starts * share, 0.0).sum(-1)
+        return first + (torch.where(support, counts, 0.0) * ratio).sum((-2, -1))
 
     def _probs(self, logits: Tensor) -> Tensor:
         logits = logits.to(torch.float64)
         return logits.masked_fill(~self.transition.support, -torch.inf).softmax(-1)
-
-    def _objective(self, logits: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-        probs, support = self._probs(logits), self.transition.support
-        steps = torch.where(support, counts, 0.0) * torch.where(support, probs, 1.0).clamp(min=1e-300).log()
-        return _gain(probs, starts) + steps.sum((-2, -1))
 
     def n_parameters(self) -> int:
         return 0
@@ -138,6 +167,11 @@ def _stationary(probs: Tensor) -> Tensor:
     return law / law.sum(-1, keepdim=True)
 
 
+def _fundamental(probs: Tensor, law: Tensor) -> Tensor:
+    """I − A + 1π, whose inverse is Z."""
+    return torch.eye(probs.shape[-1], dtype=probs.dtype, device=probs.device) - probs + law.unsqueeze(-2)
+
+
 def _gain(probs: Tensor, starts: Tensor) -> Tensor:
     """Σ n_i log π_i."""
     law = _stationary(probs)
@@ -147,7 +181,6 @@ def _gain(probs: Tensor, starts: Tensor) -> Tensor:
 def _score(probs: Tensor, starts: Tensor) -> Tensor:
     """∂ Σ n_i log π_i / ∂A_ij, up to a constant per row."""
     law = _stationary(probs)
-    eye = torch.eye(probs.shape[-1], dtype=probs.dtype, device=probs.device)
     ratio = starts / law.clamp(min=torch.finfo(law.dtype).tiny)
-    solved = torch.linalg.solve(eye - probs + law.unsqueeze(-2), ratio.unsqueeze(-1)).mT
+    solved = torch.linalg.solve(_fundamental(probs, law), ratio.unsqueeze(-1)).mT
     return law.unsqueeze(-1) * solved
