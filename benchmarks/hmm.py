@@ -168,6 +168,8 @@ def decode(options: argparse.Namespace) -> list[dict]:
         problem = Problem(b, t, s, torch.float64)
         model, peer = problem.model(options.device), problem.peer("log")
         x, flat = problem.x.to(options.device), problem.x.flatten(0, 1).numpy()
+        # As after a fit, which chooses the numerics of the emissions.
+        torchem.fit(model, x, init=None, max_iter=1, tol=0, progress=False)
         model.most_likely(x)
         each, mine, theirs = [], [], []
         for _ in range(options.rounds):

@@ -123,6 +123,9 @@ class Prior(ABC):
     def config(self) -> dict[str, Any]:
         """Constructor arguments, as plain numbers and lists."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self.config().items())})"
+
     @abstractmethod
     def check(self, factor: "Factor") -> None:
         """Refuse a factor that the prior cannot stand over, or a prior without a mode."""

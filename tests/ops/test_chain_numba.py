@@ -429,7 +429,7 @@ def test_nan_stays_visible(varying: bool, where: str, bad: float) -> None:
             for part in changed.values():
                 part[0] = bad
         else:
-            name = where.split()[-1]
+            name = where.rsplit(maxsplit=1)[-1]
             part = parts[name].clone()
             part[0].view(-1)[0 if where.startswith("first") else -1] = bad
             changed = {**parts, name: part}

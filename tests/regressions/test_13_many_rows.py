@@ -47,3 +47,23 @@ def test_weights_are_summed_in_float64(device: torch.device) -> None:
         stats = model.e_step(batch)
     assert float(stats["count"]) == 32 * rows
     assert float(stats["component"]["count"]) == pytest.approx(32 * rows, rel=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@torch.no_grad()
+def test_frames_and_steps_are_summed_in_float64(
+    compiled: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long sequence and many short ones in float32: expected steps add up to the steps that there are."""
+    if not compiled:
+        monkeypatch.setattr(torchem.ops.chain, "chain_kernel", lambda emission: torchem.ops.scan)
+    for sequences, frames in ((1, 1_000_000), (20_000, 50)):
+        model = torchem.GaussianHMM(2, 1).to(device)
+        model.means, model.transition_matrix = [[-1.0], [1.0]], [[0.9, 0.1], [0.2, 0.8]]
+        x = torch.randn(sequences, frames, 1, generator=rng(3)).to(device)
+        stats = model.e_step(torchem.Batch(x))
+        total = sequences * (frames - 1)
+        assert float(stats["transition"]["counts"].sum()) == pytest.approx(total, rel=1e-6)
+        assert float(stats["initial"]["counts"].sum()) == pytest.approx(sequences, rel=1e-6)
+        assert float(stats["emission"]["count"].sum()) == pytest.approx(sequences * frames, rel=1e-6)
+        assert float(stats["count"]) == sequences * frames

@@ -163,3 +163,91 @@ def _limit(device: torch.device) -> int:
 
 def _budget(device: torch.device) -> int:
     return 3 * PIECE.get(device.type, PIECE["cuda"])
+
+
+# ---- chains -------------------------------------------------------------------------------------------------------
+
+STATES = 16
+
+
+def chain(device: torch.device) -> torchem.GaussianHMM:
+    model = torchem.GaussianHMM(STATES, 2).to(device)
+    model.means = 4 * torch.randn(STATES, 2, generator=rng(1))
+    model.transition_matrix = rand(STATES, STATES, seed=2).softmax(-1)
+    return model
+
+
+USES: dict[str, Any] = {
+    "e_step": lambda m, b: m.e_step(b),
+    "hard e_step": lambda m, b: m.e_step(b, "hard"),
+    "log_prob": lambda m, b: m.log_prob(b),
+    "posterior": lambda m, b: m.posterior(b),
+    "filter": lambda m, b: m.filter(b),
+    "most_likely": lambda m, b: m.most_likely(b),
+    "sample_posterior": lambda m, b: m.sample_posterior(b),
+    "entropy": lambda m, b: m.entropy(b),
+}
+
+
+@pytest.fixture(params=["compiled", "scan"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "scan":
+        monkeypatch.setattr(torchem.ops.chain, "chain_kernel", lambda emission: torchem.ops.scan)
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize(("sequences", "frames"), [(1, 4000), (80, 50)])
+@pytest.mark.parametrize("use", USES)
+def test_a_chain_never_holds_a_matrix_for_each_frame(
+    use: str, sequences: int, frames: int, device: torch.device
+) -> None:
+    model = chain(device)
+    batch = torchem.Batch(torch.randn(sequences, frames, 2, generator=rng(3)).to(device))
+    with torch.no_grad(), Watch() as watch:
+        USES[use](model, batch)
+    assert 0 < watch.largest < sequences * frames * STATES**2
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize(("sequences", "frames"), [(1, 4000), (80, 50)])
+def test_nor_does_its_gradient(sequences: int, frames: int, device: torch.device) -> None:
+    model = chain(device)
+    x = torch.randn(sequences, frames, 2, generator=rng(3)).to(device).requires_grad_()
+    with Watch() as watch:
+        model.log_prob(torchem.Batch(x)).sum().backward()
+    assert 0 < watch.largest < sequences * frames * STATES**2
+    assert x.grad is not None
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_nor_do_structural_zeros_make_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done again in the logarithms keeps to a budget of its own."""
+    monkeypatch.setattr(torchem.ops.chain, "chain_kernel", lambda emission: torchem.ops.scan)
+    monkeypatch.setattr(torchem.ops.scan, "_PIECE", 1 << 14)
+    model, frames = chain(device), 400
+    model.restrict(torchem.masks.left_right(STATES))
+    with torch.no_grad(), Watch() as watch:
+        model.e_step(torchem.Batch(torch.randn(1, frames, 2, generator=rng(3)).to(device)))
+    assert 0 < watch.largest < frames * STATES**2 / 4
+
+
+def test_tables_that_read_covariates_are_streamed(device: torch.device) -> None:
+    gate = torchem.factors.SoftmaxRegression(STATES, 2, n_parents=STATES)
+    model = torchem.HMM(torchem.factors.Categorical(STATES), gate, chain(device).emission).to(device)
+    model.memory_budget = 1 << 20
+    sequences, frames = 3, 1000
+    x = torch.randn(sequences, frames, 2, generator=rng(3)).to(device)
+    batch = torchem.Batch(x, u=torch.ones(sequences, frames, 2, device=device))
+    with torch.no_grad(), Watch() as watch:
+        model.e_step(batch)
+    assert 0 < watch.largest < sequences * frames * STATES**2 / 4
+
+
+def test_sequences_of_very_different_lengths_are_not_padded_together(device: torch.device) -> None:
+    model = torchem.GaussianHMM(2, 1).to(device)
+    model.means = [[-1.0], [1.0]]
+    lengths = [300_000, *[10] * 100]
+    x = [torch.randn(n, 1, generator=rng(i)) for i, n in enumerate(lengths)]
+    with Watch() as watch:
+        fit(model, x, max_iter=1, tol=0.0, init=None)
+    assert watch.largest < 20 * sum(lengths)

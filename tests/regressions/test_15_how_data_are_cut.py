@@ -96,6 +96,77 @@ def test_labels_of_components(order: list[int], device: torch.device) -> None:
     torch.testing.assert_close(model.means, expected.model.means[order], rtol=TOLERANCE, atol=TOLERANCE)  # pyright: ignore
 
 
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+LENGTHS = [1 + 7 * i % 11 for i in range(N)]
+
+
+def sequences() -> list[torch.Tensor]:
+    return [3.0 * ((torch.arange(n) // 3 + i) % 2).unsqueeze(-1) + rand(n, 2, seed=i) for i, n in enumerate(LENGTHS)]
+
+
+def chain(device: Any = "cpu", initial: str = "free") -> torchem.HMM:
+    first = torchem.factors.Categorical(2) if initial == "free" else "stationary"
+    model = torchem.HMM(first, torchem.factors.Categorical(2, 2), torchem.factors.Gaussian(2, 2))  # pyright: ignore
+    model = model.double().to(device)
+    model.emission.means = [[0.0, 1.0], [2.0, 2.0]]  # pyright: ignore
+    return model
+
+
+def padded(fill: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.full((N, max(LENGTHS), 2), fill, dtype=torch.float64)
+    for row, one in zip(x, sequences(), strict=True):
+        row[: len(one)] = one
+    return x, torch.tensor(LENGTHS)
+
+
+FORMS: dict[str, Any] = {
+    "list": lambda: (sequences(), {}),
+    "lists of numbers": lambda: ([one.tolist() for one in sequences()], {}),
+    "arrays": lambda: ([one.numpy() for one in sequences()], {}),
+    "padded": lambda: (padded()[0], {"lengths": padded()[1]}),
+    "padded with nonsense": lambda: (padded(-1e9)[0], {"lengths": padded()[1]}),
+    "padded with NaN": lambda: (padded(float("nan"))[0], {"lengths": padded()[1]}),
+    "concatenated": lambda: (torch.cat(sequences()), {"lengths": LENGTHS}),
+    "batch": lambda: (torchem.Batch(padded()[0], lengths=padded()[1]), {}),
+    "batches": lambda: ([torchem.Batch(padded()[0][i::4], lengths=padded()[1][i::4]) for i in range(4)], {}),
+    "loader": lambda: (DataLoader(sequences(), batch_size=7, collate_fn=list), {}),  # pyright: ignore
+    "loader of padded": lambda: (DataLoader(TensorDataset(*padded()), batch_size=9), {}),
+}
+
+
+@pytest.mark.parametrize("initial", ["free", "stationary"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_sequences(form: str, initial: str, device: torch.device) -> None:
+    expected = fit(chain(device, initial), sequences(), **FIXED)
+    data, fields = FORMS[form]()
+    agree(fit(chain(device, initial), data, **FIXED, **fields), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 101])
+def test_batches_of_sequences(rows: int, device: torch.device) -> None:
+    agree(fit(chain(device), sequences(), batch_size=rows, **FIXED), fit(chain(device), sequences(), **FIXED))
+
+
+def test_order_of_sequences(device: torch.device) -> None:
+    order = torch.randperm(N, generator=rng(4)).tolist()
+    shuffled = [sequences()[i] for i in order]
+    agree(fit(chain(device), shuffled, **FIXED), fit(chain(device), sequences(), **FIXED))
+
+
+def test_pieces_and_buckets_of_sequences(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages in small pieces, and sequences of similar length padded together: nothing changes."""
+    expected = fit(chain(device), sequences(), **FIXED)
+    model = chain(device)
+    model.memory_budget = 4096
+    agree(fit(model, sequences(), **FIXED), expected)
+    long = [*sequences(), 3 * rand(400, 2, seed=1)]
+    expected = fit(chain(device), long, **FIXED)
+    monkeypatch.setattr("torchem.sequences._PADDING", 0)
+    cut = fit(chain(device), long, **FIXED)
+    agree(cut, expected)
+
+
 # ---- several processes --------------------------------------------------------------------------------------------
 
 #: Where each rank's rows end, as shares of all; by the number of ranks.
@@ -143,7 +214,26 @@ def _loader(ends: list[int], rank: int, world: int) -> dict[str, Any]:
     return _summary(fit(started(data(), 3), DataLoader(TensorDataset(rows), batch_size=9), **FIXED))
 
 
-CASES = {"given start": _given_start, "own start": _own_start, "restarts": _restarts, "loader": _loader}
+def _chain_given(ends: list[int], rank: int, world: int) -> dict[str, Any]:
+    model = chain()
+    if rank:
+        model.emission.means = [[5.0, 5.0], [1.0, 1.0]]  # pyright: ignore
+    return _summary(fit(model, sequences()[_shard(ends, rank)], **FIXED))
+
+
+def _chain_own(ends: list[int], rank: int, world: int) -> dict[str, Any]:
+    """Padded data: each rank pads to its own longest."""
+    rows = _shard(ends, rank)
+    x, lengths = padded()
+    weights = rand(N, seed=6)[rows]
+    options = {"weights": weights, "lengths": lengths[rows], "tol": 1e-6}
+    return _summary(fit(chain(initial="stationary"), x[rows], **options))
+
+
+CASES = {
+    "given start": _given_start, "own start": _own_start, "restarts": _restarts, "loader": _loader,
+    "chain": _chain_given, "chain's own start": _chain_own,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("world", LAYOUTS)

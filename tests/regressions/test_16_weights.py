@@ -1,5 +1,6 @@
 """Weights, provably honoured: none = ones, integer = repetition, 0 = absent; and the stopping rule counts them."""
 
+import itertools
 import math
 from typing import Any
 
@@ -133,3 +134,74 @@ def test_log_prob_is_never_weighted(device: torch.device) -> None:
     model = started(x, 3, device=device)
     batch = model.batch(x.to(device), weight=torch.arange(60))
     torch.testing.assert_close(model.log_prob(batch), model.log_prob(x.to(device)))
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+SEQUENCES = 20
+
+
+def sequences() -> list[torch.Tensor]:
+    lengths = [1 + 5 * i % 9 for i in range(SEQUENCES)]
+    return [
+        3.0 * ((torch.arange(n) // 3 + i) % 2).unsqueeze(-1) + blobs(n, 2, 1, seed=i) for i, n in enumerate(lengths)
+    ]
+
+
+def chain(device: torch.device, x: list[torch.Tensor], **options: Any) -> torchem.Result:
+    model = torchem.GaussianHMM(2, 2, "full").double().to(device)
+    model.means = [[0.0, 1.0], [2.0, 2.0]]
+    return fit(model, x, **{**FIXED, **options})
+
+
+def test_of_sequences(device: torch.device) -> None:
+    x = sequences()
+    plain = chain(device, x)
+    ones = chain(device, x, weights=torch.ones(SEQUENCES))
+    assert gap(plain.model, ones.model) < 1e-12
+    assert plain.history == pytest.approx(ones.history, rel=1e-12)
+    times = torch.randint(0, 4, (SEQUENCES,), generator=rng(1))
+    weighted = chain(device, x, weights=times)
+    repeated = chain(device, [one for one, n in zip(x, times.tolist(), strict=True) for _ in range(n)])
+    assert gap(weighted.model, repeated.model) < 1e-10
+    assert weighted.history == pytest.approx(repeated.history, rel=1e-11)
+
+
+def test_a_sequence_without_weight_is_absent(device: torch.device) -> None:
+    x = sequences()
+    weight = torch.ones(SEQUENCES)
+    weight[::4] = 0
+    polluted = [one if w else torch.full_like(one, 1e8) for one, w in zip(x, weight.tolist(), strict=True)]
+    masked = chain(device, polluted, weights=weight)
+    absent = chain(device, [one for one, w in zip(x, weight.tolist(), strict=True) if w])
+    assert gap(masked.model, absent.model) < 1e-9
+    assert masked.history == pytest.approx(absent.history, rel=1e-9)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_stopping_rule_counts_weighted_frames(factor: float, device: torch.device) -> None:
+    options = {"max_iter": 300, "tol": 1e-4}
+    plain = chain(device, sequences(), **options)
+    assert plain.converged
+    scaled = chain(device, sequences(), weights=torch.full((SEQUENCES,), factor), **options)
+    assert (scaled.status, scaled.n_iter) == (plain.status, plain.n_iter)
+    # tol is per frame: the last rise was below it, the one before was not.
+    frames = sum(map(len, sequences()))
+    rises = [b - a for a, b in itertools.pairwise(plain.history)]
+    assert rises[-1] < 1e-4 * frames <= max(rises[:-1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (torch.ones(19), r"\[20\]"),
+        (torch.ones(20).index_fill(0, torch.tensor([7]), -1.0), "sequence 7"),
+        (torch.ones(20).index_fill(0, torch.tensor([7]), math.nan), "sequence 7"),
+        (torch.zeros(20), "all zero"),
+    ],
+    ids=["short", "negative", "nan", "all zero"],
+)
+def test_bad_weights_of_sequences_raise(weights: torch.Tensor, said: str, device: torch.device) -> None:
+    with pytest.raises(InvalidArgument, match=said) as error:
+        chain(device, sequences(), weights=weights)
+    assert str(error.value).startswith("weights: expected ")

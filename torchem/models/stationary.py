@@ -76,7 +76,8 @@ class Stationary(Factor):
         reach = self.transition.support.to(torch.float64)
         for _ in range(max(1, reach.shape[-1]).bit_length()):
             reach = ((reach + reach @ reach) > 0).to(torch.float64)
-        lost = (reach == 0).nonzero()
+        # What nothing leads to has been taken out of the chain.
+        lost = ((reach == 0) & self.transition.support.any(-2, keepdim=True)).nonzero()
         if len(lost):
             start, end = lost[0, -2:].tolist()
             raise invalid(

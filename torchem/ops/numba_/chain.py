@@ -213,6 +213,27 @@ def _splat(typing, value):
     return _lanes(types.float64), generate
 
 
+@_operation
+def _equal(typing, a, b):
+    """A bit for each pair of equal numbers."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(builder.fcmp_ordered("==", *arguments), ir.IntType(_LANES))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(_lanes, _lanes), generate
+
+
+@_operation
+def _lowest(typing, bits):
+    """The place of the lowest bit that is set."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
 def _folded(combine: Callable[..., Any]) -> Any:
     """A number from a vector by halving it."""
 
@@ -266,6 +287,7 @@ class _Space(NamedTuple):
     reach: np.ndarray  # [3 K + 2] see `_reached`
     excess: np.ndarray  # [2 · width + 1] by how much u may be too large, magnified; then that of a frame in the making
     pairs: np.ndarray  # [width · width], or [steps · K · K] where transitions vary
+
 
 @_compiled
 def _space(p, frames, middle, pairs):
@@ -349,7 +371,7 @@ def _placed(p, s):
 def _dense(p, s):
     m = (s // p.shared) * p.steps
     for i in range(p.steps):
-        if not p.least[m + i] > _DENSE:  # noqa: SIM110  not compiled
+        if not p.least[m + i] > _DENSE:
             return False
     return True
 
@@ -401,12 +423,14 @@ def _from_left(table, m, u, place, out, target, width):
         _store(out, target + j + 3 * _LANES, y3)
         j += 4 * _LANES
     while j < width:
-        y0, y1 = zero, zero
-        for i in range(0, width, 2):
+        y0, y1, y2, y3 = zero, zero, zero, zero
+        for i in range(0, width, 4):
             q = m + i * width + j
             y0 = _fused(_splat(u[place + i]), _load(table, q), y0)
             y1 = _fused(_splat(u[place + i + 1]), _load(table, q + width), y1)
-        _store(out, target + j, _plus(y0, y1))
+            y2 = _fused(_splat(u[place + i + 2]), _load(table, q + 2 * width), y2)
+            y3 = _fused(_splat(u[place + i + 3]), _load(table, q + 3 * width), y3)
+        _store(out, target + j, _plus(_plus(y0, y1), _plus(y2, y3)))
         j += _LANES
 
 
@@ -1064,96 +1088,112 @@ def _exact_sample(p, s, uniforms, path):
 
 
 @_inlined
-def _best(table, v, out, target, width):
-    """out_j = max_i v_i + A_ij: sixteen columns at a time, then four."""
+def _best(table, before, after, row, width, bad):
+    """max_i of what is ``before`` a frame's transition plus A_ij, then with what is in ``after``."""
     none = _splat(-np.inf)
+    here = row - width
     j = 0
     while j + 4 * _LANES <= width:
         y0, y1, y2, y3 = none, none, none, none
         for i in range(width):
-            x, q = _splat(v[i]), i * width + j
+            x, q = _splat(after[here + i]), i * width + j
             y0 = _larger(_plus(x, _load(table, q)), y0)
             y1 = _larger(_plus(x, _load(table, q + _LANES)), y1)
             y2 = _larger(_plus(x, _load(table, q + 2 * _LANES)), y2)
             y3 = _larger(_plus(x, _load(table, q + 3 * _LANES)), y3)
-        _store(out, target + j, y0)
-        _store(out, target + j + _LANES, y1)
-        _store(out, target + j + 2 * _LANES, y2)
-        _store(out, target + j + 3 * _LANES, y3)
+        bad = _scored(before, after, row + j, y0, bad)
+        bad = _scored(before, after, row + j + _LANES, y1, bad)
+        bad = _scored(before, after, row + j + 2 * _LANES, y2, bad)
+        bad = _scored(before, after, row + j + 3 * _LANES, y3, bad)
         j += 4 * _LANES
     while j < width:
-        y0, y1 = none, none
-        for i in range(0, width, 2):
+        y0, y1, y2, y3 = none, none, none, none
+        for i in range(0, width, 4):
             q = i * width + j
-            y0 = _larger(_plus(_splat(v[i]), _load(table, q)), y0)
-            y1 = _larger(_plus(_splat(v[i + 1]), _load(table, q + width)), y1)
-        _store(out, target + j, _larger(y0, y1))
+            y0 = _larger(_plus(_splat(after[here + i]), _load(table, q)), y0)
+            y1 = _larger(_plus(_splat(after[here + i + 1]), _load(table, q + width)), y1)
+            y2 = _larger(_plus(_splat(after[here + i + 2]), _load(table, q + 2 * width)), y2)
+            y3 = _larger(_plus(_splat(after[here + i + 3]), _load(table, q + 3 * width)), y3)
+        bad = _scored(before, after, row + j, _larger(_larger(y0, y1), _larger(y2, y3)), bad)
         j += _LANES
+    return bad
 
 
-@_compiled
-def _list_scores(p, m, table):
-    """Transition m, padded by −inf; returns zero, or NaN where an entry is."""
-    bad = _splat(0.0)
-    for i in range(p.k):
-        _padded(p.transition, (m * p.k + i) * p.k, p.k, table, i * p.width, p.width)
-        for j in range(0, p.width, _LANES):
-            bad = _tainted(bad, _load(table, i * p.width + j))
-    return _total(bad)
+@_inlined
+def _scored(before, after, place, score, bad):
+    _store(before, place, score)
+    score = _plus(score, _load(after, place))
+    _store(after, place, score)
+    return _tainted(bad, score)
 
 
-@_compiled
-def _before(p, s, t, state, scores):
-    """The lowest state at frame t on a best path to a state at frame t + 1."""
-    k, width = p.k, p.width
-    target = scores[(t + 1) * width + state]
-    m, emission = _at(p, s, t) * k * k + state, (s * p.frames + t) * k
-    for i in range(k):
-        v = scores[t * width + i] + np.float64(p.emission[emission + i])
-        if v + np.float64(p.transition[m + i * k]) == target:
-            return i
+@_inlined
+def _before(after, here, column, c, target, width):
+    """The lowest state from which a column of transitions leads to a score."""
+    wanted = _splat(target)
+    for start in range(0, width, 64):
+        found = 0
+        for j in range(start, min(start + 64, width), _LANES):
+            found |= _equal(_plus(_load(after, here + j), _load(column, c + j)), wanted) << (j - start)
+        if found:
+            return start + _lowest(found)
     return 0
+
+
+@_compiled
+def _list_scores(p, m, table, columns):
+    """Transition m and its transpose, padded by −inf; returns zero, or NaN where an entry is."""
+    k, width, bad = p.k, p.width, _splat(0.0)
+    for i in range(k):
+        _padded(p.transition, (m * k + i) * k, k, table, i * width, width)
+        for j in range(0, width, _LANES):
+            bad = _tainted(bad, _load(table, i * width + j))
+        for j in range(k):
+            columns[j * width + i] = table[i * width + j]
+    return _total(bad)
 
 
 @_kernel
 def _viterbi_many(p, first, stop, score, path):
-    """Best paths of some sequences, traced back through the scores before each frame's emission."""
-    k, width = p.k, p.width
+    """Best paths of some sequences, traced back through scores before and after each frame's emission."""
+    k, width, emission, step = p.k, p.width, p.emission, 1 if p.varying else 0
     longest = 0
     for s in range(first, stop):
         longest = max(longest, p.lengths[s])
-    scores, v, table = np.empty(longest * width), np.empty(width), np.full(width * width, -np.inf)
+    before, after = np.empty(longest * width), np.empty(longest * width)
+    table, columns = np.full(width * width, -np.inf), np.full(width * width, -np.inf)
     listed, doubt = -1, 0.0
     for s in range(first, stop):
-        length, begin = p.lengths[s], s * p.frames
+        length, begin, place = p.lengths[s], s * p.frames, _at(p, s, 0)
         bad = _splat(0.0)
-        if p.varying:
+        if step:
             listed, doubt = -1, 0.0
         for t in range(length):
-            row = t * width
+            _padded(emission, (begin + t) * k, k, after, t * width, width)
             if t == 0:
-                _padded(p.initial, (s // p.starts) * k, k, scores, 0, width)
-            else:
-                m = _at(p, s, t - 1)
-                if m != listed:
-                    doubt = _list_scores(p, m, table) + (doubt if p.varying else 0.0)
-                    listed = m
-                _best(table, v, scores, row, width)
-            _padded(p.emission, (begin + t) * k, k, v, 0, width)
-            for j in range(0, width, _LANES):
-                x = _plus(_load(scores, row + j), _load(v, j))
-                _store(v, j, x)
-                bad = _tainted(bad, x)
-        state = 0
+                _padded(p.initial, (s // p.starts) * k, k, before, 0, width)
+                for j in range(0, width, _LANES):
+                    bad = _scored(before, after, j, _load(before, j), bad)
+                continue
+            m = place + (t - 1) * step
+            if m != listed:
+                doubt = _list_scores(p, m, table, columns) + (doubt if step else 0.0)
+                listed = m
+            bad = _best(table, before, after, t * width, width, bad)
+        state, last = 0, (length - 1) * width
         for j in range(1, k):
-            if v[j] > v[state]:
+            if after[last + j] > after[last + state]:
                 state = j
-        score[s] = v[state] + _total(bad) + (doubt if length > 1 else 0.0)
+        score[s] = after[last + state] + _total(bad) + (doubt if length > 1 else 0.0)
         path[begin : begin + p.frames] = -1
         if score[s] > -np.inf:
             path[begin + length - 1] = state
             for t in range(length - 2, -1, -1):
-                state = _before(p, s, t, state, scores)
+                if step:
+                    for i in range(k):
+                        columns[state * width + i] = p.transition[((place + t) * k + i) * k + state]
+                target = before[(t + 1) * width + state]
+                state = _before(after, t * width, columns, state * width, target, width)
                 path[begin + t] = state
 
 
@@ -1330,9 +1370,7 @@ def _smooth_long(p: _Problem, weight: np.ndarray, log_z: np.ndarray, gamma: np.n
     return pairs
 
 
-def viterbi(
-    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def viterbi(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """The best path of each sequence: its score ``[S]`` and states ``[S, T]``, −1 in the padding and where none is.
 
     Ties go to the lowest state.
@@ -1345,9 +1383,7 @@ def viterbi(
     return torch.from_numpy(score).to(emission.dtype), torch.from_numpy(path).view(emission.shape[:2])
 
 
-def sample(
-    initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, uniforms: Tensor
-) -> Tensor:
+def sample(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, uniforms: Tensor) -> Tensor:
     """A path of each sequence drawn from its posterior, ``[S, T]``, from uniform numbers ``[S, T]``.
 
     Source: C. K. Carter, R. Kohn (1994): forward filtering, backward sampling.
