@@ -1,4 +1,4 @@
-"""The compiled kernels for chains: against enumeration of paths, and where linear arithmetic would be wrong in silence."""
+"""The compiled kernels for chains, against enumeration, and where linear arithmetic would be wrong in silence."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Chains of discrete states as compiled loops on the CPU: a forward and a backward pass in O(T K²) time and O(T K) memory.
+"""Chains of discrete states as compiled loops on the CPU: two passes in O(T K²) time and O(T K) memory.
 
 Messages are probabilities, normalised at each frame, with the logarithm of the scale kept in float64: with forward
 messages u and backward messages β, frame by frame,
@@ -14,14 +14,14 @@ goes on through what the other one left.
 *What is flushed.* Such messages lose what is smaller than `_FLUSH`, and a later frame may need it (left-right chains).
 By induction over frames the loss does not matter as long as each state that can be reached has a predicted mass
 (u_{t−1} A)_j of `_SAFE`, and D_t is no less; where all of A is above `_DENSE` this always holds. It is watched in every
-other case, and a sequence that fails is done again with numbers m · 2^e whose exponents e are themselves numbers: exact,
+other case, and a sequence that fails is done again with numbers m · 2^e whose exponents e are numbers too: exact,
 without a logarithm per step, and in time proportional to the transitions that are not −inf.
 
-*Vectors.* Loops run over rows padded to a multiple of `_LANES` by explicit vectors of that many numbers. What a compiler
+*Vectors.* Loops run over rows padded to a multiple of `_LANES`, by vectors of that many numbers. What a compiler
 makes of plain loops over a few states is several times slower, and may sum in another order from one loop to the next;
 this way results are the same to the bit for any number of threads.
 
-Layout of all functions: ``initial [Gi, K]``, ``transition [Gt, K, K]`` (rows: from) or ``[Gt, T−1, K, K]`` (entry t: from
+Layout of all functions: ``initial [Gi, K]``, ``transition [Gt, K, K]`` (rows: from) or ``[Gt, T−1, K, K]`` (t: from
 frame t to t + 1), ``emission [S, T, K]``, all unnormalised log-potentials of one dtype; ``lengths [S]`` or None. Gi and
 Gt divide S; sequence s reads row ``s // (S // G)``.
 
@@ -50,7 +50,7 @@ _LANES = 4
 _FLUSH = 1e-160
 #: Masses above this are exact: what was flushed is smaller by 1e-20.
 _SAFE = 1e-140
-#: Where masses are raised to that, the excess is followed in this many times its size; as a part of all it may be 1e-20.
+#: Where masses are raised to that, the excess is followed in this many times its size; of all it may be 1e-20.
 _MAGNIFIED, _DOUBT = 1e100, 1e80
 #: Scaled transition probabilities above this keep every mass above `_SAFE`.
 _DENSE = 1e-70
@@ -490,7 +490,7 @@ def _reached(start, step, emission, place, t, k, varying, reach):
 
 @_inlined
 def _raised(u, row, excess, width, k, reach):
-    """Raise to `_SAFE` the mass of each state that can be reached, and add that to the excess; True if any was lower."""
+    """Raise the mass of each state that can be reached to `_SAFE`, and add that to the excess; True if any was low."""
     raised = False
     for j in range(k):
         if reach[k + j] and u[row + j] < _SAFE:
@@ -671,7 +671,7 @@ def _accumulate(p, s, start, stop, space, u_shift):
 
 @_inlined
 def _carry(p, space, t, row):
-    """Move what the forward pass left at frame t − 1 to the row before those of a block; returns the shift of the block.
+    """Move what the forward pass left at frame t − 1 to the row before those of a block; returns the block's shift.
 
     Rows `row` … are the block's; it was preceded by a whole one there, or by frame t − 1 at row t − 1.
     """
@@ -703,7 +703,7 @@ def _parts(x):
 
 
 class _Steps(NamedTuple):
-    """The possible transitions, by where they lead to or come from: their m and e, and at which place a state's begin."""
+    """The possible transitions, by where they lead to or come from: their m and e, and where a state's begin."""
 
     start: np.ndarray  # [2, K + 1]
     state: np.ndarray  # [2, K · K]
