@@ -1,5 +1,6 @@
 """A NaN is a missing entry: what was observed keeps its marginal density. ±inf always raises."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -149,3 +150,76 @@ def test_covariates_may_not_be_missing(value: float, device: torch.device) -> No
     u[5] = value
     with pytest.raises(InvalidArgument, match="inputs: expected finite covariates"):
         fit(started(blobs(40, 2, 2), 2, device=device), blobs(40, 2, 2).to(device), inputs=u)
+
+
+# ---- frames of sequences ------------------------------------------------------------------------------------------
+
+
+def chain(covariance_type: str, dtype: torch.dtype, device: torch.device) -> torchem.GaussianHMM:
+    model = torchem.GaussianHMM(2, 2, covariance_type).to(device, dtype)  # pyright: ignore
+    model.means = [[0.0, 0.0], [6.0, -6.0]]
+    model.transition_matrix, model.initial_probs = [[0.8, 0.2], [0.4, 0.6]], [0.3, 0.7]
+    return model
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_missing_frame_is_summed_out(covariance_type: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Gaps are steps of the chain that nobody saw: powers of the transition matrix."""
+    model = chain(covariance_type, dtype, device)
+    x = blobs(7, 2, 2).to(device, dtype)
+    gone = x.clone()
+    gone[[0, 3, 4, 6]] = math.nan
+    log_b = model.emission.log_prob(torchem.Batch(x)).detach()
+    first, step = model.initial_probs.detach(), model.transition_matrix.detach()
+    # Frames 1, 2 and 5 are seen.
+    message = (first @ step) * log_b[1].exp()
+    message = (message @ step) * log_b[2].exp()
+    message = (message @ step @ step @ step) * log_b[5].exp()
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(model.log_prob(gone)[0].detach(), message.sum().log(), **close)
+    posterior = model.posterior(gone)[0].detach()
+    torch.testing.assert_close(posterior.sum(-1), torch.ones_like(posterior[:, 0]))
+    last = message @ step / message.sum()
+    torch.testing.assert_close(posterior[6], last, **close)
+    # What is missing at the end changes nothing before.
+    cut = model.posterior(gone[:6])[0].detach()
+    torch.testing.assert_close(posterior[:6], cut, **close)
+    assert bool((model.most_likely(gone) >= 0).all())
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_a_sequence_missing_throughout_adds_only_its_frames(covariance_type: str, device: torch.device) -> None:
+    model = chain(covariance_type, torch.float64, device)
+    x = blobs(24, 2, 2).view(4, 6, 2).to(device)
+    more = torch.cat([x, torch.full_like(x[:2], math.nan)])
+    assert float(model.log_prob(more)[4:].detach().abs().max()) < 1e-12
+    few, many = model.e_step(model.batch(x)), model.e_step(model.batch(more))
+    torch.testing.assert_close(many["log_likelihood"], few["log_likelihood"], rtol=1e-12, atol=0)
+    for name, leaf in few["emission"].items():
+        torch.testing.assert_close(many["emission"][name], leaf, rtol=1e-9, atol=1e-9)
+    # Without data the chain is expected to run as it does.
+    steps = many["transition"]["counts"] - few["transition"]["counts"]
+    ratio = steps / steps.sum(-1, keepdim=True)
+    torch.testing.assert_close(ratio, model.transition_matrix.detach())
+    result = fit(model, more, init=None, max_iter=15, tol=0.0)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
+
+
+def test_nothing_but_missing_data(device: torch.device) -> None:
+    model, before = (chain("diag", torch.float64, device) for _ in range(2))
+    with pytest.raises(InvalidArgument, match="at least one observation"):
+        fit(model, torch.full((3, 5, 2), math.nan, dtype=torch.float64, device=device), init=None)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_the_infinite_frame_is_named(value: float, device: torch.device) -> None:
+    model = chain("diag", torch.float64, device)
+    x = blobs(24, 2, 2).view(4, 6, 2).to(device)
+    x[2, 3, 1] = value
+    for data in (x, list(x), torchem.Batch(x)):
+        with pytest.raises(InvalidArgument, match="sequence 2, frame 3, column 1"):
+            fit(model, data, init=None)
+    with pytest.raises(InvalidArgument, match="sequence 2, frame 3, column 1"):
+        fit(model, x.flatten(0, 1), lengths=[6] * 4, init=None)

@@ -137,3 +137,59 @@ def test_autocast_does_not_lower_the_precision(device: torch.device) -> None:
     assert {k: v.tolist() for k, v in parameters(low.model).items()} == {
         k: v.tolist() for k, v in parameters(high.model).items()
     }
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+
+def chain(device: torch.device, **options: Any) -> torchem.Result:
+    lengths = [1 + 11 * i % 17 for i in range(30)]
+    x = [blobs(n, 2, 3, gap=2.0, seed=i) for i, n in enumerate(lengths)]
+    k = options.pop("k", 3)
+    initial: Any = "stationary" if options.pop("stationary", False) else torchem.factors.Categorical(k)
+    model = torchem.HMM(initial, torchem.factors.Categorical(k, k), torchem.factors.Gaussian(k, 2))
+    return fit(model.double().to(device), x, **{"max_iter": 8, "tol": 0.0, "seed": 3, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"restarts": 3}, {"batch_size": 7}, {"e_step": "hard"}, {"stationary": True}, {"dead": "respawn", "k": 6},
+     {"init": "random"}],
+    ids=str,
+)  # fmt: skip
+def test_chains_repeat(options: dict[str, Any], device: torch.device) -> None:
+    first, second = (chain(device, **options) for _ in range(2))
+    assert first.histories == second.histories
+    assert same(first.model, second.model)
+
+
+def test_compiled_chains_do_not_depend_on_threads() -> None:
+    """Inference is the same to the last bit on one thread and on two; many sequences, and a single long one."""
+    if torchem.ops.dispatch.compiled_chain(torch.device("cpu")) is None:
+        pytest.skip("needs numba")
+    threads = torch.get_num_threads()
+    for s, t in ((200, 40), (1, 20_000)):
+        generator = torch.Generator().manual_seed(1)
+        shapes = ((1, 5), (1, 5, 5), (s, t, 5))
+        parts = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            try:
+                found.append(torchem.ops.chain.expectations(*parts))
+            finally:
+                torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_draws_from_chains_leave_the_global_generator_alone(device: torch.device) -> None:
+    model = chain(device, max_iter=1).model
+    before = torch.get_rng_state()
+    with as_users_run_it():
+        for _ in range(2):
+            generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+            one, two = (model.sample(3, 4, generator=g) for g in generators)  # pyright: ignore
+            assert torch.equal(one, two)
+            a, b = (model.sample_posterior(one, 2, generator=g) for g in generators)  # pyright: ignore
+            assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), before)
