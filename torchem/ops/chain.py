@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from torchem.ops import reduce, scan
 from torchem.ops.dispatch import compiled_chain
@@ -270,12 +270,12 @@ def _apply(function: type[torch.autograd.Function], *args: Tensor | None) -> Any
 # Kernels look at values and leave torch, so to a compiler they are operators of their own.
 
 
-@torch.library.custom_op("torchem::chain_log_normalizer", mutates_args=())
+@library.custom_op("torchem::chain_log_normalizer", mutates_args=())
 def _normalize_op(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Tensor:
     return _normalize(initial, transition, emission, lengths).contiguous()
 
 
-@torch.library.custom_op("torchem::chain_expectations", mutates_args=())
+@library.custom_op("torchem::chain_expectations", mutates_args=())
 def _expect_op(
     initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
