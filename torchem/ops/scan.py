@@ -1,8 +1,8 @@
 """Chains by blocks of time, in plain torch: many short recursions at once instead of one long one.
 
 The frames of a sequence are cut into blocks. A first sweep multiplies the steps of each block to a transfer matrix, all
-blocks side by side; a short recursion over blocks gives the messages at their boundaries; a second sweep runs all
-blocks from there at once. That is O(T K³) work in O(√T) sequential steps instead of O(T K²) in T. Where there are
+blocks side by side; a tree over blocks gives the messages at their boundaries; a second sweep runs all blocks from
+there at once. That is O(T K³) work in O(T / blocks + log blocks) sequential steps instead of O(T K²) in T. Where there are
 sequences enough to keep the device busy one block is best, and the first two sweeps fall away.
 
 Messages are probabilities, rescaled as they go, with the logarithm of the scale kept in float64. What such a message
@@ -134,33 +134,33 @@ class _Blocks:
         shape = (self.g, self.n, self.blocks)
         return product.view(*shape, k, k), scale.view(*shape, k)
 
-    def boundaries(self, forward: bool = True, backward: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Messages into each block from the left and from the right ``[G, n·blocks, K]``, and log Z (unscaled) ``[S]``.
+    def boundaries(self) -> tuple[Tensor, Tensor]:
+        """Messages into each block from the left and from the right, ``[G, n·blocks, K]``, in any scale.
 
-        Rows of a transfer matrix have their own scales, so these few products are taken in the log domain.
+        Transfers are multiplied pairwise up a tree; messages come down it: a left half passes its message from the left
+        to the right half through its own transfer, and the other way round. The tree's root starts from nothing on
+        either side, as its first row of steps begins the chain.
+
+        Source: G. E. Blelloch (1990): the scan's up-sweep and down-sweep.
         """
-        product, scale = self.transfers()
-        k = product.shape[-1]
-        left, right = [torch.full_like(scale[:, :, 0], -math.log(k))], [torch.zeros_like(scale[:, :, 0])]
-        log_z = torch.zeros_like(scale[:, :, 0, 0])
-        for j in range(self.blocks):
-            joint = left[-1] + scale[:, :, j]
-            top = _top(joint, -1)
-            out = ((joint - top).exp().to(product.dtype).unsqueeze(-2) @ product[:, :, j]).squeeze(-2).to(torch.float64)
-            total = out.sum(-1, keepdim=True)
-            log_z = log_z + (top + total.log()).squeeze(-1)
-            left.append(out.log() - _nonzero(total).log())
-        if backward:
-            for j in range(self.blocks - 1, 0, -1):
-                back = right[-1]
-                value = (product[:, :, j] @ back.exp().to(product.dtype).unsqueeze(-1)).squeeze(-1).to(torch.float64)
-                message = value.log() + scale[:, :, j]
-                right.append(message - _top(message, -1))
-        right = right[::-1] if backward else right * self.blocks
-        shape = (self.g, self.n * self.blocks, k)
-        enter = torch.stack(left[:-1], 2).exp().reshape(shape)
-        leave = torch.stack(right, 2).exp().reshape(shape)
-        return enter.to(product.dtype), leave.to(product.dtype), log_z.reshape(-1)
+        levels = [self.transfers()]
+        while levels[-1][0].shape[2] > 1:
+            levels.append(_joined(*levels[-1]))
+        left = right = torch.ones_like(levels[-1][0][..., 0])
+        for product, row in reversed(levels[:-1]):
+            through, weight = product.unflatten(2, (-1, 2)), _shares(row).to(product).unflatten(2, (-1, 2))
+            ahead = (left * weight[:, :, :, 0]).unsqueeze(-2) @ through[:, :, :, 0]
+            back = weight[:, :, :, 1] * (through[:, :, :, 1] @ right.unsqueeze(-1)).squeeze(-1)
+            left = torch.stack([left, _scaled(ahead.squeeze(-2))], 3).flatten(2, 3)
+            right = torch.stack([_scaled(back), right], 3).flatten(2, 3)
+        return left.flatten(1, 2), right.flatten(1, 2)
+
+    def log_total(self) -> Tensor:
+        """log Z (unscaled) of each sequence from the transfers alone, ``[S]``."""
+        level = self.transfers()
+        while level[0].shape[2] > 1:
+            level = _joined(*level)
+        return level[1][..., 0].reshape(-1)
 
     def forward(self, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Messages ``[L, G, m, K]`` after each frame, what each was divided by, and the logs of that over a block."""
@@ -233,6 +233,25 @@ class _Blocks:
         return doubt | inside.any(-1)
 
 
+def _joined(product: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Transfers of pairs of neighbours ``[G, n, blocks / 2, K, K]`` with rows of sum one, and their log-scales."""
+    first, second = product[:, :, ::2], product[:, :, 1::2]
+    ahead = scale[:, :, 1::2]
+    joint = (first * _shares(ahead).to(first).unsqueeze(-2)) @ second
+    total = joint.sum(-1)
+    log_total = scale[:, :, ::2] + _top(ahead, -1) + total.to(torch.float64).log()
+    return joint.div_(_nonzero(total).unsqueeze(-1)), log_total
+
+
+def _shares(scale: Tensor) -> Tensor:
+    """Exponentials over the last axis, the largest of them one."""
+    return (scale - _top(scale, -1)).exp()
+
+
+def _scaled(value: Tensor) -> Tensor:
+    return value / _nonzero(value.sum(-1, keepdim=True))
+
+
 def _led(message: Tensor, step: Tensor) -> Tensor:
     """Messages ``[L, G, m, K]`` times steps ``[G, K, K]``, or ``[L, G, m, K, K]``."""
     return message @ step if step.dim() == 3 else (message.unsqueeze(-2) @ step).squeeze(-2)
@@ -253,8 +272,7 @@ def _nonzero(value: Tensor) -> Tensor:
 def _edges(problem: _Blocks) -> tuple[Tensor, Tensor]:
     """Messages into the blocks from both sides."""
     if problem.blocks > 1:
-        left, right, _ = problem.boundaries()
-        return left, right
+        return problem.boundaries()
     uniform = torch.ones_like(problem.b[0])
     return uniform / uniform.shape[-1], uniform
 
@@ -265,7 +283,7 @@ def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, length
         return emission.new_zeros(0)
     problem = _Blocks(initial, transition, emission, lengths)
     if problem.blocks > 1:
-        log_z, doubt = problem.boundaries(backward=False)[2], problem.doubtful()
+        log_z, doubt = problem.log_total(), problem.doubtful()
     else:
         alpha, divisor, log_scale = problem.forward(_edges(problem)[0])
         log_z, doubt = log_scale.reshape(-1), problem.doubtful(alpha, divisor)
