@@ -1,5 +1,6 @@
 """What every benchmark measures with: clocks, memory, medians with their range."""
 
+import ctypes
 import os
 import statistics
 import threading
@@ -32,6 +33,7 @@ class PeakMemory:
     """Peak of resident memory above its level at entry, sampled every millisecond."""
 
     def __enter__(self) -> "PeakMemory":
+        _trim()
         self.base = self.peak = resident()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -46,6 +48,13 @@ class PeakMemory:
         self.over.set()
         self.thread.join()
         self.extra = max(self.peak, resident()) - self.base
+
+
+def _trim() -> None:
+    """Give back what earlier work freed, else its memory is used again and goes uncounted."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def resident() -> int:

@@ -19,7 +19,7 @@ from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
 from torchem.model import EStep, LatentModel
-from torchem.ops.dispatch import declared_precision, fitting_threads
+from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
 from torchem.stopping import Status
@@ -149,6 +149,7 @@ class Trainer:
         together = all(factor.replicates for factor in model.factors())
         groups = [generators] if together else [[generator] for generator in generators]
         k = n_states(model)
+        keep_freed_memory()
         with torch.no_grad(), declared_precision(model.device):
             survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
             runs: list[Run] = []

@@ -26,8 +26,11 @@ class FramesPass(Kernel):
         known = {name: getattr(batch, name) for name in ("x", "u", "offset", "trials")}
         rows = Batch(**{name: value.flatten(0, 1) for name, value in known.items() if value is not None})
         rows, self.missing = _without_missing(rows)
-        width = factor.row_size() * factor.dtype.itemsize * max(1, *factor.replicas, 1)
-        self.pieces = list(rows.split(rows_per_piece(width, factor.device)))
+        numbers = factor.row_size()
+        width = numbers * factor.dtype.itemsize * max(1, *factor.replicas, 1)
+        # Features that are no larger than a few tables of posteriors are kept, and made once.
+        whole = numbers <= 8 * factor.n_components
+        self.pieces = [rows] if whole else list(rows.split(rows_per_piece(width, factor.device)))
         parts = [self._of(piece) for piece in self.pieces]
         value = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
         if self.missing is not None:

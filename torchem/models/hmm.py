@@ -21,8 +21,9 @@ from torchem.ops import chain, reduce
 from torchem.ops.expansion import Expansion
 from torchem.stats import Stats
 
-#: Bytes that the messages of one piece of sequences may take.
-_MESSAGES = {"cpu": 256 << 20, "cuda": 2 << 30}
+#: Bytes that the messages of one piece of sequences may take. On CPU each table is then of a size that the C library
+#: keeps from one piece to the next (`dispatch.keep_freed_memory`).
+_MESSAGES = {"cpu": 64 << 20, "cuda": 2 << 30}
 #: Numbers held per frame and state while messages run both ways.
 _PER_STATE = 6
 #: Bytes that the tables of a transition that reads covariates may take.
@@ -637,7 +638,8 @@ class HMM(DiscreteModel):
         states = self._states
         size = _PER_STATE * states * self.dtype.itemsize * max(1, *self.replicas, 1)
         budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
-        for piece in batch.split(max(1, budget // (size * frames))):
+        pieces = -(-len(batch) // max(1, budget // (size * frames)))
+        for piece in batch.split(max(1, -(-len(batch) // max(1, pieces)))):
             if piece.x.device != self.device:
                 piece = piece.map(Tensor.pin_memory) if self.device.type == "cuda" else piece
                 piece = piece.to(self.device)

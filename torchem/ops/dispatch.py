@@ -68,6 +68,19 @@ def declared_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(setting)
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what one pass frees for the next, which else faults every page of it in anew.
+
+    Freeing a block raises the sizes above which glibc maps blocks apart and gives memory back to the system to that of
+    the block and twice that, up to these 32 MiB: what any program has done that once freed a tensor as large. The block
+    is never touched. Elsewhere nothing happens.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    """
+    torch.empty((32 << 20) - (8 << 10), dtype=torch.uint8)
+
+
 #: Cost of one step of a sweep over time (its few kernel calls), in seconds, and operations per second beside that.
 _STEP = {"cpu": (1e-5, 4e9), "cuda": (3e-5, 2e12)}
 #: Numbers of all blocks' transfer matrices together: on CPU what stays in a core's own cache from step to step.
