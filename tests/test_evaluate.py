@@ -143,3 +143,22 @@ def test_batches_are_checked_too() -> None:
     model = started(blobs(9, 2, 2), 2)
     with pytest.raises(InvalidArgument, match="2 features"):
         torchem.criteria(model, torchem.Batch(torch.zeros(3, 3)))
+
+
+def test_sequences_of_any_form_and_length(device: torch.device) -> None:
+    """One long sequence and many short ones are never padded together, and count frame by frame."""
+    generator = torch.Generator().manual_seed(1)
+    model = torchem.GaussianHMM(2, 1).double().to(device)
+    model.means = [[-1.0], [1.0]]
+    sequences = [torch.randn(n, 1, generator=generator, dtype=torch.float64) for n in (3000, *[2] * 40)]
+    weights = torch.rand(41, generator=generator, dtype=torch.float64) + 0.5
+    found = torchem.criteria(model, sequences, weights)
+    parts = [torchem.criteria(model, x) for x in sequences]
+    lengths = [len(x) for x in sequences]
+    assert found.loglik == pytest.approx(sum(float(w) * p.loglik for w, p in zip(weights, parts, strict=True)))
+    assert found.n == pytest.approx(float(weights @ torch.tensor(lengths, dtype=torch.float64)))
+    entropy = sum(float(w) * (p.icl - p.bic) for w, p in zip(weights, parts, strict=True))
+    assert found.icl - found.bic == pytest.approx(entropy)
+    assert torchem.criteria(model, torch.cat(sequences), weights, lengths=lengths) == found
+    labels = [torch.full((n,), -1) for n in lengths]
+    assert torchem.criteria(model, sequences, weights, labels=labels).loglik == pytest.approx(found.loglik)

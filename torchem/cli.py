@@ -28,7 +28,6 @@ from torchem.observations import (
     read_rows,
     state_rows,
     to_csv,
-    total_criteria,
     whole,
 )
 from torchem.result import Result
@@ -141,7 +140,7 @@ def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.
     result = torchem.fit(model, data.values, **data.fields("weights"), **vars(ready.fit))
     if model.sequential:
         runs.sort_states(result)
-    criteria = total_criteria([torchem.criteria(model, batch) for batch in data.batches(model)])
+    criteria = torchem.criteria(model, data.values, **data.fields("weights"))
     if not model.sequential:
         return runs.Candidate(states, result, criteria, runs.components(model, data.columns))
     decoded = decode(model, data)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchem.batch import Batch
+from torchem.data import Source
 from torchem.model import DiscreteModel
 
 
@@ -32,8 +32,18 @@ class Criteria:
 
 
 @torch.no_grad()
-def criteria(model: DiscreteModel, data: Any, weights: Any = None) -> Criteria:
-    """Information criteria of a model on data.
+def criteria(
+    model: DiscreteModel, data: Any, weights: Any = None, *, inputs: Any = None, lengths: Any = None, labels: Any = None
+) -> Criteria:
+    """Information criteria of a model on data, in one pass over what `torchem.fit` takes.
+
+    Args:
+        model: Any model with discrete latents.
+        data: As for `torchem.fit`, as are all that follow.
+        weights: Weight per observation or sequence.
+        inputs: Covariates.
+        lengths: Frames of each sequence.
+        labels: What is known of the latent states.
 
     Source: H. Akaike (1974); G. Schwarz (1978); C. Biernacki, G. Celeux, G. Govaert (2000).
 
@@ -42,13 +52,15 @@ def criteria(model: DiscreteModel, data: Any, weights: Any = None) -> Criteria:
         >>> torchem.criteria(torchem.GaussianMixture(1, 1), [[0.0], [1.0]]).n_parameters
         2
     """
-    batch = data if isinstance(data, Batch) and weights is None else model.batch(data, weight=weights)
-    log_prob = model.log_prob(batch)
-    if batch.weight is not None:
-        weight = batch.weight.to(log_prob.device)
-        log_prob = torch.where(weight > 0, log_prob, 0.0) * weight
-    loglik = float(log_prob.sum(dtype=torch.float64))
-    entropy = float(model.entropy(batch))
-    count, k = float(model.count(batch)), model.n_parameters()
+    loglik = entropy = count = 0.0
+    for _, batch in Source(model, data, None, weights, inputs, lengths, labels):
+        log_prob = model.log_prob(batch)
+        if batch.weight is not None:
+            weight = batch.weight.to(log_prob.device)
+            log_prob = torch.where(weight > 0, log_prob, 0.0) * weight
+        loglik += float(log_prob.sum(dtype=torch.float64))
+        entropy += float(model.entropy(batch))
+        count += float(model.count(batch))
+    k = model.n_parameters()
     bic = -2 * loglik + k * math.log(count)
     return Criteria(loglik, k, count, -2 * loglik + 2 * k, bic, bic + 2 * entropy)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 
 from torchem.batch import Batch
 from torchem.errors import InvalidFile, invalid
-from torchem.evaluate import Criteria
 from torchem.images import CHANNELS, read_image, to_pixels
 from torchem.model import LatentModel
 from torchem.sequences import as_buckets
@@ -58,14 +56,6 @@ class Observations:
         index = np.sort(np.random.default_rng(seed or 0).choice(len(self.values), rows, replace=False))
         weights = None if self.weights is None else self.weights[index]
         return Observations(self.source, self.columns, self.values[index], weights)
-
-    def batches(self, model: LatentModel) -> list[Batch]:
-        """The data as a model reads them; sequences of very different lengths apart, so that padding stays small."""
-        values = torch.from_numpy(self.values)
-        if self.sequences is None:
-            return [model.batch(values, weight=self.weights)]
-        found = as_buckets(values, allow_missing=model.handles_missing, **self.fields("weight"))
-        return [model.check(batch) for _, batch in found]
 
     def fields(self, weights: str) -> dict[str, Any]:
         """What belongs to the values, by the names of arguments; ``weights`` is what that one is called."""
@@ -151,21 +141,6 @@ def _one_each(weight: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.n
 
 
 # ---- what a model says of them --------------------------------------------------------------------------------------
-
-
-def total_criteria(parts: list[Criteria]) -> Criteria:
-    """Criteria of all data from those of its parts under the same model.
-
-    Example:
-        >>> half = Criteria(loglik=-3.0, n_parameters=1, n=4.0, aic=8.0, bic=7.4, icl=7.5)
-        >>> total_criteria([half, half])
-        Criteria(loglik=-6.0, n_parameters=1, n=8.0, aic=14.0, bic=14.07..., icl=14.27...)
-    """
-    if len(parts) == 1:
-        return parts[0]
-    k, n, loglik = parts[0].n_parameters, sum(part.n for part in parts), sum(part.loglik for part in parts)
-    bic = -2 * loglik + k * math.log(n)
-    return Criteria(loglik, k, n, -2 * loglik + 2 * k, bic, bic + sum(part.icl - part.bic for part in parts))
 
 
 def label_rows(model: LatentModel, values: np.ndarray) -> tuple[list[str], list[np.ndarray]]:

@@ -16,7 +16,7 @@ from tests.regressions.common import as_users_run_it
 from torchem import factors, masks, priors
 from torchem.batch import Batch
 from torchem.errors import DegenerateComponent, InvalidArgument, SymmetryWarning
-from torchem.factors import Categorical, Gaussian, SoftmaxRegression
+from torchem.factors import Autoregressive, Categorical, Gaussian, MeanAdjustedAutoregression, SoftmaxRegression
 from torchem.models import HMM, GaussianHMM
 from torchem.models.stationary import Stationary
 from torchem.stats import Stats
@@ -453,12 +453,50 @@ def test_a_forecast_goes_on() -> None:
 
 def test_forecasts_of_families() -> None:
     assert discrete().forecast([[0], [1]], 2).mean.shape == (1, 2, 3)  # pyright: ignore
-    for name in ("HMM-Autoregressive", "HMM-MeanAdjustedAutoregression"):
-        case = cases.MODEL_CASES[name]()
-        with pytest.raises(InvalidArgument, match="missing frames"):
-            case.model.forecast(case.batch, 2)  # pyright: ignore
     with pytest.raises(InvalidArgument, match="steps"):
         discrete().forecast([[0], [1]], 0)
+
+
+def test_forecasts_of_autoregressions_follow_from_the_last_frames() -> None:
+    """Two states that alternate for certain: the mean of each frame is a recursion from the frames before."""
+    emission = Autoregressive.gaussian(2, 1, lags=2).double()
+    emission.weight = [[[1.0, 0.5, 0.2]], [[-1.0, 0.3, 0.1]]]
+    emission.covariances = torch.full((2, 1, 1), 0.04)
+    model = HMM(Categorical(2), Categorical(2, 2), emission).double()
+    model.initial_probs, model.transition_matrix = [1.0, 0.0], [[0.0, 1.0], [1.0, 0.0]]
+    x = torch.tensor([[[0.3], [2.0], [1.0]], [[0.1], [-0.4], [0.0]]]).double()
+    ahead = model.forecast(x, 4, lengths=[3, 2], n=3000, generator=rng(3))
+    assert ahead.mean is not None
+    assert ahead.variance is not None
+    for n, length in enumerate((3, 2)):
+        before, now = x[n, length - 2, 0], x[n, length - 1, 0]
+        for h in range(4):
+            constant, near, far = emission.weight.detach()[(length + h) % 2, 0]
+            before, now = now, constant + near * now + far * before
+            assert float(ahead.mean[n, h, 0]) == pytest.approx(float(now), abs=0.03)
+            assert float(ahead.states[n, h, (length + h) % 2]) == pytest.approx(1.0)
+        assert float(ahead.variance[n, 0, 0]) == pytest.approx(0.04, rel=0.15)
+    alone = model.forecast(x, 2)
+    assert [alone.mean, alone.variance, alone.draws] == [None] * 3
+    with pytest.raises(InvalidArgument, match="at least 2 frames"):
+        model.forecast(x, 2, lengths=[3, 1])
+
+
+def test_forecasts_of_mean_adjusted_autoregressions_remember_states() -> None:
+    """x_t − μ(z_t) = φ (x_{t−1} − μ(z_{t−1})), with states that are known: state 0 up to the last frame, then 1."""
+    emission = MeanAdjustedAutoregression(2, 1).double()
+    emission.means, emission.coefficients, emission.variances = [0.0, 10.0], [0.5], [0.01]
+    model = HMM(Categorical(2), Categorical(2, 2), emission).double()
+    model.initial_probs, model.transition_matrix = [1.0, 0.0], [[0.5, 0.5], [0.0, 1.0]]
+    ahead = model.forecast([[0.2], [0.0], [0.4]], 2, n=4000, generator=rng(4))
+    assert ahead.draws is not None
+    first, second = ahead.draws[:, 0, 0, 0], ahead.draws[:, 0, 1, 0]
+    moved = first > 5
+    assert float(moved.double().mean()) == pytest.approx(0.5, abs=0.04)
+    assert float(first[moved].mean()) == pytest.approx(10 + 0.5 * 0.4, abs=0.02)
+    assert float(first[~moved].mean()) == pytest.approx(0.5 * 0.4, abs=0.02)
+    # After the change x is 0.2 above the new mean, of which half is left.
+    assert float(second[moved].mean()) == pytest.approx(10 + 0.5 * 0.2, abs=0.02)
 
 
 # ---- samples ------------------------------------------------------------------------------------------------------

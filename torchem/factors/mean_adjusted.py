@@ -199,8 +199,9 @@ class MeanAdjustedAutoregression(Factor):
             both = both + self._step(stats, both, precision, means)
             both = both + self._step(stats, both, precision, coefficients)
             trial = both + self._step(stats, both, precision, means + coefficients)
-            better = self._loss(stats, trial, precision) < self._loss(stats, both, precision)
-            both = torch.where(better.unsqueeze(-1), trial, both)
+            # At the optimum rounding decides which loss is smaller; there Newton's step is the smooth one.
+            worse = self._loss(stats, trial, precision) > self._loss(stats, both, precision) * (1 + 1e-13)
+            both = torch.where(worse.unsqueeze(-1), both, trial)
             scale = self._new_scale(stats, both, scale)
         mean, coefficient = self._split(both)
         values = {"mean": mean, "coefficient": coefficient, "scale": scale}

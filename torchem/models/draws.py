@@ -12,6 +12,38 @@ if TYPE_CHECKING:
     from torchem.models.hmm import HMM
 
 
+def reach(model: "HMM") -> int:
+    """How many frames back the emission reads."""
+    return max(getattr(model.emission, "lags", 0), model.emission.memory)
+
+
+def follow(
+    model: "HMM", x: Tensor, past: Tensor, states: Tensor, u: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """Frames ``[n, T, D]`` in given states, each drawn with those before it at hand.
+
+    Args:
+        model: Whose emission reads earlier frames or states.
+        x: ``[n, lags, D]`` frames before the first.
+        past: ``[n, memory]`` states before the first, in order of time.
+        states: ``[n, T]``.
+        u: ``[n, T, M]`` covariates.
+        generator: Source of the draws.
+    """
+    k, lags, memory = model.n_components, x.shape[1], past.shape[1]
+    states = torch.cat([past, states], 1)
+    for t in range(memory, states.shape[1]):
+        window = torch.cat([x[:, -lags:], torch.zeros_like(x[:, :1])], 1)
+        own = None if u is None else u[:, t - memory, None].expand(-1, lags + 1, -1)
+        frame = model.emission.context(Batch(window, u=own))
+        code = states[:, t]
+        for back in range(1, memory + 1):
+            code = code * k + states[:, t - back]
+        now = Batch(window[:, -1], u=None if frame.u is None else frame.u[:, -1])
+        x = torch.cat([x, model.emission.sample(code, now, generator).unsqueeze(1)], 1)
+    return x[:, lags:]
+
+
 class Draw:
     """Sequences drawn frame by frame."""
 
@@ -53,7 +85,7 @@ class Draw:
 
     def _observations(self, z: Tensor, u: Tensor | None) -> Tensor:
         model, (n, length) = self.model, z.shape
-        lags = max(getattr(model.emission, "lags", 0), model.emission.memory)
+        lags = reach(model)
         if lags:
             return self._fed_back(z, u, lags)
         batch = Batch(torch.zeros(n * length, 1, device=model.device), u=None if u is None else u.flatten(0, 1))
@@ -62,23 +94,13 @@ class Draw:
     def _fed_back(self, z: Tensor, u: Tensor | None, lags: int) -> Tensor:
         """Frames that depend on those before: one at a time, from zeros, with a run-up that is cut off."""
         model, (n, length) = self.model, z.shape
-        k, memory = model.n_components, model.emission.memory
         runup = 50 * lags
-        past = z[:, :1].expand(-1, runup)
-        states = torch.cat([past, z], 1)
+        states = torch.cat([z[:, :1].expand(-1, runup), z], 1)
         covariates = None if u is None else torch.cat([u[:, :1].expand(-1, runup, -1), u], 1)
         features = model.emission.n_features or 1
         x = torch.zeros(n, lags, features, dtype=model.dtype, device=model.device)
-        for t in range(states.shape[1]):
-            window = torch.cat([x[:, -lags:], torch.zeros_like(x[:, :1])], 1)
-            own = None if covariates is None else covariates[:, t : t + 1].expand(-1, lags + 1, -1)
-            frame = model.emission.context(Batch(window, u=own))
-            code = states[:, t]
-            for back in range(1, memory + 1):
-                code = code * k + states[:, max(t - back, 0)]
-            now = Batch(window[:, -1], u=None if frame.u is None else frame.u[:, -1])
-            x = torch.cat([x, model.emission.sample(code, now, self.generator).unsqueeze(1)], 1)
-        return x[:, -length:]
+        past = states[:, :1].expand(-1, model.emission.memory)
+        return follow(model, x, past, states, covariates, self.generator)[:, -length:]
 
     def _random_lengths(self) -> tuple[list[Tensor], list[Tensor]]:
         model = self.model

@@ -26,11 +26,9 @@ class FramesPass(Kernel):
         known = {name: getattr(batch, name) for name in ("x", "u", "offset", "trials")}
         rows = Batch(**{name: value.flatten(0, 1) for name, value in known.items() if value is not None})
         rows, self.missing = _without_missing(rows)
-        numbers = factor.row_size()
-        width = numbers * factor.dtype.itemsize * max(1, *factor.replicas, 1)
-        # Features that are no larger than a few tables of posteriors are kept, and made once.
-        whole = numbers <= 8 * factor.n_components
-        self.pieces = [rows] if whole else list(rows.split(rows_per_piece(width, factor.device)))
+        width = factor.row_size() * factor.dtype.itemsize * max(1, *factor.replicas, 1)
+        # Features that are small are kept, and made once.
+        self.pieces = [rows] if is_light(factor) else list(rows.split(rows_per_piece(width, factor.device)))
         parts = [self._of(piece) for piece in self.pieces]
         value = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
         if self.missing is not None:
@@ -57,6 +55,11 @@ class FramesPass(Kernel):
 
     def inner(self) -> Tensor:
         return self.kernel.inner()
+
+
+def is_light(factor: Factor) -> bool:
+    """Whether an emission takes less memory and time than the chain: a few numbers for each state of a frame."""
+    return factor.row_size() <= 8 * (factor.n_components or 1)
 
 
 def window(batch: Batch, start: int, stop: int) -> Batch:

@@ -14,10 +14,11 @@ from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, weighted
-from torchem.models.draws import Draw
-from torchem.models.frames import FramesPass, window
+from torchem.models.draws import Draw, follow, reach
+from torchem.models.frames import FramesPass, is_light, window
 from torchem.models.stationary import Stationary
 from torchem.ops import chain, reduce
+from torchem.ops.dispatch import compiled_chain, threads_for_kernels
 from torchem.ops.expansion import Expansion
 from torchem.stats import Stats
 
@@ -26,6 +27,8 @@ from torchem.stats import Stats
 _MESSAGES = {"cpu": 64 << 20, "cuda": 2 << 30}
 #: Numbers held per frame and state while messages run both ways.
 _PER_STATE = 6
+#: Numbers of a table of posteriors up to which a compiled kernel is done before torch's threads have gone to sleep.
+_BRIEF = 1 << 21
 #: Bytes that the tables of a transition that reads covariates may take.
 _TABLES = 64 << 20
 
@@ -321,6 +324,11 @@ class HMM(DiscreteModel):
         return block if block < batch.x.shape[1] else 0
 
     def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
+        small = batch.x.shape[0] * batch.x.shape[1] * self._states <= _BRIEF and is_light(self.emission)
+        with threads_for_kernels(small and compiled_chain(self.device) is not None):
+            return self._expected(batch, infer)
+
+    def _expected(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
         streamed = infer == self.infer and self._block(batch) and not torch.is_grad_enabled()
         if not streamed or torch._C._are_functorch_transforms_active():
             return super()._e_step(batch, infer)
@@ -374,8 +382,9 @@ class HMM(DiscreteModel):
         """p(z_t | x_1, …, x_t) of each frame, ``[N, T, K]``: what could be known at the time."""
         return self._each(self._read(data, fields), self._filtered)
 
-    def _filtered(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-        return self._present(chain.filter(*self._chain(potentials, batch), batch.lengths)[1])
+    def _filtered(self, potentials: dict[str, Tensor], batch: Batch, present: bool = True) -> Tensor:
+        law = chain.filter(*self._chain(potentials, batch), batch.lengths)[1]
+        return self._present(law) if present else law
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely path of states, ``[N, T]`` (Viterbi); −1 in the padding and where there is none."""
@@ -421,12 +430,10 @@ class HMM(DiscreteModel):
             data: Sequences, as for `torchem.fit`.
             steps: H, how far to look.
             inputs: Covariates ``[N, H, M]`` of the frames to come, where a factor reads them.
-            n: Number of continuations to draw.
+            n: Number of continuations to draw. Where the emission reads earlier frames or states the law of an
+                observation is what they make of it: its mean and variance are then those of the draws.
             generator: Source of the draws.
             **fields: ``lengths``, ``u``, … of the data.
-
-        Raises:
-            InvalidArgument: If the emission depends on earlier frames or states, whose future only draws can follow.
 
         Source: W. Zucchini, I. L. MacDonald (2009), section 5.2.
 
@@ -437,17 +444,18 @@ class HMM(DiscreteModel):
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise invalid("steps", "a whole number of at least 1", repr(steps), "give how many frames to look ahead")
-        if self.emission.memory or getattr(self.emission, "lags", 0):
+        batch, lags = self._read(data, fields), reach(self)
+        if lags and int(batch.frames().min()) < lags:
             raise invalid(
-                "forecast", "an emission that depends on the present state alone", type(self.emission).__name__,
-                "continue the sequence with missing frames, or simulate",
+                "data", f"sequences of at least {lags} frames, as many as the emission reads",
+                int(batch.frames().min()), "leave shorter ones out",
             )  # fmt: skip
-        batch = self._read(data, fields)
         with torch.no_grad():
-            filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b))
-            last = torch.full((len(batch),), batch.x.shape[1]) if batch.lengths is None else batch.lengths
-            place = (last.to(filtered.device) - 1).view(-1, 1, 1).expand(*filtered.shape[:-2], 1, filtered.shape[-1])
-            state = filtered.gather(-2, place).squeeze(-2)
+            filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b, present=False))
+            last = batch.frames().to(filtered.device)
+            place = (last - 1).view(-1, 1, 1).expand(*filtered.shape[:-2], 1, filtered.shape[-1])
+            code = filtered.gather(-2, place).squeeze(-2)
+            state = self._present(code)
             u = None if inputs is None else as_tensor(inputs, "inputs").to(filtered)
             u = u.unsqueeze(0).expand(len(batch), *u.shape) if u is not None and u.dim() == 2 else u
             ahead = Batch(torch.zeros(len(batch), steps, batch.x.shape[-1], device=self.device), u=u)
@@ -458,9 +466,16 @@ class HMM(DiscreteModel):
                 state = (state.unsqueeze(-2) @ matrix).squeeze(-2)
                 states.append(state)
             laws = torch.stack(states, -2)
-            mean, variance = self._outlook(laws, ahead)
-            draws = [self._continued(laws, table, ahead, generator) for _ in range(n)]
-        return Forecast(laws, mean, variance, torch.stack(draws) if draws else None)
+            before = (last.unsqueeze(-1) - lags + torch.arange(lags, device=last.device)).unsqueeze(-1)
+            recent = batch.x.to(self.device, self.dtype).gather(1, before.expand(-1, -1, batch.x.shape[-1]))
+            draws = [self._continued(code, recent, table, ahead, generator) for _ in range(n)]
+            drawn = torch.stack(draws) if draws else None
+            if not lags:
+                mean, variance = self._outlook(laws, ahead)
+            else:
+                mean = None if drawn is None else drawn.mean(0)
+                variance = drawn.var(0) if drawn is not None and n > 1 else None
+        return Forecast(laws, mean, variance, drawn)
 
     def _outlook(self, laws: Tensor, ahead: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Mean and variance of a mixture over states, by the law of total variance; None for families without."""
@@ -472,16 +487,23 @@ class HMM(DiscreteModel):
         mean = (share * center).sum(-2)
         return mean, (share * (spread + (center - mean.unsqueeze(-2)).square())).sum(-2)
 
-    def _continued(self, laws: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None) -> Tensor:
-        size, steps = ahead.x.shape[:2]
-        z = torch.multinomial(laws[:, 0], 1, generator=generator)[:, 0]
-        path = [z]
-        for step in range(1, steps):
+    def _continued(
+        self, code: Tensor, recent: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
+    ) -> Tensor:
+        """A draw of the frames to come, after a last state of law ``code [N, K^(memory + 1)]``."""
+        (size, steps), k, memory = ahead.x.shape[:2], self.n_components, self.emission.memory
+        last = torch.multinomial(code, 1, generator=generator)[:, 0]
+        # Digits of an expanded state from the lowest: the oldest first, the present one last.
+        path = [last // k**back % k for back in range(memory + 1)]
+        for step in range(steps):
             matrix = (table[:, step] if self.varying(table) else table).expand(size, -1, -1)
-            z = torch.multinomial(matrix[torch.arange(size), z], 1, generator=generator)[:, 0]
-            path.append(z)
+            path.append(torch.multinomial(matrix[torch.arange(size), path[-1]], 1, generator=generator)[:, 0])
+        z = torch.stack(path[-steps:], 1)
+        if recent.shape[1]:
+            past = torch.stack(path[:-steps], 1)[:, 1:] if memory else z[:, :0]
+            return follow(self, recent, past, z, ahead.u, generator)
         flat = ahead.map(lambda value: value.flatten(0, 1))
-        return self.emission.sample(torch.stack(path, 1).flatten(), flat, generator).unflatten(0, (size, steps))
+        return self.emission.sample(z.flatten(), flat, generator).unflatten(0, (size, steps))
 
     @torch.no_grad()
     def sample(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,13 +29,36 @@ def rows_per_piece(row_bytes: int, device: torch.device, budget: int | None = No
 
 #: Numbers touched per pass below which waking a second thread costs more than it does.
 _ONE_THREAD = 1 << 18
+#: Threads that compiled kernels may use while torch has one; None where they may use as many as torch.
+_kernel_threads: ContextVar[int | None] = ContextVar("_kernel_threads", default=None)
 
 
 @contextmanager
 def fitting_threads(numbers: int, device: torch.device) -> Iterator[None]:
     """Compute on one thread while a pass is tiny; the number of threads is left as found."""
+    with _one_thread(device.type == "cpu" and numbers <= _ONE_THREAD):
+        yield
+
+
+@contextmanager
+def threads_for_kernels(wanted: bool) -> Iterator[None]:
+    """Leave the cores to the threads of compiled kernels: torch computes on one; the number is left as found.
+
+    After each parallel loop OpenMP's threads wait actively, for milliseconds, on the cores that a kernel which follows
+    needs. That costs more than they are worth where torch has little to do.
+    """
+    token = _kernel_threads.set(kernel_threads() if wanted else None)
+    try:
+        with _one_thread(wanted):
+            yield
+    finally:
+        _kernel_threads.reset(token)
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or numbers > _ONE_THREAD:
+    if not wanted or threads == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -42,6 +66,11 @@ def fitting_threads(numbers: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def kernel_threads() -> int:
+    """How many threads a compiled kernel may use."""
+    return _kernel_threads.get() or torch.get_num_threads()
 
 
 @contextmanager

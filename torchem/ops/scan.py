@@ -2,8 +2,8 @@
 
 The frames of a sequence are cut into blocks. A first sweep multiplies the steps of each block to a transfer matrix, all
 blocks side by side; a tree over blocks gives the messages at their boundaries; a second sweep runs all blocks from
-there at once. That is O(T K³) work in O(T / blocks + log blocks) sequential steps instead of O(T K²) in T. Where there are
-sequences enough to keep the device busy one block is best, and the first two sweeps fall away.
+there at once. That is O(T K³) work in O(T / blocks + log blocks) sequential steps instead of O(T K²) in T. Where there
+are sequences enough to keep the device busy one block is best, and the first two sweeps fall away.
 
 Messages are probabilities, rescaled as they go, with the logarithm of the scale kept in float64. What such a message
 flushes to zero a later frame may need (left-right chains); a sequence in which that could have happened is done again

@@ -44,6 +44,8 @@ from numba.core import types
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
+from torchem.ops.dispatch import kernel_threads
+
 #: Numbers of a vector. Four doubles fill a register of AVX2; narrower ones are ganged, wider ones are rarely faster.
 _LANES = 4
 #: Exponentials below this become zero, so that products of messages are never denormal.
@@ -1222,7 +1224,7 @@ def _run(kernel: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], work: int
                 return
             results[place] = kernel(*task)
 
-    threads = min(torch.get_num_threads(), len(waiting), work // _TASK)
+    threads = min(kernel_threads(), len(waiting), work // _TASK)
     helpers = [_pool().submit(serve) for _ in range(threads - 1)]
     serve()
     for helper in helpers:
@@ -1232,7 +1234,7 @@ def _run(kernel: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], work: int
 
 def _ranges(count: int, work: int) -> list[tuple[int, int]]:
     """Cut ``count`` items into ranges for the threads."""
-    pieces = min(count, max(1, work // _TASK), 4 * torch.get_num_threads()) if torch.get_num_threads() > 1 else 1
+    pieces = min(count, max(1, work // _TASK), 4 * kernel_threads()) if kernel_threads() > 1 else 1
     edges = [count * i // pieces for i in range(pieces + 1)] if count else [0]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
