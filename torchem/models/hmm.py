@@ -396,7 +396,8 @@ class HMM(DiscreteModel):
 
     def _digits(self, path: Tensor) -> Tensor:
         """Paths of expanded states as paths of the present one."""
-        return path.div(self.n_components**self.emission.memory, rounding_mode="floor")
+        earlier = self.n_components**self.emission.memory
+        return path if earlier == 1 else path.div(earlier, rounding_mode="floor")
 
     def best_paths(self, data: Any, count: int, **fields: Any) -> tuple[Tensor, Tensor]:
         """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
