@@ -6,7 +6,7 @@ Models are ``nn.Module``s made of factors; `fit` runs EM on them, on CPU or CUDA
 from typing import TYPE_CHECKING, Any
 
 from torchem import errors, factors, masks, priors
-from torchem.accumulate import FullBatch
+from torchem.accumulate import FullBatch, Incremental, Stochastic
 from torchem.batch import Batch
 from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
@@ -33,11 +33,13 @@ __all__ = [
     "GaussianHMM",
     "GaussianMixture",
     "HMM",
+    "Incremental",
     "LatentModel",
     "Mixture",
     "Progress",
     "Result",
     "Stats",
+    "Stochastic",
     "Trainer",
     "criteria",
     "em_map",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset, default_collate
 
 from torchem import distributed
 from torchem.batch import Batch, concatenate
@@ -60,6 +60,8 @@ class Source:
         self.sequential = bool(getattr(model, "sequential", False))
         self.batch_size = batch_size
         self.loader: Iterable[Any] = ()
+        #: Batches of a pass, the most that any process has; known after the survey.
+        self.batches = 0
         #: Data in memory: whole, or in buckets of sequences of similar length; None where a loader gives them.
         self.held: list[Batch] | None = None
         self._pieces: list[Batch] = []
@@ -82,6 +84,12 @@ class Source:
             self._open(data, fields)
         else:
             self._hold(data, fields)
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether a pass draws batches in an order of its own."""
+        sampler = getattr(self.loader, "sampler", None)
+        return self.held is None and sampler is not None and not isinstance(sampler, SequentialSampler)
 
     def _is_loader(self, data: Any) -> bool:
         if isinstance(data, (list, tuple)):
@@ -175,11 +183,12 @@ class Source:
         Rows are what the emissions of a model see: observations, or the frames of sequences.
         """
         try:
-            moments, rows, sample, glance = self._local_survey(limit, generator)
+            moments, rows, weight, sample, glance = self._local_survey(limit, generator)
         except Exception as error:
             distributed.agree(error)
             raise
         distributed.agree()
+        self.batches = max(distributed.gather(self.batches))
         if distributed.active():
             mine = (moments, rows, sample.map(Tensor.cpu), None if glance is None else glance.map(Tensor.cpu))
             parts = distributed.gather(mine)
@@ -192,14 +201,18 @@ class Source:
         if rows == 0:
             raise invalid("data", "at least one observation", "none on any process", "check the shards")
         sample = sample.to(self.model.device)
-        return Survey(moments, sample, rows, sample if glance is None else glance.to(self.model.device))
+        return Survey(moments, sample, rows, weight, sample if glance is None else glance.to(self.model.device))
 
-    def _local_survey(self, limit: int, generator: torch.Generator) -> tuple["Moments", int, Batch, Batch | None]:
+    def _local_survey(
+        self, limit: int, generator: torch.Generator
+    ) -> tuple["Moments", int, float, Batch, Batch | None]:
         moments = Moments()
         pool: list[tuple[Tensor, Batch]] = []
         glance = _Glance()
-        count = 0
+        count, weight, self.batches = 0, 0.0, len(self._pieces)
         for batch in self.held or (batch for _, batch in self):
+            weight += float(self.model.count(batch))
+            self.batches += self.held is None
             if self.sequential:
                 glance.add(batch)
             for rows in self._rows(batch):
@@ -211,7 +224,7 @@ class Source:
                     pool = [_best(pool, limit)]
         if not pool:
             raise invalid("data", "at least one batch", "an empty loader", "check the sampler")
-        return moments, count, _best(pool, limit)[1], glance.batch
+        return moments, count, weight, _best(pool, limit)[1], glance.batch
 
     def _rows(self, batch: Batch) -> Iterator[Batch]:
         """A batch as the emissions see it, a few sequences at a time."""
@@ -236,12 +249,14 @@ class Survey:
         moments: Mean and variance of the columns.
         sample: Some rows, at random: observations, or frames of sequences.
         rows: How many there are.
+        weight: Weight of the observations of this process.
         glance: A small batch as the model reads it: the sample, or the first sequences, cut where they are long.
     """
 
     moments: "Moments"
     sample: Batch
     rows: int
+    weight: float
     glance: Batch
 
 

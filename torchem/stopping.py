@@ -41,6 +41,28 @@ def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status 
     return "converged" if slowing or gain <= noise else None
 
 
+#: Passes in a row that must bring nothing before an objective that jitters is called at rest.
+_PATIENCE = 3
+
+
+def settled(history: Sequence[float], tolerance: float) -> Status | None:
+    """Judge an objective that may fall by chance: at rest when some passes in a row did not beat all before them.
+
+    Args:
+        history: Objective so far, one value per pass.
+        tolerance: What counts as more, in total; 0 never rests.
+
+    Example:
+        >>> settled([-9.0, -5.0, -5.01, -5.02, -4.99], 0.1), settled([-9.0, -5.0, -4.0], 0.1)
+        ('converged', None)
+    """
+    if not history or not math.isfinite(history[-1]):
+        return "nonfinite" if history else None
+    if tolerance == 0 or len(history) <= _PATIENCE:
+        return None
+    return "converged" if max(history[-_PATIENCE:]) < max(history[:-_PATIENCE]) + tolerance else None
+
+
 def aitken(history: Sequence[float]) -> float | None:
     """Estimated rise that is left, in the units of the objective.
 

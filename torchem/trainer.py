@@ -5,7 +5,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchem import distributed, initialize, stopping
-from torchem.accumulate import Accumulator, FullBatch
+from torchem.accumulate import Accumulator, FullBatch, Incremental
 from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
@@ -217,6 +217,14 @@ class _Loop:
         self.stopping = False
         # Whether the last pass is to be made again at the same parameters.
         self.retake = False
+        self.noisy = bool(getattr(self.rule, "noisy", False))
+        # Whether the passes of a rule that is noisy have come to rest: one more pass measures where.
+        self.closing = False
+        if isinstance(self.rule, Incremental) and source.shuffled:
+            raise invalid(
+                "data", "batches that are the same in every pass", "a loader that draws them",
+                "set shuffle=False: incremental EM keeps the statistics of each batch",
+            )  # fmt: skip
         # The loop works on a twin, so that an exception leaves the user's model as it was.
         self.twin = model.replicate(len(generators)) if len(generators) > 1 else copy.deepcopy(model)
 
@@ -257,16 +265,16 @@ class _Loop:
                 )
         twin.project()
         twin.tune(survey.rows, 0)
+        if hasattr(self.rule, "begin"):
+            self.rule.begin(survey.weight, self._e_step(twin.cast(survey.glance)))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _iterate(self, iteration: int, bar: Any) -> bool:
         """One E-step over the data, the verdict on it, and the M-step; False when nothing is left to do."""
-        stats, fresh = self._pass(iteration < self.options.max_iter)
-        # Statistics that were all taken at the current θ make the bound tight: it is the log-likelihood, and the prior.
-        objective = stats["log_likelihood"] + self.twin.log_prior() if fresh else self.twin.bound(stats)
+        last = self.closing or iteration == self.options.max_iter
+        stats, objective, total = self._pass(not last)
         values = objective.reshape(-1).tolist()
         self._refuse_impossible(values)
-        total = float(stats["count"].reshape(-1)[0])
-        ended = self._judge(values, total, iteration == self.options.max_iter)
+        ended = self._judge(values, total, last)
         if bar is not None:
             bar.update(1)
             bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
@@ -283,15 +291,15 @@ class _Loop:
             return False
         self.before, self.judged = self.twin.snapshot(), False
         self.twin.m_step(stats)
-        self._tune(iteration)
+        self._tune(iteration, retake=not self.noisy)
         if not self.retake:
             self._heal(stats, total)
         return True
 
-    def _tune(self, iteration: int) -> None:
+    def _tune(self, iteration: int, retake: bool = True) -> None:
         """Let numerics follow the parameters; where statistics were too coarse for what they gave, take them again."""
         adjustment = self.twin.tune(self.survey.rows, iteration)
-        self.retake = adjustment is not None and adjustment.retake and not self.retake
+        self.retake = retake and adjustment is not None and adjustment.retake and not self.retake
         if self.retake and self.before is not None:
             self.twin.assign(self.before)
             self.judged = True
@@ -310,25 +318,42 @@ class _Loop:
             # When components were reseeded or taken out the objective may fall: that step is not judged.
             recent = run.history[-1:] if run.rested else run.history[-3:]
             run.rested = False
-            status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
+            if self.noisy:
+                status = stopping.settled(run.history, self.options.tol * total)
+            else:
+                status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
             if status is not None or last:
                 ended[place] = status or "max_iter"
         self.judged = True
+        if self.noisy and not last and list(ended.values()) == ["converged"] * len(self.going):
+            # What the history holds was measured on the way: the pass to come measures at rest.
+            self.closing, ended = True, {}
+        elif self.noisy and not last:
+            ended = {place: status for place, status in ended.items() if status != "converged"}
+        elif self.closing:
+            ended = dict.fromkeys(ended, "converged")
         return ended
 
-    def _pass(self, update: bool) -> tuple[Stats, bool]:
-        """E-steps over all batches, and whether θ stood still meanwhile (some rules maximise on the way)."""
-        twin, fresh = self.twin, True
+    def _pass(self, update: bool) -> tuple[Stats, Tensor, float]:
+        """E-steps over all batches: statistics to maximise, the objective, and the weight of the data.
+
+        Rules that are eager maximise on the way.
+        """
+        twin, eager = self.twin, False
         last: Stats | None = None
+        score: Tensor | float = 0.0
+        total: Tensor | float = 0.0
         try:
             if self.stopping:
                 raise KeyboardInterrupt
-            for key, batch in self.source:
-                ready = self.rule.push(key, self._e_step(batch))
+            for key, stats in self._statistics():
+                ready = self.rule.push(key, stats)
+                score, total = score + stats["log_likelihood"], total + stats["count"]
                 if ready is not None:
-                    last, fresh = self._reduce(ready), False
+                    last, eager = self._reduce(ready), True
                     if update:
                         twin.m_step(last)
+                        self._tune_within()
             ready = self.rule.flush()
             if ready is None and last is None:
                 raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
@@ -340,7 +365,28 @@ class _Loop:
                 distributed.agree(error)
             raise
         assert last is not None
-        return last, fresh
+        if not eager and not self.noisy:
+            # Statistics that were all taken at one θ make the bound tight: it is the log-likelihood, and the prior.
+            return last, last["log_likelihood"] + twin.log_prior(), float(last["count"].reshape(-1)[0])
+        seen = distributed.all_reduce(Stats(score=score, total=total))
+        objective = seen["score"] + twin.log_prior() if self.noisy or not update else twin.bound(last)
+        return last, objective, float(seen["total"].reshape(-1)[0])
+
+    def _statistics(self) -> Iterator[tuple[Hashable, Stats]]:
+        """Those of each batch, as many on each process: one with fewer batches ends on empty ones."""
+        given, stats = 0, None
+        for key, batch in self.source:
+            stats, given = self._e_step(batch), given + 1
+            yield key, stats
+        for missing in range(given, self.source.batches):
+            assert stats is not None
+            yield ("missing", missing), stats * 0.0
+
+    def _tune_within(self) -> None:
+        """Let numerics follow the parameters between two batches of a pass."""
+        adjustment = self.twin.tune(self.survey.rows, 0)
+        if adjustment is not None and adjustment.move is not None:
+            self.rule.translate(adjustment.move)
 
     def _e_step(self, batch: Batch) -> Stats:
         # A model of one's own need not know of kinds.
@@ -364,6 +410,7 @@ class _Loop:
         if keep:
             index = torch.tensor(keep, device=self.twin.device)
             self.twin = self.twin.take_replicas(index)
+            self.rule.translate(lambda kept: pytree.tree_map(lambda leaf: leaf[index], kept))
             stats = pytree.tree_map(lambda leaf: leaf[index], stats)
         return stats
 
