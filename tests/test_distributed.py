@@ -69,6 +69,18 @@ def _batches(rank: int, world: int) -> Any:
     return fit(started(data(), 2), rows, init=None, batch_size=7 if rank == 0 else 10, tol=0.0, max_iter=5).history
 
 
+def _rules(rank: int, world: int) -> Any:
+    """Eight batches on one rank, one on the other."""
+    rows = data()[:50] if rank == 0 else data()[50:]
+    size = 7 if rank == 0 else 10
+    found = []
+    for rule in (torchem.Incremental(), torchem.Stochastic(burn_in=3, average=True)):
+        model = started(data(), 2)
+        result = fit(model, rows, init=None, batch_size=size, tol=0.0, max_iter=30, accumulate=rule)
+        found.append((result.history, model.means.tolist()))
+    return found
+
+
 def _inf(rank: int, world: int) -> None:
     x = mine(rank, world)
     if rank == 1:
@@ -142,7 +154,7 @@ REFUSED = {
     "collapse": (_collapse, "has collapsed"),
 }
 SHARED = {
-    "exchange": _exchange, "unseeded": _unseeded, "seeded": _seed_per_rank, "batches": _batches,
+    "exchange": _exchange, "unseeded": _unseeded, "seeded": _seed_per_rank, "batches": _batches, "rules": _rules,
     "callback": _callback, "interrupt": _interrupt,
 }  # fmt: skip
 
@@ -169,6 +181,19 @@ def test_exchange() -> None:
 def test_ranks_draw_the_same(name: str) -> None:
     first, second = ranks.values(_outcomes()[name])
     assert first == second
+
+
+def test_eager_rules_step_together() -> None:
+    """However many batches a rank has: all hold the same parameters, and incremental EM comes to the optimum."""
+    first, second = ranks.values(_outcomes()["rules"])
+    assert first == second
+    optimum = fit(started(data(), 2), data(), init=None, tol=0.0, max_iter=200).bound
+    (incremental, _), (stochastic, _) = first
+    assert incremental[-1] == pytest.approx(optimum, rel=1e-6)
+    assert all(
+        after >= before - 1e-9 * abs(before) for before, after in zip(incremental, incremental[1:], strict=False)
+    )
+    assert stochastic[-1] == pytest.approx(optimum, abs=3.0)
 
 
 def test_ranks_may_have_different_numbers_of_batches() -> None:
