@@ -176,7 +176,9 @@ class Stochastic:
 
     def flush(self) -> Stats | None:
         """The averaged statistics, if averages are taken."""
-        return self._whole(self.mean)
+        if not self.average or self.pushed <= self.burn_in:
+            return None
+        return self._whole(self.rate if self.mean is None else self.mean)
 
     def translate(self, move: Callable[[Stats], Stats]) -> None:
         """Carry what is kept into new coordinates."""
