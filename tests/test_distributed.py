@@ -1,6 +1,7 @@
 """Several processes as one: what they exchange, and that no rank is left waiting when another one has bad luck."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -190,9 +191,7 @@ def test_eager_rules_step_together() -> None:
     optimum = fit(started(data(), 2), data(), init=None, tol=0.0, max_iter=200).bound
     (incremental, _), (stochastic, _) = first
     assert incremental[-1] == pytest.approx(optimum, rel=1e-6)
-    assert all(
-        after >= before - 1e-9 * abs(before) for before, after in zip(incremental, incremental[1:], strict=False)
-    )
+    assert all(after >= before - 1e-9 * abs(before) for before, after in itertools.pairwise(incremental))
     assert stochastic[-1] == pytest.approx(optimum, abs=3.0)
 
 

@@ -10,6 +10,7 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,8 +26,10 @@ from torchem.sequences import as_sequences
 from torchem.stats import Stats
 
 Reduction = Callable[[Tensor, int], Tensor]
-#: What an E-step takes for the latents: their posterior, or the most likely configuration alone.
-EStep = Literal["soft", "hard"]
+#: What stands for the posterior of the latents in an E-step.
+EStep = Literal["soft", "hard", "sample"]
+#: Gives uniform numbers of a shape, each replica's from a generator of its own.
+Uniforms = Callable[[torch.Size], Tensor]
 
 
 class LatentModel(nn.Module, ABC):
@@ -50,7 +53,8 @@ class LatentModel(nn.Module, ABC):
         """Expected statistics of a batch: ``{slot: Stats, …, entropy, log_likelihood, count}``, all additive.
 
         With ``kind="hard"`` the most likely configuration stands for the posterior, and ``log_likelihood`` is its joint
-        log-density: the objective of classification EM (Viterbi training).
+        log-density: the objective of classification EM (Viterbi training). With ``kind="sample"`` one that is drawn
+        from the posterior stands for it (stochastic EM), and ``log_likelihood`` is exact.
         """
 
     @abstractmethod
@@ -356,9 +360,31 @@ class DiscreteModel(LatentModel):
         """What the evidence contributes to the expected potentials."""
         raise NotImplementedError(f"{type(self).__name__} takes no evidence")
 
-    def e_step(self, batch: Batch, kind: EStep = "soft") -> Stats:
+    def infer_sample(
+        self, potentials: dict[str, Tensor], batch: Batch, uniforms: Uniforms
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """log Z per row, and a configuration drawn from the posterior, weighted, as 0 and 1.
+
+        This default differentiates `log_partition` with sums that choose one of their terms.
+        """
+        return self._gradient(potentials, batch, reduce.sampled(uniforms))
+
+    def e_step(self, batch: Batch, kind: EStep = "soft", beta: float = 1.0, uniforms: Uniforms | None = None) -> Stats:
+        """Expected statistics of a batch; see `LatentModel.e_step`.
+
+        Args:
+            batch: Observations.
+            kind: What stands for the posterior: itself, the most likely configuration, or one that is drawn.
+            beta: Inverse temperature; ``log_likelihood`` is then the free energy Σ w log Z_β / β.
+            uniforms: Gives the uniform numbers of the draws; those of torch's global generator when left out.
+        """
+        if kind == "sample":
+            source = _global_uniforms if uniforms is None else uniforms
+            infer = functools.partial(self.infer_sample, uniforms=source)
+        else:
+            infer = self.infer if kind == "soft" else self.infer_hard
         with declared_precision(self.device):
-            return self._e_step(batch, self.infer if kind == "soft" else self.infer_hard)
+            return self._e_step(batch, infer if beta == 1 else _tempered(infer, beta))
 
     def _kernels(self) -> dict[str, Kernel]:
         tables = self.table_slots()
@@ -396,6 +422,22 @@ class DiscreteModel(LatentModel):
 
     def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
         return self._each(data, self.log_partition)
+
+
+def _global_uniforms(shape: torch.Size) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64)
+
+
+def _tempered(infer: Callable[..., tuple[Tensor, dict[str, Tensor]]], beta: float) -> Callable[..., Any]:
+    """Inference with the joint density to the power β: expectations under it, and log Z_β / β."""
+
+    def run(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.evidence is not None:
+            batch = replace(batch, evidence=batch.evidence * beta)
+        log_z, expected = infer({slot: value * beta for slot, value in potentials.items()}, batch)
+        return log_z / beta, expected
+
+    return run
 
 
 def weighted(log_z: Tensor, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ import copy
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from torch.utils import _pytree as pytree
 
 from torchem import distributed, initialize, stopping
 from torchem.accumulate import Accumulator, FullBatch, Incremental
+from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
-from torchem.model import EStep, LatentModel
+from torchem.model import DiscreteModel, EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
@@ -28,6 +30,8 @@ Dead = Literal["floor", "respawn", "prune", "raise"]
 
 #: Relative fall of the objective that rounding explains.
 _SLACK = {torch.float64: 1e-9, torch.float32: 1e-4}
+#: Statistics of stochastic EM that are kept at most.
+_TAIL = 1000
 #: Times that a run may reseed components, per component.
 _RESPAWNS = 3
 
@@ -48,7 +52,11 @@ class Trainer:
         seed: Seeds the fit's own generators; the global one is never touched. None draws a fresh seed.
         device: Where to compute; the model moves there. Data move too, or are streamed if they live on the host.
         e_step: ``"soft"`` takes the posterior of the latents (EM), ``"hard"`` the most likely configuration alone
-            (classification EM, Viterbi training), whose own objective is the joint log-density.
+            (classification EM, Viterbi training), whose own objective is the joint log-density, ``"sample"`` one drawn
+            from the posterior (stochastic EM in the sense of Celeux and Diebolt; the last M-step takes the mean of the
+            later half of the statistics; under `Stochastic` it is SAEM).
+        anneal: Rising inverse temperatures, each held for some passes, or a function of the pass; see
+            `torchem.anneal.Annealing`. ``history`` holds free energies until 1 is reached.
         dead: What to do with components that lose their mass or collapse to the floor: keep them at the floor,
             ``"respawn"`` them at badly explained observations, ``"prune"`` them or ``"raise"``.
         callbacks: Functions of a `Progress`, called after each pass; a true return value interrupts.
@@ -77,6 +85,7 @@ class Trainer:
         seed: int | np.integer | None = None,
         device: torch.device | str | None = None,
         e_step: EStep = "soft",
+        anneal: Iterable[float] | Callable[[int], float] | None = None,
         dead: Dead = "floor",
         callbacks: Iterable[Callable[[Progress], Any]] = (),
         progress: bool = True,
@@ -101,12 +110,18 @@ class Trainer:
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
             raise invalid("seed", "a whole number of at least 0, or None", repr(seed), "give for example seed=0")
         one_of("dead", dead, ("floor", "respawn", "prune", "raise"))
-        one_of("e_step", e_step, ("soft", "hard"))
+        one_of("e_step", e_step, ("soft", "hard", "sample"))
+        Annealing(anneal := anneal if callable(anneal) or anneal is None else tuple(anneal))
+        if anneal is not None and e_step == "hard":
+            raise invalid(
+                "anneal", "None when e_step='hard'", anneal,
+                "leave one out: the most likely configuration is the same at all temperatures",
+            )  # fmt: skip
         if init is None and restarts > 1:
             raise invalid("restarts", "1 when init=None", restarts, "set init: equal starts end equal")
         self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
         self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
-        self.device, self.callbacks, self.e_step = _device(device), callbacks, e_step
+        self.device, self.callbacks, self.e_step, self.anneal = _device(device), callbacks, e_step, anneal
 
     # ---- the outside ------------------------------------------------------------------------------------------
 
@@ -133,6 +148,12 @@ class Trainer:
         began = time.perf_counter()
         if not isinstance(model, LatentModel):
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
+        for name, value, default in (("e_step", self.e_step, "soft"), ("anneal", self.anneal, None)):
+            if value != default and not isinstance(model, DiscreteModel):
+                raise invalid(
+                    name, f"{default!r} for continuous latents", repr(value),
+                    f"leave it out: {type(model).__name__} has no configurations to choose among",
+                )  # fmt: skip
         if self.device is not None:
             model.to(self.device)
         try:
@@ -162,6 +183,13 @@ class Trainer:
         report_end(result, self.tol, blind=self.init in (None, "random", "random_from_data"))
         result.seconds = time.perf_counter() - began
         return result
+
+
+def _mean(parts: list[Stats]) -> Stats:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total * (1 / len(parts))
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -217,7 +245,15 @@ class _Loop:
         self.stopping = False
         # Whether the last pass is to be made again at the same parameters.
         self.retake = False
-        self.noisy = bool(getattr(self.rule, "noisy", False))
+        self.annealing = Annealing(options.anneal)
+        # Entries of the histories that belong to temperatures before the present one.
+        self.since = 0
+        # Whether a pass draws configurations, so that components that merged at one temperature can part at the next.
+        self.stirred = False
+        self.sampled = options.e_step == "sample"
+        self.noisy = bool(getattr(self.rule, "noisy", False)) or self.sampled
+        # Statistics of the passes of stochastic EM, whose later half ends it.
+        self.tail: deque[Stats] = deque(maxlen=_TAIL)
         # Whether the passes of a rule that is noisy have come to rest: one more pass measures where.
         self.closing = False
         if isinstance(self.rule, Incremental) and source.shuffled:
@@ -290,6 +326,10 @@ class _Loop:
         if not self.going:
             return False
         self.before, self.judged = self.twin.snapshot(), False
+        if self.sampled and not getattr(self.rule, "noisy", False):
+            self.tail.append(stats)
+            if self.closing or iteration == self.options.max_iter - 1:
+                stats = _mean([*self.tail][len(self.tail) // 2 :])
         self.twin.m_step(stats)
         self._tune(iteration, retake=not self.noisy)
         if not self.retake:
@@ -305,7 +345,12 @@ class _Loop:
             self.judged = True
             self.rule.reset()
         elif adjustment is not None and adjustment.move is not None:
-            self.rule.translate(adjustment.move)
+            self._carry(adjustment.move)
+
+    def _carry(self, move: Callable[[Stats], Stats]) -> None:
+        """Take all statistics that are kept along."""
+        self.rule.translate(move)
+        self.tail = deque(map(move, self.tail), maxlen=_TAIL)
 
     def _judge(self, values: list[float], total: float, last: bool) -> dict[int, Status]:
         """Record the objectives; returns the replicas that ended, by their place on the axis, and why."""
@@ -316,12 +361,15 @@ class _Loop:
                 run.history.pop()
             run.history.append(value)
             # When components were reseeded or taken out the objective may fall: that step is not judged.
-            recent = run.history[-1:] if run.rested else run.history[-3:]
+            own = run.history[self.since :]
+            recent = own[-1:] if run.rested else own[-3:]
             run.rested = False
             if self.noisy:
-                status = stopping.settled(run.history, self.options.tol * total)
+                status = stopping.settled(own, self.options.tol * total)
             else:
                 status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
+            if status != "nonfinite" and not self.annealing.done:
+                status = None  # the objective is still to change
             if status is not None or last:
                 ended[place] = status or "max_iter"
         self.judged = True
@@ -332,6 +380,12 @@ class _Loop:
             ended = {place: status for place, status in ended.items() if status != "converged"}
         elif self.closing:
             ended = dict.fromkeys(ended, "converged")
+        if self.retake:
+            return ended
+        if self.stirred:  # what follows may fall by chance
+            self.stirred, self.since = False, len(run.history)
+        elif self.annealing.advance():
+            self.stirred, self.since = True, len(run.history)
         return ended
 
     def _pass(self, update: bool) -> tuple[Stats, Tensor, float]:
@@ -386,11 +440,22 @@ class _Loop:
         """Let numerics follow the parameters between two batches of a pass."""
         adjustment = self.twin.tune(self.survey.rows, 0)
         if adjustment is not None and adjustment.move is not None:
-            self.rule.translate(adjustment.move)
+            self._carry(adjustment.move)
 
     def _e_step(self, batch: Batch) -> Stats:
-        # A model of one's own need not know of kinds.
-        return self.twin.e_step(batch) if self.options.e_step == "soft" else self.twin.e_step(batch, "hard")
+        kind, beta = "sample" if self.stirred else self.options.e_step, self.annealing.beta
+        # A model of one's own need not know of kinds and temperatures.
+        if (kind == "soft" and beta == 1) or not isinstance(self.twin, DiscreteModel):
+            return self.twin.e_step(batch)
+        return self.twin.e_step(batch, kind, beta, self._uniforms)
+
+    def _uniforms(self, shape: torch.Size) -> Tensor:
+        """Uniform numbers of a shape, each restart's from its own generator."""
+        if not self.twin.replicas:
+            return torch.rand(shape, generator=self.generators[self.going[0]], dtype=torch.float64)
+        return torch.stack(
+            [torch.rand(shape[1:], generator=self.generators[r], dtype=torch.float64) for r in self.going]
+        )
 
     def _reduce(self, stats: Stats) -> Stats:
         """The sum over ranks, after all have said that they come to it."""
@@ -410,7 +475,7 @@ class _Loop:
         if keep:
             index = torch.tensor(keep, device=self.twin.device)
             self.twin = self.twin.take_replicas(index)
-            self.rule.translate(lambda kept: pytree.tree_map(lambda leaf: leaf[index], kept))
+            self._carry(lambda kept: pytree.tree_map(lambda leaf: leaf[index], kept))
             stats = pytree.tree_map(lambda leaf: leaf[index], stats)
         return stats
 
@@ -556,6 +621,7 @@ def fit(
     lengths: Any = None,
     labels: Any = None,
     e_step: EStep = "soft",
+    anneal: Iterable[float] | Callable[[int], float] | None = None,
     dead: Dead = "floor",
     callbacks: Iterable[Callable[[Progress], Any]] = (),
     progress: bool = True,
@@ -580,7 +646,8 @@ def fit(
         lengths: Frames of each sequence, ``[N]``.
         labels: What is known of the latent states, per observation or frame: whole numbers with −1 for unknown, Boolean
             ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
-        e_step: ``"soft"`` or ``"hard"``.
+        e_step: ``"soft"``, ``"hard"`` or ``"sample"``.
+        anneal: Inverse temperatures of deterministic annealing, or a function of the pass.
         dead: Policy for components that die or collapse.
         callbacks: Called after each pass.
         progress: Show a progress bar on a terminal.
@@ -601,6 +668,6 @@ def fit(
     """
     trainer = Trainer(
         accumulate=accumulate, init=init, restarts=restarts, max_iter=max_iter, tol=tol, batch_size=batch_size,
-        seed=seed, device=device, e_step=e_step, dead=dead, callbacks=callbacks, progress=progress,
+        seed=seed, device=device, e_step=e_step, anneal=anneal, dead=dead, callbacks=callbacks, progress=progress,
     )  # fmt: skip
     return trainer.fit(model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels)

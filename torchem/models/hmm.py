@@ -13,7 +13,7 @@ from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
-from torchem.model import DiscreteModel, Reduction, weighted
+from torchem.model import DiscreteModel, Reduction, Uniforms, weighted
 from torchem.models.draws import Draw, follow, reach
 from torchem.models.frames import FramesPass, is_light, window
 from torchem.models.stationary import Stationary
@@ -270,9 +270,24 @@ class HMM(DiscreteModel):
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         initial, transition, emission = self._chain(potentials, batch)
         score, path = chain.viterbi(initial, transition, emission, batch.lengths)
+        return score, self._along(path, score, initial, batch, potentials)
+
+    def infer_sample(
+        self, potentials: dict[str, Tensor], batch: Batch, uniforms: Uniforms
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = self._chain(potentials, batch)
+        log_z = chain.log_normalizer(*parts, batch.lengths)
+        given = uniforms(torch.Size((*log_z.shape, batch.x.shape[1])))
+        path = chain.sample(*parts, batch.lengths, uniforms=given)
+        return log_z, self._along(path, log_z, parts[0], batch, potentials)
+
+    def _along(
+        self, path: Tensor, score: Tensor, initial: Tensor, batch: Batch, potentials: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Expectations that are one path of the chain that inference runs on, ``[*r, N, T]``, for each sequence."""
         mass = torch.ones_like(score) if batch.weight is None else batch.weight.to(score).expand_as(score)
         # A path is −1 in the padding and where there is none: those frames count for nothing.
-        gamma = torch.nn.functional.one_hot(path.clamp(min=0), emission.shape[-1]).to(emission)
+        gamma = torch.nn.functional.one_hot(path.clamp(min=0), initial.shape[-1]).to(initial)
         gamma = gamma * torch.where(path >= 0, mass.unsqueeze(-1), 0.0).unsqueeze(-1)
         ahead = torch.where(path[..., 1:, None] >= 0, gamma[..., 1:, :], 0.0)
         before = (gamma[..., :-1, :] > 0).to(gamma)
@@ -281,7 +296,7 @@ class HMM(DiscreteModel):
             pairs = before.unsqueeze(-1) * ahead.unsqueeze(-2)
         else:
             pairs = (before.flatten(-3, -2).mT @ ahead.flatten(-3, -2)).to(torch.float64).unsqueeze(-3)
-        return score, self._folded(first, pairs, gamma, batch, potentials)
+        return self._folded(first, pairs, gamma, batch, potentials)
 
     def _folded(
         self, first: Tensor, pairs: Tensor | None, gamma: Tensor, batch: Batch, potentials: dict[str, Tensor]

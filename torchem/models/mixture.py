@@ -11,7 +11,7 @@ from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
-from torchem.model import DiscreteModel, Reduction
+from torchem.model import DiscreteModel, Reduction, Uniforms
 from torchem.ops import reduce
 from torchem.stats import Stats
 
@@ -104,14 +104,27 @@ class Mixture(DiscreteModel):
         joint = self._joint(potentials, batch)
         best = reduce.first_max(joint.detach())
         score = joint.gather(-1, best.unsqueeze(-1)).squeeze(-1)
-        chosen = torch.nn.functional.one_hot(best, joint.shape[-1]).to(joint.dtype)
-        # An impossible observation has no best component.
-        mass = torch.where(score == -torch.inf, 0.0, 1.0 if batch.weight is None else batch.weight).to(joint.dtype)
+        return score, self._assigned(best, score, potentials, batch)
+
+    def infer_sample(
+        self, potentials: dict[str, Tensor], batch: Batch, uniforms: Uniforms
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch))
+        drawn = reduce.draw(posterior, uniforms(log_z.shape).to(posterior))
+        return log_z, self._assigned(drawn, log_z, potentials, batch)
+
+    @staticmethod
+    def _assigned(label: Tensor, score: Tensor, potentials: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Expectations that are one component for each observation, ``label [*r, N]``."""
+        component = potentials["component"]
+        chosen = torch.nn.functional.one_hot(label, component.shape[-1]).to(component.dtype)
+        # An impossible observation has no component.
+        mass = torch.where(score == -torch.inf, 0.0, 1.0 if batch.weight is None else batch.weight).to(chosen.dtype)
         chosen = chosen * mass.unsqueeze(-1)
         mixing = chosen
         if potentials["mixing"].shape[-2] == 1:
             mixing = chosen.sum(-2, keepdim=True, dtype=torch.float64)
-        return score, {"mixing": mixing, "component": chosen}
+        return {"mixing": mixing, "component": chosen}
 
     def _known(self, expected: dict[str, Tensor], batch: Batch) -> Tensor:
         posterior = expected["component"]

@@ -456,14 +456,18 @@ def sample(
     emission: Tensor,
     lengths: Tensor | None = None,
     generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
 ) -> Tensor:
     """States ``[*b, T]`` drawn from the posterior of paths; −1 in the padding and where no path is possible.
+
+    Uniform numbers ``[*b, T]`` may be given instead of the generator that they are drawn from.
 
     Source: C. K. Carter, R. Kohn (1994).
     """
     chains = layout(initial, transition, emission, lengths)
-    shape = chains.emission.shape[:2]
-    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(emission.device)
+    if uniforms is None:
+        uniforms = torch.rand(chains.emission.shape[:2], generator=generator, dtype=torch.float64)
+    uniforms = uniforms.reshape(chains.emission.shape[:2]).to(emission.device, torch.float64)
     kernel = chain_kernel(chains.emission)
     path = kernel.sample(chains.initial, chains.transition, chains.emission, chains.lengths, uniforms)
     return chains.restored(path)

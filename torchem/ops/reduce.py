@@ -1,6 +1,7 @@
 """Reductions over latent axes that stay defined, with their gradients, at minus infinity."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +47,43 @@ def maximum(x: Float[Tensor, "*n"], dim: int = -1) -> Float[Tensor, "..."]:
     the gradient of a max-product partition function is one most likely configuration (Viterbi).
     """
     return x.gather(dim, first_max(x.detach(), dim).unsqueeze(dim)).squeeze(dim)
+
+
+def draw(weight: Float[Tensor, "*n k"], uniform: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    """An index for each row, with probability in proportion to its weights, from uniform numbers in [0, 1).
+
+    One of weight zero is never drawn, unless all are.
+
+    Example:
+        >>> draw(torch.tensor([[1.0, 0.0, 3.0]]).expand(2, 3), torch.tensor([0.2, 0.3]))
+        tensor([0, 2])
+    """
+    # The first whose cumulative weight exceeds the draw; by rounding none may.
+    below = weight.cumsum(-1) <= uniform.unsqueeze(-1) * weight.sum(-1, keepdim=True)
+    last = weight.shape[-1] - 1 - first_max((weight > 0).flip(-1).to(weight.dtype))
+    return torch.minimum(below.sum(-1), last)
+
+
+def sampled(uniforms: Callable[[torch.Size], Tensor]) -> Callable[..., Tensor]:
+    """A reduction with the value of `logsumexp` whose gradient is one index, drawn in proportion to the exponentials.
+
+    As every sum of a partition function chooses one of its terms, the gradient of the whole is a draw from the
+    posterior: forward filtering, backward sampling for a chain.
+
+    Args:
+        uniforms: Gives uniform numbers of a shape.
+
+    Source: A. M. Rush (2020), section 3, on sampling as a semiring.
+    """
+
+    def plus(x: Tensor, dim: int = -1) -> Tensor:
+        rows = x.movedim(dim, -1)
+        total, share = responsibilities(rows.detach())
+        index = draw(share, uniforms(total.shape).to(share))
+        chosen = rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        return total + torch.where(chosen.detach() > -torch.inf, chosen - chosen.detach(), 0.0)
+
+    return plus
 
 
 def responsibilities(joint: Float[Tensor, "*n k"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n k"]]:

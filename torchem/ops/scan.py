@@ -498,9 +498,6 @@ def sample(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tenso
             column = step.gather(-1, state[:, None, None].expand(-1, step.shape[-2], 1)).squeeze(-1)
             logits = torch.where((place + 1 < ends).unsqueeze(-1), logits + column, logits)
         share = reduce.responsibilities(logits)[1]
-        # The first state whose cumulative share exceeds the draw; one of probability zero never does so first.
-        below = share.cumsum(-1) <= uniforms[:, place].unsqueeze(-1) * share.sum(-1, keepdim=True)
-        last = share.shape[-1] - 1 - reduce.first_max((share > 0).flip(-1).to(share.dtype))
-        state = torch.where(place < ends, torch.minimum(below.sum(-1), last), state)
+        state = torch.where(place < ends, reduce.draw(share, uniforms[:, place].to(share)), state)
         path[:, place] = torch.where(place < ends, state, -1)
     return torch.where((log_z == -torch.inf).unsqueeze(-1), -1, path)
