@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchem import distributed, initialize, stopping
+from torchem.accelerate import Acceleration, accelerator
 from torchem.accumulate import Accumulator, FullBatch, Incremental
 from torchem.anneal import Annealing
 from torchem.batch import Batch
@@ -57,6 +58,9 @@ class Trainer:
             later half of the statistics; under `Stochastic` it is SAEM).
         anneal: Rising inverse temperatures, each held for some passes, or a function of the pass; see
             `torchem.anneal.Annealing`. ``history`` holds free energies until 1 is reached.
+        accelerate: ``"squarem"`` or ``"anderson"`` jump ahead on the path of EM, and go back to the plain step where
+            that lowers the objective; see `torchem.accelerate`. A pass that is refused so counts, but leaves no entry
+            in ``history``.
         dead: What to do with components that lose their mass or collapse to the floor: keep them at the floor,
             ``"respawn"`` them at badly explained observations, ``"prune"`` them or ``"raise"``.
         callbacks: Functions of a `Progress`, called after each pass; a true return value interrupts.
@@ -86,6 +90,7 @@ class Trainer:
         device: torch.device | str | None = None,
         e_step: EStep = "soft",
         anneal: Iterable[float] | Callable[[int], float] | None = None,
+        accelerate: Acceleration | None = None,
         dead: Dead = "floor",
         callbacks: Iterable[Callable[[Progress], Any]] = (),
         progress: bool = True,
@@ -121,7 +126,15 @@ class Trainer:
             raise invalid("restarts", "1 when init=None", restarts, "set init: equal starts end equal")
         self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
         self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
+        if accelerate is not None:
+            one_of("accelerate", accelerate, ("squarem", "anderson"))
+            if e_step == "sample" or not isinstance(self.accumulate, FullBatch):
+                raise invalid(
+                    "accelerate", "None unless every step is that of full-batch EM", repr(accelerate),
+                    "leave it out: it extrapolates the EM map, which stochastic and incremental steps are not",
+                )  # fmt: skip
         self.device, self.callbacks, self.e_step, self.anneal = _device(device), callbacks, e_step, anneal
+        self.accelerate: Acceleration | None = accelerate
 
     # ---- the outside ------------------------------------------------------------------------------------------
 
@@ -236,6 +249,9 @@ class _Loop:
         self.rule.reset()
         self.runs = [Run() for _ in generators]
         self.going = list(range(len(generators)))
+        self.accelerator = None if options.accelerate is None else accelerator(options.accelerate)
+        # What the last M-step gave, where a jump from there was tried instead.
+        self.fallback: dict[str, Tensor] | None = None
         # Parameters before the last M-step, and whether those after it have been judged.
         self.before: dict[str, Tensor] | None = None
         self.judged = False
@@ -306,9 +322,11 @@ class _Loop:
 
     def _iterate(self, iteration: int, bar: Any) -> bool:
         """One E-step over the data, the verdict on it, and the M-step; False when nothing is left to do."""
-        last = self.closing or iteration == self.options.max_iter
+        last = self.closing or iteration >= self.options.max_iter
         stats, objective, total = self._pass(not last)
         values = objective.reshape(-1).tolist()
+        if self._taken_back(values):
+            return True
         self._refuse_impossible(values)
         ended = self._judge(values, total, last)
         if bar is not None:
@@ -334,7 +352,57 @@ class _Loop:
         self._tune(iteration, retake=not self.noisy)
         if not self.retake:
             self._heal(stats, total)
+            self._jump()
         return True
+
+    # ---- acceleration -----------------------------------------------------------------------------------------
+
+    def _jump(self) -> None:
+        """Go beyond the M-step, if that is wanted and the next objective can be compared with the last."""
+        if self.accelerator is None or self.before is None:
+            return
+        if any(self.runs[r].rested for r in self.going) or self.since == len(self.runs[self.going[0]].history):
+            self.accelerator = accelerator(self.options.accelerate)  # pyright: ignore[reportArgumentType]
+            return
+        image = self.twin.snapshot()
+        moved = self.accelerator.propose(self._flat(self.before), flat := self._flat(image))
+        if not torch.equal(moved, flat):
+            self.twin.assign(self._unflat(moved, image))
+            self.twin.project()
+            self.fallback = image
+
+    def _taken_back(self, values: list[float]) -> bool:
+        """Whether a jump lowered the objective of a replica: that one is put where the M-step had led."""
+        fallback, self.fallback = self.fallback, None
+        if fallback is None:
+            return False
+        slack = _SLACK.get(self.twin.dtype, 1e-3)
+        bad = []
+        for r, value in zip(self.going, values, strict=True):
+            last = self.runs[r].history[-1]
+            bad.append(not math.isfinite(value) or value < last - 1e-3 * slack * max(1.0, abs(last)))
+        if not any(bad):
+            return False
+        which = torch.tensor(bad, device=self.twin.device)
+        assert self.accelerator is not None
+        self.accelerator.refuse(which)
+        now = self.twin.snapshot()
+        mask = which if self.twin.replicas else which[0]
+        self.twin.assign({
+            name: torch.where(mask.reshape(*mask.shape, *[1] * (value.dim() - mask.dim())), fallback[name], value)
+            for name, value in now.items()
+        })  # fmt: skip
+        return True
+
+    def _flat(self, values: dict[str, Tensor]) -> Tensor:
+        """Parameters as a vector for each replica, ``[R, P]`` in float64."""
+        rows = len(self.going)
+        return torch.cat([value.to(torch.float64).reshape(rows, -1) for value in values.values()], -1)
+
+    def _unflat(self, flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        sizes = [value.numel() // len(flat) for value in like.values()]
+        parts = zip(like.items(), flat.split(sizes, -1), strict=True)
+        return {name: part.reshape(value.shape).to(value) for (name, value), part in parts}
 
     def _tune(self, iteration: int, retake: bool = True) -> None:
         """Let numerics follow the parameters; where statistics were too coarse for what they gave, take them again."""
@@ -476,6 +544,8 @@ class _Loop:
             index = torch.tensor(keep, device=self.twin.device)
             self.twin = self.twin.take_replicas(index)
             self._carry(lambda kept: pytree.tree_map(lambda leaf: leaf[index], kept))
+            if self.accelerator is not None:
+                self.accelerator.keep(index)
             stats = pytree.tree_map(lambda leaf: leaf[index], stats)
         return stats
 
@@ -622,6 +692,7 @@ def fit(
     labels: Any = None,
     e_step: EStep = "soft",
     anneal: Iterable[float] | Callable[[int], float] | None = None,
+    accelerate: Acceleration | None = None,
     dead: Dead = "floor",
     callbacks: Iterable[Callable[[Progress], Any]] = (),
     progress: bool = True,
@@ -648,6 +719,7 @@ def fit(
             ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
         e_step: ``"soft"``, ``"hard"`` or ``"sample"``.
         anneal: Inverse temperatures of deterministic annealing, or a function of the pass.
+        accelerate: ``"squarem"``, ``"anderson"`` or None.
         dead: Policy for components that die or collapse.
         callbacks: Called after each pass.
         progress: Show a progress bar on a terminal.
@@ -668,6 +740,7 @@ def fit(
     """
     trainer = Trainer(
         accumulate=accumulate, init=init, restarts=restarts, max_iter=max_iter, tol=tol, batch_size=batch_size,
-        seed=seed, device=device, e_step=e_step, anneal=anneal, dead=dead, callbacks=callbacks, progress=progress,
+        seed=seed, device=device, e_step=e_step, anneal=anneal, accelerate=accelerate, dead=dead, callbacks=callbacks,
+        progress=progress,
     )  # fmt: skip
     return trainer.fit(model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels)
