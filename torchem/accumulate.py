@@ -219,7 +219,7 @@ class Incremental:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.memo: dict[Hashable, Stats] = {} if self.folder is None else _OnDisk(self.folder)
+        self.memo: MutableMapping[Hashable, Stats] = {} if self.folder is None else _OnDisk(self.folder)
         self.total: Stats | None = None
         self.ready = False
 
@@ -257,7 +257,7 @@ class Incremental:
         self.total = None if self.total is None else move(self.total)
 
 
-class _OnDisk(MutableMapping):
+class _OnDisk(MutableMapping[Hashable, Stats]):
     """Statistics of batches as files; the structure, the same for all, stays in memory."""
 
     def __init__(self, folder: Path):

@@ -511,7 +511,8 @@ class _Loop:
             self._carry(adjustment.move)
 
     def _e_step(self, batch: Batch) -> Stats:
-        kind, beta = "sample" if self.stirred else self.options.e_step, self.annealing.beta
+        kind: EStep = "sample" if self.stirred else self.options.e_step
+        beta = self.annealing.beta
         # A model of one's own need not know of kinds and temperatures.
         if (kind == "soft" and beta == 1) or not isinstance(self.twin, DiscreteModel):
             return self.twin.e_step(batch)
