@@ -133,7 +133,8 @@ class Trainer:
                     "accelerate", "None unless every step is that of full-batch EM", repr(accelerate),
                     "leave it out: it extrapolates the EM map, which stochastic and incremental steps are not",
                 )  # fmt: skip
-        self.device, self.callbacks, self.e_step, self.anneal = _device(device), callbacks, e_step, anneal
+        self.device, self.callbacks, self.anneal = _device(device), callbacks, anneal
+        self.e_step: EStep = e_step
         self.accelerate: Acceleration | None = accelerate
 
     # ---- the outside ------------------------------------------------------------------------------------------
