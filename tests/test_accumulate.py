@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchem
-from tests.regressions.common import blobs, mixture, rand
+from tests.regressions.common import as_users_run_it, blobs, mixture, rand
 from torchem.accumulate import Incremental, Stochastic
-from torchem.errors import ConvergenceWarning, InvalidArgument
+from torchem.errors import ConvergenceWarning, InvalidArgument, InvalidType
 from torchem.stats import Stats
 
 
@@ -211,3 +211,44 @@ def test_a_shuffled_loader_is_refused_by_incremental_em_and_welcome_to_stochasti
     assert found.bound == pytest.approx(optimum(x, 2), abs=1.0)
     still = DataLoader(TensorDataset(x), batch_size=20)
     assert fit(mixture(2, 2), still, accumulate=Incremental(), tol=1e-6).bound == pytest.approx(optimum(x, 2), abs=0.1)
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_learnt_batch_by_batch() -> None:
+    x = blobs(5000, 2, 3, gap=4.0)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    best = optimum(x)
+    model, rule = mixture(3, 2), Stochastic()
+    fit(model, x[:200])
+    scores = [torchem.partial_fit(model, batch, rule) for batch in x.split(100)]
+    assert rule.seen == 5000
+    assert float(model.log_prob(x).detach().sum()) == pytest.approx(best, abs=0.01 * len(x))
+    # What is returned is measured before the batch is learnt.
+    fresh = mixture(3, 2)
+    fresh.means = x[:3]
+    score = torchem.partial_fit(fresh, x[:50], Stochastic())
+    again = mixture(3, 2)
+    again.means = x[:3]
+    assert score == pytest.approx(float(again.log_prob(x[:50]).detach().mean()))
+    assert sum(scores[-10:]) / 10 > sum(scores[:2]) / 2 - 0.2
+
+
+def test_streams_of_sequences_and_weights() -> None:
+    model, rule = torchem.GaussianHMM(2, 1).double(), Stochastic()
+    model.means = [[-1.0], [1.0]]
+    batch = [torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 9, 30)]
+    torchem.partial_fit(model, batch, rule, weights=[1.0, 2.0, 0.5])
+    assert rule.seen == 5 + 18 + 15
+
+
+def test_a_stream_needs_its_rule_and_possible_data() -> None:
+    with as_users_run_it(), pytest.raises(InvalidType, match="rule"):
+        torchem.partial_fit(mixture(2, 2), blobs(10, 2, 2), Incremental())  # pyright: ignore[reportArgumentType]
+    model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.Categorical(2, 3))
+    model.component.probs = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]
+    before = model.component.probs.clone()
+    with pytest.raises(InvalidArgument, match="positive probability"):
+        torchem.partial_fit(model, torch.tensor([[2]]), Stochastic())
+    assert torch.equal(model.component.probs, before)

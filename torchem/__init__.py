@@ -14,7 +14,7 @@ from torchem.model import DiscreteModel, LatentModel, em_map
 from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
 from torchem.stats import Stats
-from torchem.trainer import Trainer, fit
+from torchem.trainer import Trainer, fit, partial_fit
 
 if TYPE_CHECKING:
     from torchem import plot
@@ -48,6 +48,7 @@ __all__ = [
     "fit",
     "load",
     "masks",
+    "partial_fit",
     "plot",
     "priors",
     "save",

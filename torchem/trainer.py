@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from torchem import distributed, initialize, stopping
 from torchem.accelerate import Acceleration, accelerator
-from torchem.accumulate import Accumulator, FullBatch, Incremental
+from torchem.accumulate import Accumulator, FullBatch, Incremental, Stochastic
 from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
@@ -746,3 +746,67 @@ def fit(
         progress=progress,
     )  # fmt: skip
     return trainer.fit(model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels)
+
+
+def partial_fit(
+    model: LatentModel,
+    data: Any,
+    rule: Stochastic,
+    *,
+    weights: Any = None,
+    inputs: Any = None,
+    lengths: Any = None,
+    labels: Any = None,
+) -> float:
+    """One step of online EM on the next batch of a stream, in place.
+
+    The model starts from the parameters that it has: fit it to a first sample. What was learnt so far is in ``rule``,
+    one for each stream; its statistics are weighed by what was seen.
+
+    Args:
+        model: Any torchem model.
+        data: A batch, in any form that `torchem.fit` takes.
+        rule: Keeps the running statistics; see `torchem.Stochastic`.
+        weights: Of the observations or sequences, as are all that follow.
+        inputs: Covariates.
+        lengths: Frames of each sequence.
+        labels: What is known of the latent states.
+
+    Returns:
+        The mean log-likelihood of the batch, per observation or frame, before it was learnt: an honest score.
+
+    Example:
+        >>> import torchem
+        >>> model, rule = torchem.GaussianMixture(2, 1), torchem.Stochastic()
+        >>> model.means = [[-1.0], [1.0]]
+        >>> for _ in range(5):
+        ...     score = torchem.partial_fit(model, torch.randn(100, 1), rule)
+        >>> rule.seen
+        500.0
+    """
+    if not isinstance(rule, Stochastic):
+        raise wrong_type("rule", "a torchem.Stochastic", rule, "make one for the stream and pass it every time")
+    source = Source(model, data, None, weights, inputs, lengths, labels)
+    score = total = 0.0
+    with torch.no_grad(), declared_precision(model.device):
+        survey = source.survey(1, torch.Generator())
+        if rule.pushed == 0:
+            model.prepare(survey.moments)
+            model.project()
+            model.tune(survey.rows)
+        for key, batch in source:
+            stats = model.e_step(batch)
+            found = float(stats["log_likelihood"])
+            if not math.isfinite(found):
+                raise invalid(
+                    "data", "observations of positive probability", f"a log-likelihood of {found}",
+                    "remove the outlier, or lower the floor",
+                )  # fmt: skip
+            score, total = score + found, total + float(stats["count"])
+            ready = rule.push(key, stats)
+            if ready is not None:
+                model.m_step(ready)
+                adjustment = model.tune(max(survey.rows, int(rule.seen)))
+                if adjustment is not None and adjustment.move is not None:
+                    rule.translate(adjustment.move)
+    return score / total if total > 0 else math.nan
