@@ -11,7 +11,7 @@ from torchem.batch import Batch
 from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.model import DiscreteModel, LatentModel, em_map
-from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit
@@ -29,6 +29,7 @@ __all__ = [
     "DiscreteModel",
     "ExponentialFamily",
     "Factor",
+    "FactorialHMM",
     "FullBatch",
     "GaussianHMM",
     "GaussianMixture",
