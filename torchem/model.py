@@ -9,7 +9,7 @@ import copy
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -149,6 +149,15 @@ class LatentModel(nn.Module, ABC):
         """Maximise every factor and assign the result."""
         self.assign(self.maximize(stats))
 
+    def improve(self, stats: Stats, batches: Callable[[], Iterable[Batch]]) -> None:
+        """One M-step of a fit: what is no function of statistics may pass over the data again.
+
+        Args:
+            stats: Of all the data, at the current parameters.
+            batches: Gives the batches of a pass.
+        """
+        self.m_step(stats)
+
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """Σ_f Q_f(θ; S): the part of the bound that parameters move."""
         return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
@@ -169,6 +178,15 @@ class LatentModel(nn.Module, ABC):
         return total
 
     # ---- starts -----------------------------------------------------------------------------------------------
+
+    def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
+        """Called before a fit starts, for models that draw: the fit's own generators, one per replica.
+
+        Args:
+            generators: One per replica; nothing else is drawn from.
+            first: Number of the first replica among all restarts.
+        """
+        return
 
     @property
     def default_init(self) -> str:
@@ -233,6 +251,11 @@ class LatentModel(nn.Module, ABC):
     def replicas(self) -> tuple[int, ...]:
         """``()`` for one model, ``(R,)`` for R replicas run as one."""
         return self.slots()[0][1].replicas
+
+    @property
+    def replicates(self) -> bool:
+        """Whether parameters may carry a replica axis; where not, restarts run one after the other."""
+        return all(factor.replicates for factor in self.factors())
 
     def replicate(self, replicas: int) -> "LatentModel":
         """A copy whose parameters carry a leading axis of equal replicas."""

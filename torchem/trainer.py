@@ -146,8 +146,7 @@ class Trainer:
             entropy = distributed.gather(entropy)[0]
         generators = [_generator(entropy, r) for r in range(self.restarts)]
         # Families that cannot carry a replica axis (a user's network) run their restarts one after the other.
-        together = all(factor.replicates for factor in model.factors())
-        groups = [generators] if together else [[generator] for generator in generators]
+        groups = [generators] if model.replicates else [[generator] for generator in generators]
         k = n_states(model)
         keep_freed_memory()
         with torch.no_grad(), declared_precision(model.device):
@@ -240,6 +239,7 @@ class _Loop:
     def _start(self) -> None:
         twin, survey = self.twin, self.survey
         twin.prepare(survey.moments)
+        twin.begin(self.generators, self.first)
         if self.options.init is not None:
             dtype = twin.dtype
             # Starts are made in float64: moments about one origin would cancel in float32.
@@ -282,7 +282,7 @@ class _Loop:
         if not self.going:
             return False
         self.before, self.judged = self.twin.snapshot(), False
-        self.twin.m_step(stats)
+        self.twin.improve(stats, lambda: (batch for _, batch in self.source))
         self._tune(iteration)
         if not self.retake:
             self._heal(stats, total)
