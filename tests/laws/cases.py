@@ -20,7 +20,7 @@ from torchem.batch import Batch
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.model import LatentModel
-from torchem.models import HMM, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
@@ -513,7 +513,7 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
 
 
 #: Models whose bound is not the log-likelihood: the laws of exact inference are not theirs.
-APPROXIMATE: set[type] = {FactorialHMM}
+APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM}
 
 
 def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
