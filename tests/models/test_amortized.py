@@ -280,6 +280,24 @@ def test_modes_and_randomness_of_networks() -> None:
     assert torch.equal(model.eval().elbo(x), model.train().elbo(x))
 
 
+def test_a_fit_that_is_interrupted_returns_whole_iterations() -> None:
+    """Ctrl-C in the middle of an update: networks are those of the last bound."""
+    count = itertools.count()
+
+    class Struck(torch.optim.Adam):
+        def step(self, closure=None):
+            if next(count) == 25:
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    x = moons()
+    model = deep_model(optimizer=Struck, steps=5, update="joint")
+    result = quietly(model, x, max_iter=50)
+    assert result.status == "interrupted"
+    assert result.n_iter == len(result.history) - 1 == 5
+    close(model.elbo(x).sum(), torch.tensor(result.history[-1], dtype=torch.float64))
+
+
 # ---- laws ---------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +400,13 @@ def test_what_continuous_latents_cannot_do() -> None:
     with pytest.raises(InvalidArgument, match="passes over the data again"):
         torchem.em_map(model)(dict(model.named_parameters()), Batch(x))
     unchanged(model, before)
+
+
+def test_several_processes_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(InvalidArgument, match="several processes"):
+        deep_model().begin([rng(0)], 0)
 
 
 def test_data_that_do_not_fit_are_refused() -> None:

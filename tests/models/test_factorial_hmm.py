@@ -424,7 +424,7 @@ def test_what_is_left_of_the_replicas_goes_on_from_where_they_were(q) -> None:
         many.e_step(batch)
         few = many.take_replicas(torch.tensor([0, 2]))
     assert isinstance(few, FactorialHMM)
-    for a, b in zip(few._met[batch], many._met[batch], strict=True):
+    for a, b in zip(few._met[batch][1], many._met[batch][1], strict=True):
         assert torch.equal(a, b[[0, 2]])
 
 
@@ -466,6 +466,17 @@ def test_the_pure_map_is_the_step(q) -> None:
     unchanged(model, before)
 
 
+def test_each_form_of_the_posterior_sets_out_by_itself() -> None:
+    """Marginals of exact chains need not be possible for a mean field where steps are forbidden."""
+    model = model_of((3, 2))
+    model.transitions[0].probs = [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]
+    batch = data_of(model, 3, 6)
+    with torch.no_grad():
+        model.e_step(batch)
+        model.q = "mean_field"
+        assert bool(model.e_step(batch)["log_likelihood"].isfinite())
+
+
 def test_batches_are_not_kept_alive() -> None:
     model = model_of()
     batch = data_of(model)
@@ -475,6 +486,48 @@ def test_batches_are_not_kept_alive() -> None:
     assert len(copy.deepcopy(model)._met) == len(pickle.loads(pickle.dumps(model))._met) == 0
     del batch
     assert len(model._met) == 0
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_what_is_frozen_stays(q) -> None:
+    model = model_of(q=q)
+    model.emission.freeze("weight")
+    model.transitions[0].freeze()
+    model.transitions[1].freeze("probs", mask=torch.eye(3, dtype=torch.bool))
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        model.m_step(model.e_step(data_of(model, 5, 10)))
+    close(model.contributions[0], before.contributions[0], rtol=0, atol=0)
+    close(model.transition_matrices[0], before.transition_matrices[0], rtol=0, atol=0)
+    close(model.transition_matrices[1].diagonal(), before.transition_matrices[1].diagonal(), rtol=1e-12)
+    for a, b in ((model.transition_matrices[1], before.transition_matrices[1]), (model.covariance, before.covariance)):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_no_sequences_are_nothing(q) -> None:
+    model = model_of(q=q)
+    batch = data_of(model)
+    stats = model.e_step(batch)
+    close_stats(stats + model.e_step(batch[:0]), stats)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_one_table_may_serve_several_chains(q) -> None:
+    """Its counts are those of both, and it is one parameter."""
+    model = model_of((2, 2), q=q)
+    tied = FactorialHMM(model.initials, [model.transitions[0]] * 2, model.emission, q)
+    assert tied.n_parameters() == model.n_parameters() - 2
+    batch = data_of(tied, 4, 10)
+    values = []
+    with torch.no_grad():
+        for _ in range(8):
+            stats = tied.e_step(batch)
+            counts = stats["transitions.0"]["counts"] + stats["transitions.1"]["counts"]
+            values.append(float(tied.bound(stats)))
+            tied.m_step(stats)
+            close(tied.transition_matrices[1], counts / counts.sum(-1, keepdim=True))
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
 
 
 # ---- fits ---------------------------------------------------------------------------------------------------------
@@ -528,7 +581,7 @@ def test_a_fit_of_ragged_sequences_and_files(tmp_path) -> None:
     assert (again.q, again.n_states, again.max_sweeps) == ("mean_field", (2, 3), 50)
     assert again.transitions[1].prior is not None
     close(again.elbo(data), model.elbo(data), rtol=0, atol=0)
-    assert model.n_parameters() == 1 + 2 + 2 + 6 + 3 * 5 + 3
+    assert model.n_parameters() == 1 + 2 + 2 + 6 + 3 * (2 + 3 - 1) + 3
 
 
 def test_samples_follow_the_chains() -> None:

@@ -451,12 +451,12 @@ class AmortizedModel(LatentModel):
         """Draw ``n`` observations ``[n, D]``, and their latents ``[n, L]`` when ``latents`` is True."""
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
-        z = torch.randn(n, self.n_latents, generator=generator, dtype=self.dtype).to(self.device)
+        z = torch.randn(n, self.n_latents, generator=generator, dtype=self.dtype, device=self.device)
         with self._evaluating():
             out = self.decoder(z)
         if self.log_variance is None:
-            x = torch.bernoulli(out.sigmoid().cpu(), generator=generator).to(out)
+            x = torch.bernoulli(out.sigmoid(), generator=generator)
         else:
-            spread = torch.randn(out.shape, generator=generator, dtype=self.dtype).to(out)
+            spread = torch.randn(out.shape, generator=generator, dtype=self.dtype, device=self.device)
             x = out + self.noise_variance.sqrt() * spread
         return (x, z) if latents else x

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -81,27 +81,29 @@ class FactorialHMM(LatentModel):
 
     def __init__(
         self,
-        initials: Sequence[Factor],
-        transitions: Sequence[Factor],
+        initials: Iterable[Factor],
+        transitions: Iterable[Factor],
         emission: Factor,
         q: Approximation = "structured",
         tolerance: float = 1e-6,
         max_sweeps: int = 50,
     ):
         super().__init__()
-        _check_chains(list(initials), list(transitions), emission)
+        firsts, moves = list(initials), list(transitions)
+        _check_chains(firsts, moves, emission)
         assert isinstance(emission, LinearGaussian)
         one_of("q", q, ("structured", "mean_field", "exact"))
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
             raise invalid("tolerance", "a finite number of at least 0", repr(tolerance), "the default is 1e-6 nats")
         if not isinstance(max_sweeps, int) or isinstance(max_sweeps, bool) or max_sweeps < 1:
             raise invalid("max_sweeps", "a whole number of at least 1", repr(max_sweeps), "correct it")
-        self.initials = cast(Sequence[Categorical], nn.ModuleList(initials))
-        self.transitions = cast(Sequence[Categorical], nn.ModuleList(transitions))
+        self.initials = cast(Sequence[Categorical], nn.ModuleList(firsts))
+        self.transitions = cast(Sequence[Categorical], nn.ModuleList(moves))
         self.emission = emission
         self.q: Approximation = q
         self.tolerance, self.max_sweeps = float(tolerance), max_sweeps
-        self._met = weakref.WeakKeyDictionary[Batch, Marginals]()
+        # Where ascents on batches ended, and of which form q was.
+        self._met = weakref.WeakKeyDictionary[Batch, tuple[Approximation, Marginals]]()
         if q == "exact":
             self._check_size("q", "use 'structured'")
 
@@ -227,14 +229,17 @@ class FactorialHMM(LatentModel):
     def _start(self, batch: Batch) -> Marginals | None:
         """Where the last ascent on this batch ended, in a fit: derivatives and transforms see none of it."""
         known = self._met.get(batch) if self._remembers() else None
-        if known is None or known[0].shape[:-1] != (*self.replicas, *batch.x.shape[:2]):
+        if known is None:
             return None
-        return tuple(g.to(self.device, self.dtype) for g in known)
+        form, q = known
+        if form != self.q or q[0].shape[:-1] != (*self.replicas, *batch.x.shape[:2]):
+            return None
+        return tuple(g.to(self.device, self.dtype) for g in q)
 
     def _remember(self, batch: Batch, found: list[Marginals]) -> None:
         if self._remembers():
             whole = found[0] if len(found) == 1 else tuple(torch.cat(g, -3) for g in zip(*found, strict=True))
-            self._met[batch] = whole
+            self._met[batch] = self.q, whole
 
     def _remembers(self) -> bool:
         return self.q != "exact" and not torch.is_grad_enabled() and _plain()
@@ -472,6 +477,11 @@ class FactorialHMM(LatentModel):
     def degenerate(self) -> Tensor | None:
         return self.emission.degenerate()
 
+    def n_parameters(self) -> int:
+        """Number of free parameters: the constants that chains may exchange are counted once."""
+        free = self.emission.frozen("coefficient") is None
+        return super().n_parameters() - free * (len(self.n_states) - 1) * self.emission.n_outputs
+
     # ---- data and state ---------------------------------------------------------------------------------------
 
     def check(self, batch: Batch) -> Batch:
@@ -498,9 +508,9 @@ class FactorialHMM(LatentModel):
         twin = super().take_replicas(index)
         assert isinstance(twin, FactorialHMM)
         if self.replicas:
-            for batch, known in self._met.items():
+            for batch, (form, known) in self._met.items():
                 if known[0].dim() == 4:
-                    twin._met[batch] = tuple(g[index] for g in known)
+                    twin._met[batch] = form, tuple(g[index] for g in known)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -700,12 +710,12 @@ class _Problem:
         first, step = self.initial[m], self.transition[m]
         g, place = old, torch.arange(potential.shape[-2], device=potential.device).unsqueeze(-1)
         inside = self.batch.frames_mask()
-        opening = torch.where(place == 0, first.unsqueeze(-2), 0.0)
+        opening, strict = torch.where(place == 0, first.unsqueeze(-2), 0.0), self.restricted[m]
         for parity in (0, 1):
             # In the padding nothing is expected, so a last frame has no neighbour there.
             before = nn.functional.pad(g[..., :-1, :], (0, 0, 1, 0))
             after = nn.functional.pad(g[..., 1:, :], (0, 0, 0, 1))
-            logits = potential + opening + _log_mix(before, step) + _log_mix(after, step.mT)
+            logits = potential + opening + _log_mix(before, step, strict) + _log_mix(after, step.mT, strict)
             new = logits.softmax(-1)
             new = new if inside is None else torch.where(inside.unsqueeze(-1), new, 0.0)
             g = torch.where(place % 2 == parity, new, g)
@@ -756,8 +766,10 @@ class _Problem:
         return _Posterior(score + self._offset(), marginals, firsts, moves, g)
 
 
-def _log_mix(g: Tensor, table: Tensor) -> Tensor:
-    """Σ_j g_j table_jk ``[…, T, K]``; −inf where some j with mass forbids k."""
+def _log_mix(g: Tensor, table: Tensor, strict: bool) -> Tensor:
+    """Σ_j g_j table_jk ``[…, T, K]``; −inf where some j with mass forbids k, if any is forbidden (``strict``)."""
+    if not strict:
+        return g @ table
     forbidden = table == -torch.inf
     mixed = g @ torch.where(forbidden, 0.0, table)
     return torch.where((g > 0).to(g) @ forbidden.to(g) > 0, -torch.inf, mixed)
