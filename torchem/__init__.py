@@ -11,7 +11,7 @@ from torchem.batch import Batch
 from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.model import DiscreteModel, LatentModel, em_map
-from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit, partial_fit
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmortizedModel",
     "Batch",
     "Conjugate",
     "Criteria",
     "DiscreteModel",
     "ExponentialFamily",
     "Factor",
+    "FactorialHMM",
     "FullBatch",
     "GaussianHMM",
     "GaussianMixture",

@@ -9,7 +9,7 @@ import copy
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -41,6 +41,11 @@ class LatentModel(nn.Module, ABC):
 
     #: Whether an observation is a sequence of frames.
     sequential: ClassVar[bool] = False
+    #: What may stand for the posterior in `e_step`; and whether it takes a temperature.
+    e_steps: ClassVar[tuple[EStep, ...]] = ("soft",)
+    anneals: ClassVar[bool] = False
+    #: Whether an M-step is a pure map of the parameters, which can be extrapolated.
+    accelerates: ClassVar[bool] = True
     #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
     memory_budget: int | None = None
 
@@ -153,6 +158,15 @@ class LatentModel(nn.Module, ABC):
         """Maximise every factor and assign the result."""
         self.assign(self.maximize(stats))
 
+    def improve(self, stats: Stats, batches: Callable[[], Iterable[Batch]]) -> None:
+        """One M-step of a fit: what is no function of statistics may pass over the data again.
+
+        Args:
+            stats: Of all the data, at the current parameters.
+            batches: Gives the batches of a pass.
+        """
+        self.m_step(stats)
+
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """Σ_f Q_f(θ; S): the part of the bound that parameters move."""
         return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
@@ -173,6 +187,15 @@ class LatentModel(nn.Module, ABC):
         return total
 
     # ---- starts -----------------------------------------------------------------------------------------------
+
+    def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
+        """Called before a fit starts, for models that draw: the fit's own generators, one per replica.
+
+        Args:
+            generators: One per replica; nothing else is drawn from.
+            first: Number of the first replica among all restarts.
+        """
+        return
 
     @property
     def default_init(self) -> str:
@@ -237,6 +260,11 @@ class LatentModel(nn.Module, ABC):
     def replicas(self) -> tuple[int, ...]:
         """``()`` for one model, ``(R,)`` for R replicas run as one."""
         return self.slots()[0][1].replicas
+
+    @property
+    def replicates(self) -> bool:
+        """Whether parameters may carry a replica axis; where not, restarts run one after the other."""
+        return all(factor.replicates for factor in self.factors())
 
     def replicate(self, replicas: int) -> "LatentModel":
         """A copy whose parameters carry a leading axis of equal replicas."""
@@ -310,6 +338,9 @@ class DiscreteModel(LatentModel):
         >>> float(stats["count"])
         2.0
     """
+
+    e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard", "sample")
+    anneals: ClassVar[bool] = True
 
     @abstractmethod
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:

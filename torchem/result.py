@@ -8,7 +8,7 @@ import torch
 from torchem import restarts, stopping
 from torchem.data import Survey
 from torchem.errors import ConvergenceWarning, SymmetryWarning, warn
-from torchem.model import LatentModel
+from torchem.model import DiscreteModel, LatentModel
 from torchem.stopping import Status
 
 #: A component is dead below this many average observations of mass.
@@ -106,7 +106,8 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     chosen = runs[best]
     assert chosen.model is not None and chosen.status is not None
     alignment = agreement = None
-    if len(runs) > 1:
+    # Latents that are not one discrete state have no names to align.
+    if len(runs) > 1 and isinstance(model, DiscreteModel):
         models = [run.model for run in runs if run.model is not None]
         alignment, agreement = restarts.compare(models, best, survey.glance, n_states)
     dead, floored = _health(chosen)

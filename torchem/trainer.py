@@ -162,12 +162,22 @@ class Trainer:
         began = time.perf_counter()
         if not isinstance(model, LatentModel):
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
-        for name, value, default in (("e_step", self.e_step, "soft"), ("anneal", self.anneal, None)):
-            if value != default and not isinstance(model, DiscreteModel):
-                raise invalid(
-                    name, f"{default!r} for continuous latents", repr(value),
-                    f"leave it out: {type(model).__name__} has no configurations to choose among",
-                )  # fmt: skip
+        name = type(model).__name__
+        if self.e_step not in model.e_steps:
+            raise invalid(
+                "e_step", f"one of {', '.join(model.e_steps)} for {name}", repr(self.e_step),
+                "leave it out: the latents of this model have no such configurations",
+            )  # fmt: skip
+        if self.anneal is not None and not model.anneals:
+            raise invalid(
+                "anneal", f"None for {name}", repr(self.anneal),
+                "leave it out: posteriors of this model have no temperature",
+            )  # fmt: skip
+        if self.accelerate is not None and not model.accelerates:
+            raise invalid(
+                "accelerate", f"None for {name}", repr(self.accelerate),
+                "leave it out: its M-step is a walk of an optimiser, not a map to extrapolate",
+            )  # fmt: skip
         if self.device is not None:
             model.to(self.device)
         try:
@@ -181,8 +191,7 @@ class Trainer:
             entropy = distributed.gather(entropy)[0]
         generators = [_generator(entropy, r) for r in range(self.restarts)]
         # Families that cannot carry a replica axis (a user's network) run their restarts one after the other.
-        together = all(factor.replicates for factor in model.factors())
-        groups = [generators] if together else [[generator] for generator in generators]
+        groups = [generators] if model.replicates else [[generator] for generator in generators]
         k = n_states(model)
         keep_freed_memory()
         with torch.no_grad(), declared_precision(model.device):
@@ -301,6 +310,7 @@ class _Loop:
     def _start(self) -> None:
         twin, survey = self.twin, self.survey
         twin.prepare(survey.moments)
+        twin.begin(self.generators, self.first)
         if self.options.init is not None:
             dtype = twin.dtype
             # Starts are made in float64: moments about one origin would cancel in float32.
@@ -349,7 +359,7 @@ class _Loop:
             self.tail.append(stats)
             if self.closing or iteration == self.options.max_iter - 1:
                 stats = _mean([*self.tail][len(self.tail) // 2 :])
-        self.twin.m_step(stats)
+        self.twin.improve(stats, lambda: (batch for _, batch in self.source))
         self._tune(iteration, retake=not self.noisy)
         if not self.retake:
             self._heal(stats, total)
@@ -515,8 +525,9 @@ class _Loop:
         kind: EStep = "sample" if self.stirred else self.options.e_step
         beta = self.annealing.beta
         # A model of one's own need not know of kinds and temperatures.
-        if (kind == "soft" and beta == 1) or not isinstance(self.twin, DiscreteModel):
-            return self.twin.e_step(batch)
+        if beta == 1 and kind != "sample":
+            return self.twin.e_step(batch) if kind == "soft" else self.twin.e_step(batch, kind)
+        assert isinstance(self.twin, DiscreteModel)
         return self.twin.e_step(batch, kind, beta, self._uniforms)
 
     def _uniforms(self, shape: torch.Size) -> Tensor:

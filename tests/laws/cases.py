@@ -20,7 +20,7 @@ from torchem.batch import Batch
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.model import LatentModel
-from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
@@ -512,10 +512,16 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-N1", lambda: single(2, 1, 9)
 
 
+#: Models whose bound is not the log-likelihood: the laws of exact inference are not theirs.
+APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM}
+
+
 def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     """Models that offer examples themselves, as factors do."""
     for name in torchem.models.__all__:
         kind = getattr(torchem.models, name)
+        if kind in APPROXIMATE:
+            continue
         offer = getattr(kind, "examples", None) or (lambda kind=kind: [kind.example()])
         if hasattr(kind, "examples") or hasattr(kind, "example"):
             for i in range(len(offer())):

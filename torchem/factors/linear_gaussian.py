@@ -200,6 +200,27 @@ class LinearGaussian(Factor):
         kernel.collect(batch, expected)
         return kernel.stats()
 
+    def latent_stats(self, x: Tensor, weight: Tensor, ux: Tensor, uu: Tensor) -> Stats:
+        """Statistics where the covariates are latent too, and only their posterior moments are known.
+
+        Args:
+            x: ``[F, D]`` observations.
+            weight: ``[*r, F]`` weight of each, of the only component.
+            ux: ``[*r, M, D]`` Σ weight E[u] xᵀ.
+            uu: ``[*r, M, M]`` Σ weight E[u uᵀ].
+
+        Source: Z. Ghahramani, M. I. Jordan (1997), appendix A.
+        """
+        x, mass = x.to(torch.float64), weight.to(torch.float64).unsqueeze(-2)
+        second = self.structure.second(x, mass.unsqueeze(-1) * x)
+        ux, uu = (value.to(torch.float64).unsqueeze(-3) for value in (ux, uu))
+        return self._moments(mass.sum(-1), second, ux, uu)
+
+    def _moments(self, count: Tensor, xx: Tensor, ux: Tensor, uu: Tensor) -> Stats:
+        shared = ("xx",) if self.structure.shared else ()
+        # Two counts, as in `Gaussian`: a conjugate prior differs in them.
+        return Stats(count=count, dof=count, xx=xx, ux=ux, uu=uu, shared=shared)
+
     def kernel(self) -> Kernel:
         return _RegressionKernel(self)
 
@@ -459,10 +480,7 @@ class _RegressionKernel(Kernel):
     def stats(self) -> Stats:
         if self.total is None:
             raise RuntimeError("a kernel has no statistics before its first piece")
-        count, xx, ux, uu = self.total
-        shared = ("xx",) if self.structure.shared else ()
-        # Two counts, as in `Gaussian`: a conjugate prior differs in them.
-        return Stats(count=count, dof=count, xx=xx, ux=ux, uu=uu, shared=shared)
+        return self.factor._moments(*self.total)
 
     def inner(self) -> Tensor:
         return self.factor.expected_log_prob(self.stats())

@@ -1,6 +1,8 @@
 """Models: one file each, inference only."""
 
+from torchem.models.amortized import AmortizedModel
+from torchem.models.factorial_hmm import FactorialHMM
 from torchem.models.hmm import HMM, GaussianHMM
 from torchem.models.mixture import GaussianMixture, Mixture
 
-__all__ = ["HMM", "GaussianHMM", "GaussianMixture", "Mixture"]
+__all__ = ["HMM", "AmortizedModel", "FactorialHMM", "GaussianHMM", "GaussianMixture", "Mixture"]

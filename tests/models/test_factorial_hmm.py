@@ -1,0 +1,646 @@
+"""Factorial hidden Markov models: held to the list of all paths, to one chain's exact inference, and to the bound."""
+
+import copy
+import itertools
+import math
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchem
+from tests.laws.cases import close, close_dict, close_stats, randn, rng, state, unchanged
+from torchem import priors
+from torchem.batch import Batch
+from torchem.errors import InvalidArgument, InvalidType
+from torchem.factors import Categorical, LinearGaussian
+from torchem.models import HMM, FactorialHMM
+
+KINDS = ("full", "diag", "spherical", "tied")
+FORMS = ("structured", "mean_field", "exact")
+VARIATIONAL = FORMS[:2]
+
+
+def model_of(sizes=(2, 3), d: int = 2, q="structured", kind="full", seed: int = 0, **options) -> FactorialHMM:
+    model = FactorialHMM.gaussian(sizes, d, kind, q=q, **options).double()  # pyright: ignore
+    generator = rng(seed)
+    for table in (*model.initials, *model.transitions):
+        table.probs = torch.randn(table.shape, generator=generator, dtype=torch.float64).softmax(-1)
+    model.contributions = [torch.randn(k, d, generator=generator, dtype=torch.float64) for k in sizes]
+    raw = 0.3 * torch.randn(model.emission.scale.shape, generator=generator, dtype=torch.float64) - 0.4
+    model.emission.scale.data = raw.tril() if kind in ("full", "tied") else raw
+    return model
+
+
+def data_of(model: FactorialHMM, n: int = 4, t: int = 4, seed: int = 3) -> Batch:
+    return Batch(model.sample(n, t, generator=rng(seed)))
+
+
+def hard_data(model: FactorialHMM) -> Batch:
+    """Ragged, weighted, with missing frames."""
+    batch = data_of(model, 5, 4)
+    x = batch.x.clone()
+    x[1, 0] = x[2, 2] = x[4] = torch.nan
+    return Batch(x, lengths=torch.tensor([4, 3, 4, 1, 2]), weight=torch.tensor([1.0, 2.0, 0.0, 0.5, 1.5]).double())
+
+
+def densities(model: FactorialHMM, x: Tensor) -> list[tuple[tuple[tuple[int, ...], ...], Tensor]]:
+    """Every configuration of one sequence ``[T, D]``, as a path for each chain, with log p(x, z)."""
+    cov = model.covariance
+    cov = (cov if cov.dim() == 2 else torch.diag(cov.expand(x.shape[-1]))).detach()
+    frame: dict[tuple[int, ...], list[float]] = {}
+    for z in itertools.product(*map(range, model.n_states)):
+        mean = torch.stack([model.contributions[m][k] for m, k in enumerate(z)]).sum(0).detach()
+        law = torch.distributions.MultivariateNormal(mean, cov, validate_args=False)
+        frame[z] = law.log_prob(x).nan_to_num(0.0).tolist()
+    first = [p.detach().log().tolist() for p in model.initial_probs]
+    step = [p.detach().log().tolist() for p in model.transition_matrices]
+    found = []
+    for paths in itertools.product(*(itertools.product(range(k), repeat=len(x)) for k in model.n_states)):
+        value = sum(frame[z][t] for t, z in enumerate(zip(*paths, strict=True)))
+        for m, path in enumerate(paths):
+            value += first[m][path[0]] + sum(step[m][a][b] for a, b in itertools.pairwise(path))
+        found.append((paths, torch.tensor(value, dtype=torch.float64)))
+    return found
+
+
+def replicated(model: FactorialHMM, r: int) -> FactorialHMM:
+    many = model.replicate(r)
+    assert isinstance(many, FactorialHMM)
+    return many
+
+
+def sequences(batch: Batch) -> list[Tensor]:
+    return [x[:n] for x, n in zip(batch.x, batch.frames().tolist(), strict=True)]
+
+
+def moments(model: FactorialHMM, x: Tensor, share: list[tuple[tuple[tuple[int, ...], ...], Tensor]]) -> dict:
+    """Expectations of one sequence under a law of its paths."""
+    s, d = sum(model.n_states), x.shape[-1]
+    first = [torch.zeros(k).double() for k in model.n_states]
+    steps = [torch.zeros(k, k).double() for k in model.n_states]
+    ux, uu = torch.zeros(s, d).double(), torch.zeros(s, s).double()
+    starts = [sum(model.n_states[:m]) for m in range(len(model.n_states))]
+    for paths, p in share:
+        for m, path in enumerate(paths):
+            first[m][path[0]] += p
+            for a, b in itertools.pairwise(path):
+                steps[m][a, b] += p
+        for t, frame in enumerate(x):
+            if bool(frame.isnan().any()):
+                continue
+            u = torch.zeros(s).double()
+            for m, path in enumerate(paths):
+                u[starts[m] + path[t]] = 1.0
+            ux += p * u[:, None] * frame
+            uu += p * u[:, None] * u
+    return {"first": first, "steps": steps, "ux": ux, "uu": uu}
+
+
+# ---- exact inference ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(2,), (2, 3), (2, 1, 2)])
+def test_log_prob_equals_the_list_of_all_paths(kind, sizes) -> None:
+    model = model_of(sizes, kind=kind, q="exact")
+    batch = hard_data(model)
+    truth = torch.stack([torch.stack([v for _, v in densities(model, x)]).logsumexp(0) for x in sequences(batch)])
+    close(model.log_prob(batch), truth, rtol=1e-10)
+    close(model.elbo(batch), truth, rtol=1e-10)
+
+
+def test_exact_statistics_equal_the_list_of_all_paths() -> None:
+    model = model_of(q="exact")
+    batch = hard_data(model)
+    assert batch.weight is not None
+    stats = model.e_step(batch)
+    wanted = []
+    for x, w in zip(sequences(batch), batch.weight, strict=True):
+        found = densities(model, x)
+        law = torch.stack([v for _, v in found]).softmax(0)
+        wanted.append(moments(model, x, [(p, w * q) for (p, _), q in zip(found, law.detach(), strict=True)]))
+    for m in range(2):
+        close(stats[f"initials.{m}"]["counts"], torch.stack([part["first"][m] for part in wanted]).sum(0))
+        close(stats[f"transitions.{m}"]["counts"], torch.stack([part["steps"][m] for part in wanted]).sum(0))
+    for name in ("ux", "uu"):
+        close(stats["emission"][name][0], torch.stack([part[name] for part in wanted]).sum(0))
+    close(stats["emission"]["count"], torch.tensor([float(4 + 2 * 2 + 0.5)]))
+    assert float(stats["count"]) == 4 + 2 * 3 + 0.5 + 1.5 * 2
+
+
+def test_paths_equal_the_list_of_all_paths() -> None:
+    model = model_of(q="exact")
+    batch = data_of(model)
+    for x, path in zip(batch.x, model.most_likely(batch), strict=True):
+        with torch.no_grad():
+            best = max(densities(model, x), key=lambda pair: float(pair[1]))[0]
+        assert path.mT.tolist() == [list(p) for p in best]
+
+
+@pytest.mark.parametrize("q", VARIATIONAL)
+def test_no_other_path_of_one_chain_improves_what_is_most_likely(q) -> None:
+    model = model_of(q=q)
+    batch = hard_data(model)
+    for x, path in zip(sequences(batch), model.most_likely(batch), strict=True):
+        assert bool((path[len(x) :] == -1).all())
+        table = {paths: float(value.detach()) for paths, value in densities(model, x)}
+        mine = tuple(tuple(p) for p in path[: len(x)].mT.tolist())
+        for m in range(2):
+            others = [v for paths, v in table.items() if all(paths[i] == mine[i] for i in range(2) if i != m)]
+            assert table[mine] >= max(others) - 1e-9
+
+
+@pytest.mark.parametrize("q", ["structured", "exact"])
+def test_one_chain_is_a_hidden_markov_model(q) -> None:
+    k, d = 3, 2
+    model = model_of((k,), d, q=q, kind="tied")
+    emission = LinearGaussian(k, 1, d, "tied").double()
+    emission.weight = model.contributions[0].detach().unsqueeze(-1)
+    emission.covariances = model.covariance.detach()
+    one = HMM(copy.deepcopy(model.initials[0]), copy.deepcopy(model.transitions[0]), emission).double()
+    batch = hard_data(model)
+    twin = replace(batch, u=torch.ones(5, 4, 1).double())
+    close(model.log_prob(batch), one.log_prob(twin), rtol=1e-10, atol=1e-10)
+    close(model.elbo(batch), one.log_prob(twin), rtol=1e-10, atol=1e-10)
+    close(model.posterior(batch)[0], one.posterior(twin), rtol=1e-10, atol=1e-10)
+    inside = torch.arange(4) < twin.frames().unsqueeze(-1)
+    assert torch.equal(model.most_likely(batch)[..., 0][inside], one.most_likely(twin)[inside])
+    mine, truth = model.e_step(batch), one.e_step(twin)
+    for a, b in (("initials.0", "initial"), ("transitions.0", "transition")):
+        close_stats(mine[a], truth[b], rtol=1e-10)
+    close(mine["log_likelihood"], truth["log_likelihood"], rtol=1e-10)
+    close(mine["emission"]["ux"][0], truth["emission"]["ux"].squeeze(-2), rtol=1e-10)
+    for _ in range(3):
+        model.m_step(model.e_step(batch))
+        one.m_step(one.e_step(twin))
+    assert isinstance(one.emission, LinearGaussian)
+    close(model.contributions[0], one.emission.weight.squeeze(-1), rtol=1e-8)
+    close(model.covariance, one.emission.covariances, rtol=1e-8)
+
+
+# ---- the bound ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sizes", [(2, 3), (2, 2, 2)])
+def test_bounds_are_in_order(seed: int, sizes) -> None:
+    """Mean field ≤ structured ≤ exact: each q is a special case of the next."""
+    options = {"tolerance": 1e-12, "max_sweeps": 500}
+    model = model_of(sizes, q="structured", seed=seed, **options)
+    batch = data_of(model, 6, 8)
+    free = model_of(sizes, q="mean_field", seed=seed, **options)
+    with torch.no_grad():
+        exact, structured, field = model.log_prob(batch), model.elbo(batch), free.elbo(batch)
+        assert bool((structured <= exact + 1e-10).all())
+        assert bool((field <= exact + 1e-10).all())
+        # Of local optima this holds where the one starts from the other.
+        warm = model._infer(batch, "soft", free.posterior(batch)).value
+    assert bool((warm >= field - 1e-10).all())
+    assert float((exact - structured).max()) > 1e-5, "the approximation must show"
+    assert float((warm - field).max()) > 1e-5
+
+
+def path_laws(model: FactorialHMM, batch: Batch) -> list[dict[tuple[int, ...], Tensor]]:
+    """q(z^m) of a sequence of two frames, which the expected step of each chain tells."""
+    stats = model.e_step(batch)
+    tables = [stats[f"transitions.{m}"]["counts"] for m in range(len(model.n_states))]
+    return [{(a, b): t[a, b] for a in range(len(t)) for b in range(len(t))} for t in tables]
+
+
+@pytest.mark.parametrize("q", VARIATIONAL)
+@pytest.mark.parametrize("sizes", [(2, 3), (2, 2, 2)])
+def test_the_bound_is_that_of_the_enumerated_posterior(q, sizes) -> None:
+    """E_q[log p(x, z)] + H(q), and all expectations, summed over every configuration of two frames."""
+    model = model_of(sizes, q=q)
+    batch = data_of(model, 1, 2)
+    laws = path_laws(model, batch)
+    elbo, entropy, law = torch.zeros(()).double(), torch.zeros(()).double(), []
+    for paths, value in densities(model, batch.x[0]):
+        p = torch.stack([laws[m][path] for m, path in enumerate(paths)]).prod()
+        elbo, entropy = elbo + p * (value - p.log()), entropy - p * p.log()
+        law.append((paths, p.detach()))
+    stats = model.e_step(batch)
+    close(model.bound(stats), elbo, rtol=1e-10)
+    close(model.elbo(batch)[0], elbo, rtol=1e-10)
+    close(stats["log_likelihood"], elbo, rtol=1e-10)
+    close(stats["entropy"], entropy, rtol=1e-9)
+    truth = moments(model, batch.x[0], law)
+    close(stats["emission"]["ux"][0], truth["ux"])
+    close(stats["emission"]["uu"][0], truth["uu"])
+    for m in range(len(sizes)):
+        close(stats[f"initials.{m}"]["counts"], truth["first"][m])
+    if q == "mean_field":
+        for table in (stats[f"transitions.{m}"]["counts"] for m in range(len(sizes))):
+            close(table, table.sum(1, keepdim=True) * table.sum(0), rtol=1e-10)
+
+
+@pytest.mark.parametrize("q", VARIATIONAL)
+def test_ascent_ends_where_the_bound_is_stationary(q) -> None:
+    """No q of the same form near the found one is better: tilting each chain's law by any evidence lowers the bound."""
+    model = model_of(q=q, tolerance=0.0, max_sweeps=300)
+    batch = data_of(model, 1, 2)
+    with torch.no_grad():
+        laws = path_laws(model, batch)
+        table = densities(model, batch.x[0])
+
+        def value(laws):
+            total = torch.zeros(()).double()
+            for paths, log_p in table:
+                p = torch.stack([laws[m][path] for m, path in enumerate(paths)]).prod()
+                total += p * (log_p - p.log())
+            return total
+
+        best = value(laws)
+        for seed in range(6):
+            tilted = []
+            for m, (k, law) in enumerate(zip(model.n_states, laws, strict=True)):
+                tilt = 0.1 * randn(2, k, seed=10 * seed + m)
+                heavy = {(a, b): p * (tilt[0, a] + tilt[1, b]).exp() for (a, b), p in law.items()}
+                tilted.append({path: p / sum(heavy.values()) for path, p in heavy.items()})
+            assert value(tilted) < best
+
+
+@pytest.mark.parametrize("q", FORMS)
+@pytest.mark.parametrize(("kind", "sweeps"), [("full", 1), ("full", 50), ("diag", 2), ("spherical", 1), ("tied", 2)])
+def test_the_bound_never_falls(q, kind, sweeps: int) -> None:
+    """However few sweeps an E-step may take: each goes on from where the last one ended."""
+    for seed in range(2):
+        truth = model_of((2, 2, 3), kind=kind, seed=seed)
+        model = model_of((2, 2, 3), kind=kind, seed=seed + 100, q=q, max_sweeps=sweeps)
+        x = truth.sample(6, 12, generator=rng(seed))
+        x[0, 3:5] = torch.nan
+        batch = Batch(x, lengths=torch.tensor([12, 12, 7, 1, 5, 9]), weight=torch.tensor([1, 2, 0, 0.5, 1, 1.0]))
+        values = []
+        with torch.no_grad():
+            for _ in range(25):
+                stats = model.e_step(batch)
+                values.append(float(model.bound(stats)))
+                close(model.bound(stats), stats["log_likelihood"], rtol=1e-10)
+                model.m_step(stats)
+                values.append(float(model.bound(stats)))
+        for before, after in itertools.pairwise(values):
+            assert after >= before - 1e-9 * (1 + abs(before))
+        assert values[-1] > values[0] + 1
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_the_hard_objective_never_falls(q) -> None:
+    truth = model_of((2, 3))
+    model = model_of((2, 3), q=q, seed=5)
+    batch = Batch(truth.sample(6, 12, generator=rng(1)))
+    values = []
+    with torch.no_grad():
+        for _ in range(12):
+            stats = model.e_step(batch, "hard")
+            close(model.bound(stats), stats["log_likelihood"], rtol=1e-10)
+            assert abs(float(stats["entropy"])) < 1e-8
+            values.append(float(stats["log_likelihood"]))
+            model.m_step(stats)
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_the_gradient_of_the_bound_is_that_of_its_optimum(q) -> None:
+    """Fisher's identity: what θ moves of the bound at its maximum over q is Q alone."""
+    model = model_of(q=q, tolerance=0.0, max_sweeps=200)
+    batch = data_of(model, 3, 5)
+    with torch.no_grad():
+        stats = model.e_step(batch)
+    values = list(model.parameters())
+    surrogate = torch.autograd.grad(model.bound(stats), values)
+    for a, b in zip(torch.autograd.grad(model.elbo(batch).sum(), values), surrogate, strict=True):
+        close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_priors_join_the_objective(q) -> None:
+    model = model_of(q=q, seed=4)
+    for table in (*model.initials, *model.transitions):
+        table.prior = priors.Dirichlet(2.0)
+    batch = data_of(model, 4, 10)
+    values = []
+    with torch.no_grad():
+        for _ in range(15):
+            stats = model.e_step(batch)
+            close(model.bound(stats), stats["log_likelihood"] + model.log_prior(), rtol=1e-10)
+            values.append(float(model.bound(stats)))
+            model.m_step(stats)
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
+
+
+# ---- zeros --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_forbidden_steps_stay_forbidden(q) -> None:
+    model = model_of((3, 2), q=q)
+    model.initials[0].probs = [1.0, 0.0, 0.0]
+    model.transitions[0].probs = [[0.6, 0.4, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]
+    batch = data_of(model, 5, 4)
+    with torch.no_grad():
+        truth = torch.stack([torch.stack([v for _, v in densities(model, x)]).logsumexp(0) for x in batch.x])
+        close(model.log_prob(batch), truth)
+        elbo = model.elbo(batch)
+        assert bool(elbo.isfinite().all())
+        assert bool((elbo <= truth + 1e-10).all())
+        values = []
+        for _ in range(10):
+            stats = model.e_step(batch)
+            assert all(leaf.isfinite().all() for leaf in stats.leaves())
+            values.append(float(model.bound(stats)))
+            model.m_step(stats)
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
+    assert bool((model.transition_matrices[0][[0, 1, 2], [2, 0, 1]] == 0).all())
+    # A path that steps along what is allowed.
+    path = model.most_likely(batch)[..., 0]
+    assert bool((path.diff(dim=1) >= 0).all() and (path.diff(dim=1) <= 1).all() and (path[:, 0] == 0).all())
+
+
+# ---- invariances --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_how_data_are_cut_does_not_matter(q) -> None:
+    model = model_of(q=q)
+    batch = hard_data(model)
+    whole = model.e_step(batch)
+    parts = [model.e_step(batch[i : i + 1]) for i in range(5)]
+    close_stats(whole, parts[0] + parts[1] + parts[2] + parts[3] + parts[4], rtol=1e-8)
+    values = model.elbo(batch)
+    model.memory_budget = 1
+    close_stats(whole, model.e_step(batch), rtol=1e-8)
+    close(values, model.elbo(batch))
+    with torch.no_grad():
+        for _ in range(2):
+            small = model.e_step(batch)
+        close(model.bound(small), small["log_likelihood"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_weights_order_and_padding(q) -> None:
+    model = model_of(q=q)
+    batch = hard_data(model)
+    assert batch.weight is not None
+    stats = model.e_step(batch)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    close_stats(stats, model.e_step(batch[order]), rtol=1e-9)
+    longer = batch.with_frames(7)
+    close_stats(stats, model.e_step(longer), rtol=1e-9)
+    close(model.elbo(batch), model.elbo(longer))
+    twice = Batch(batch.x[[0, 1, 1]], lengths=torch.tensor([4, 3, 3]))
+    close_stats(model.e_step(replace(batch[:3], weight=torch.tensor([1.0, 2.0, 0.0]))), model.e_step(twice), rtol=1e-9)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_replicas_are_models_of_their_own(q) -> None:
+    models = [model_of(q=q, seed=s) for s in range(3)]
+    many = replicated(models[0], 3)
+    for name, value in many.named_parameters():
+        value.data = torch.stack([m.get_parameter(name).data for m in models])
+    batch = hard_data(models[0])
+    close(many.elbo(batch), torch.stack([m.elbo(batch) for m in models]))
+    close(many.log_prob(batch), torch.stack([m.log_prob(batch) for m in models]))
+    for a, *b in zip(many.posterior(batch), *(m.posterior(batch) for m in models), strict=True):
+        close(a, torch.stack(b))
+    new = many.maximize(many.e_step(batch))
+    for i, model in enumerate(models):
+        close_dict({k: v[i] for k, v in new.items()}, model.maximize(model.e_step(batch)), rtol=1e-7)
+        one = many.take_replicas(i)
+        assert isinstance(one, FactorialHMM)
+        close(one.elbo(batch), model.elbo(batch))
+
+
+@pytest.mark.parametrize("q", VARIATIONAL)
+def test_what_is_left_of_the_replicas_goes_on_from_where_they_were(q) -> None:
+    many = replicated(model_of(q=q), 3)
+    for i, value in enumerate(many.parameters()):
+        value.data += 0.3 * randn(*value.shape, seed=i) * (value.dim() < 4)
+    batch = data_of(model_of(), 4, 10)
+    with torch.no_grad():
+        many.e_step(batch)
+        few = many.take_replicas(torch.tensor([0, 2]))
+    assert isinstance(few, FactorialHMM)
+    for a, b in zip(few._met[batch][1], many._met[batch][1], strict=True):
+        assert torch.equal(a, b[[0, 2]])
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_float32_is_near_float64(q) -> None:
+    model = model_of(q=q, tolerance=1e-4)
+    batch = data_of(model, 4, 20)
+    small = copy.deepcopy(model).float()
+    close(small.elbo(batch), model.elbo(batch), rtol=1e-4, atol=1e-3)
+    shifted = copy.deepcopy(model)
+    shifted.contributions = [c.detach() + 500.0 for c in model.contributions]
+    close(shifted.float().elbo(Batch(batch.x + 1000.0)), model.elbo(batch), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_constants_that_chains_exchange_change_nothing(q) -> None:
+    model = model_of(q=q)
+    batch = data_of(model)
+    before = model.elbo(batch).detach()
+    a, b = model.contributions
+    model.contributions = [a.detach() + 3.0, b.detach() - 3.0]
+    close(model.elbo(batch), before)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_the_pure_map_is_the_step(q) -> None:
+    model = model_of(q=q, max_sweeps=4)
+    batch = hard_data(model)
+    before, params = state(model), {k: v.detach() for k, v in model.named_parameters()}
+    new = torchem.em_map(model)(params, batch)
+    unchanged(model, before)
+    # Under transforms no ascent stops early; twenty times the tolerance is then no matter.
+    tangent = {k: torch.ones_like(v) for k, v in params.items()}
+    moved = torch.func.jvp(lambda p: torchem.em_map(model)(p, batch), (params,), (tangent,))[1]
+    assert all(v.isfinite().all() for v in moved.values())
+    stepped = copy.deepcopy(model)
+    stepped.m_step(stepped.e_step(batch))
+    close_dict(new, dict(stepped.named_parameters()), rtol=1e-9)
+    unchanged(model, before)
+
+
+def test_each_form_of_the_posterior_sets_out_by_itself() -> None:
+    """Marginals of exact chains need not be possible for a mean field where steps are forbidden."""
+    model = model_of((3, 2))
+    model.transitions[0].probs = [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]
+    batch = data_of(model, 3, 6)
+    with torch.no_grad():
+        model.e_step(batch)
+        model.q = "mean_field"
+        assert bool(model.e_step(batch)["log_likelihood"].isfinite())
+
+
+def test_batches_are_not_kept_alive() -> None:
+    model = model_of()
+    batch = data_of(model)
+    with torch.no_grad():
+        model.e_step(batch)
+    assert len(model._met) == 1
+    assert len(copy.deepcopy(model)._met) == len(pickle.loads(pickle.dumps(model))._met) == 0
+    del batch
+    assert len(model._met) == 0
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_what_is_frozen_stays(q) -> None:
+    model = model_of(q=q)
+    model.emission.freeze("weight")
+    model.transitions[0].freeze()
+    model.transitions[1].freeze("probs", mask=torch.eye(3, dtype=torch.bool))
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        model.m_step(model.e_step(data_of(model, 5, 10)))
+    close(model.contributions[0], before.contributions[0], rtol=0, atol=0)
+    close(model.transition_matrices[0], before.transition_matrices[0], rtol=0, atol=0)
+    close(model.transition_matrices[1].diagonal(), before.transition_matrices[1].diagonal(), rtol=1e-12)
+    for a, b in ((model.transition_matrices[1], before.transition_matrices[1]), (model.covariance, before.covariance)):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_no_sequences_are_nothing(q) -> None:
+    model = model_of(q=q)
+    batch = data_of(model)
+    stats = model.e_step(batch)
+    close_stats(stats + model.e_step(batch[:0]), stats)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_one_table_may_serve_several_chains(q) -> None:
+    """Its counts are those of both, and it is one parameter."""
+    model = model_of((2, 2), q=q)
+    tied = FactorialHMM(model.initials, [model.transitions[0]] * 2, model.emission, q)
+    assert tied.n_parameters() == model.n_parameters() - 2
+    batch = data_of(tied, 4, 10)
+    values = []
+    with torch.no_grad():
+        for _ in range(8):
+            stats = tied.e_step(batch)
+            counts = stats["transitions.0"]["counts"] + stats["transitions.1"]["counts"]
+            values.append(float(tied.bound(stats)))
+            tied.m_step(stats)
+            close(tied.transition_matrices[1], counts / counts.sum(-1, keepdim=True))
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
+
+
+# ---- fits ---------------------------------------------------------------------------------------------------------
+
+
+def told_apart(q="structured", **options) -> FactorialHMM:
+    """Two slow chains whose contributions lie in different directions."""
+    model = FactorialHMM.gaussian([2, 3], 3, q=q, **options).double()
+    model.transitions[0].probs = [[0.95, 0.05], [0.1, 0.9]]
+    model.transitions[1].probs = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.2, 0.1, 0.7]]
+    model.contributions = [[[-2.0, 0.0, 1.0], [2.0, 0.0, 0.0]], [[0.0, 3.0, 0.0], [0.0, 0.0, 3.0], [0.5, -3.0, 0.0]]]
+    model.covariance = 0.3 * torch.eye(3)
+    return model
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_the_truth_is_recovered(q) -> None:
+    truth = told_apart()
+    x = truth.sample(30, 40, generator=rng(0))
+    model = FactorialHMM.gaussian([2, 3], 3, q=q).double()
+    result = torchem.fit(model, x, seed=1, restarts=6, max_iter=200, tol=1e-5, progress=False)
+    assert result.converged
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for h in result.histories for a, b in itertools.pairwise(h))
+    assert len(result.restarts) == 6
+    assert result.bound == max(result.restarts)
+    frames = x.shape[0] * x.shape[1]
+    gap = float((model.log_prob(x).sum() - truth.log_prob(x).sum()).detach() / frames)
+    assert 0 < gap < 0.03, "a fit explains its own data a little better than the truth does"
+
+    def levels(m: FactorialHMM) -> Tensor:
+        a, b = m.contributions
+        return (a.unsqueeze(1) + b).flatten(0, 1).detach()
+
+    nearest = torch.cdist(levels(truth), levels(model)).min(-1).values
+    assert float(nearest.max()) < 0.3
+    order = model.transition_matrices[0].diagonal().sort().values
+    close(order.detach(), torch.tensor([0.9, 0.95]), rtol=0, atol=0.05)
+    close(model.covariance, truth.covariance, rtol=0, atol=0.06)
+
+
+def test_a_fit_of_ragged_sequences_and_files(tmp_path) -> None:
+    truth = told_apart()
+    data = [truth.sample(1, t, generator=rng(t))[0] for t in (5, 40, 200, 17, 3)]
+    model = FactorialHMM.gaussian([2, 3], 3, "diag", q="mean_field").double()
+    result = torchem.fit(model, data, seed=0, max_iter=10, tol=0.0, progress=False)
+    assert result.n_iter == 10
+    model.transitions[1].prior = priors.StickyDirichlet(2.0)
+    torchem.save(model, tmp_path / "m.safetensors")
+    again = torchem.load(tmp_path / "m.safetensors")
+    assert isinstance(again, FactorialHMM)
+    assert (again.q, again.n_states, again.max_sweeps) == ("mean_field", (2, 3), 50)
+    assert again.transitions[1].prior is not None
+    close(again.elbo(data), model.elbo(data), rtol=0, atol=0)
+    assert model.n_parameters() == 1 + 2 + 2 + 6 + 3 * (2 + 3 - 1) + 3
+
+
+def test_samples_follow_the_chains() -> None:
+    model = told_apart()
+    x, z = model.sample(200, 50, latents=True, generator=rng(2))
+    assert x.shape == (200, 50, 3)
+    assert z.shape == (200, 50, 2)
+    for m, k in enumerate(model.n_states):
+        pairs = torch.bincount((z[:, :-1, m] * k + z[:, 1:, m]).flatten(), minlength=k * k).reshape(k, k).double()
+        close(pairs / pairs.sum(-1, keepdim=True), model.transition_matrices[m], rtol=0, atol=0.03)
+    mean = torch.stack([model.contributions[m][z[..., m]] for m in range(2)]).sum(0)
+    residual = (x - mean).flatten(0, 1)
+    close(residual.mT @ residual / len(residual), model.covariance, rtol=0, atol=0.02)
+    assert model.sample(0, 3).shape == (0, 3, 3)
+    assert (model.most_likely(x[:20]) == z[:20]).double().mean() > 0.97
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_large_products_are_refused_and_bounded() -> None:
+    model = model_of((5, 5, 5, 5, 5))
+    x = model.sample(2, 15, generator=rng(0))
+    with pytest.raises(InvalidArgument, match=r"log_prob: .*1024 states.*5 · 5 · 5 · 5 · 5 = 3125; use elbo"):
+        model.log_prob(x)
+    with pytest.raises(InvalidArgument, match=r"q: .*1024"):
+        model_of((5, 5, 5, 5, 5), q="exact")
+    assert bool(model.elbo(x).isfinite().all())
+    torchem.fit(model, x, seed=0, max_iter=3, tol=0.0, progress=False)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    first, step, emission = Categorical(2), Categorical(2, 2), LinearGaussian(1, 4, 2)
+    for message, parts in {
+        "transitions: ": ([first], [], emission),
+        r"transitions\[1\]": ([first, Categorical(3)], [step, step], emission),
+        r"emission: .*4 inputs": ([first, first], [step, step], LinearGaussian(1, 3, 2)),
+        r"emission: .*1 component": ([first, first], [step, step], LinearGaussian(2, 4, 2)),
+    }.items():
+        with pytest.raises(InvalidArgument, match=message):
+            FactorialHMM(*parts)
+    with pytest.raises(InvalidType, match=r"initials\[0\]"):
+        FactorialHMM([emission], [step], emission)
+    with pytest.raises(InvalidType, match="emission"):
+        FactorialHMM([first], [step], Categorical(2, 2))
+    for name, value in (("tolerance", -1.0), ("tolerance", math.inf), ("max_sweeps", 0)):
+        option: dict[str, Any] = {name: value}
+        with pytest.raises(InvalidArgument, match=name):
+            FactorialHMM.gaussian([2], 1, **option)
+    with pytest.raises(InvalidArgument, match="n_states"):
+        FactorialHMM.gaussian([], 1)
+    model = model_of()
+    with pytest.raises(InvalidArgument, match="2 features"):
+        model.elbo(torch.zeros(3, 4, 5))
+    with pytest.raises(InvalidArgument, match="inputs"):
+        model.elbo(torch.zeros(3, 4, 2), u=torch.zeros(3, 4, 1))
+    with pytest.raises(InvalidArgument, match="labels"):
+        torchem.fit(model, torch.zeros(3, 4, 2), labels=torch.zeros(3, 4).long(), progress=False)
+    with pytest.raises(InvalidArgument, match="contributions"):
+        model.contributions = [torch.zeros(2, 2)]
+    with pytest.raises(InvalidArgument, match="length"):
+        model.sample(2)

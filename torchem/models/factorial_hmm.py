@@ -1,0 +1,789 @@
+"""Factorial hidden Markov models: several chains of states behind one sequence, by variational inference."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchem.batch import Batch, as_tensor, values_known
+from torchem.errors import invalid, one_of, wrong_type
+from torchem.factor import Factor
+from torchem.factors import Categorical, LinearGaussian
+from torchem.factors.linear_gaussian import CovarianceType
+from torchem.model import EStep, LatentModel, weighted
+from torchem.ops import chain, linalg
+from torchem.ops.dispatch import declared_precision
+from torchem.stats import Stats
+
+#: How the posterior of the chains is approximated, if it is.
+Approximation = Literal["structured", "mean_field", "exact"]
+
+#: States of all chains together up to which inference may run on their product.
+_EXACT = 1024
+#: Bytes that the messages of one piece of sequences may take.
+_MESSAGES = {"cpu": 64 << 20, "cuda": 2 << 30}
+#: Numbers held per frame and state while messages run both ways.
+_PER_STATE = 6
+
+#: q(z_t^m) of each chain, ``[*r, N, T, K_m]``; zeros in the padding.
+Marginals = tuple[Tensor, ...]
+
+
+class FactorialHMM(LatentModel):
+    """p(x, z) = Π_m p(z_1^m) Π_t p(z_{t+1}^m | z_t^m) · Π_t N(x_t | Σ_m W^m_{z_t^m}, Σ): M chains, one observation.
+
+    The chains are independent until x is seen and all dependent after; exact inference takes Π_m K_m states. Instead
+    a posterior of a simpler form is fitted by coordinate ascent, which climbs the evidence lower bound
+    E_q[log p(x, z)] + H(q): the objective of EM. M-step: each table under its expected counts, and the regression of x
+    on the indicators of all states.
+
+    - ``"structured"``: q = Π_m q(z^m), each chain kept exact: forward–backward under the evidence that the residuals of
+      the other chains leave.
+    - ``"mean_field"``: q = Π_m Π_t q(z_t^m).
+    - ``"exact"``: the posterior itself, on the product of all chains; for small ones.
+
+    So that the bound never falls, an E-step in a fit sets out from where the last one on the same `Batch` ended; the
+    marginals are remembered as long as the batch lives. A loader that makes new batches in each pass has them set out
+    anew: the bound may then fall where ascent ends elsewhere.
+
+    Args:
+        initials: ``Categorical(K_m)`` of each chain.
+        transitions: ``Categorical(K_m, K_m)`` of each chain; zeros assigned to it stay zero.
+        emission: ``LinearGaussian(1, ΣK_m, D)``: a regression on the indicators of the states of all chains in turn.
+        q: Form of the posterior.
+        tolerance: Rise of the bound per frame, in nats, below which the ascent on a sequence is over.
+        max_sweeps: Most updates of all chains in an E-step.
+
+    Raises:
+        InvalidArgument: If they disagree about the chains, for an option out of range, or for ``"exact"`` with more
+            than 1024 states in all.
+
+    Source: Z. Ghahramani, M. I. Jordan (1997), equations 8–12 and appendix A.
+
+    Example:
+        >>> m = FactorialHMM.gaussian([2, 3], 1)
+        >>> [p.shape for p in m.posterior(torch.zeros(5, 1))]
+        [torch.Size([1, 5, 2]), torch.Size([1, 5, 3])]
+    """
+
+    sequential: ClassVar[bool] = True
+    e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard")
+
+    # Lists of modules, told to type checkers by what is in them.
+    initials: Sequence[Categorical]
+    transitions: Sequence[Categorical]
+    emission: LinearGaussian
+
+    def __init__(
+        self,
+        initials: Iterable[Factor],
+        transitions: Iterable[Factor],
+        emission: Factor,
+        q: Approximation = "structured",
+        tolerance: float = 1e-6,
+        max_sweeps: int = 50,
+    ):
+        super().__init__()
+        firsts, moves = list(initials), list(transitions)
+        _check_chains(firsts, moves, emission)
+        assert isinstance(emission, LinearGaussian)
+        one_of("q", q, ("structured", "mean_field", "exact"))
+        if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+            raise invalid("tolerance", "a finite number of at least 0", repr(tolerance), "the default is 1e-6 nats")
+        if not isinstance(max_sweeps, int) or isinstance(max_sweeps, bool) or max_sweeps < 1:
+            raise invalid("max_sweeps", "a whole number of at least 1", repr(max_sweeps), "correct it")
+        self.initials = cast(Sequence[Categorical], nn.ModuleList(firsts))
+        self.transitions = cast(Sequence[Categorical], nn.ModuleList(moves))
+        self.emission = emission
+        self.q: Approximation = q
+        self.tolerance, self.max_sweeps = float(tolerance), max_sweeps
+        # Where ascents on batches ended, and of which form q was.
+        self._met = weakref.WeakKeyDictionary[Batch, tuple[Approximation, Marginals]]()
+        if q == "exact":
+            self._check_size("q", "use 'structured'")
+
+    @classmethod
+    def gaussian(
+        cls,
+        n_states: Sequence[int],
+        n_features: int,
+        covariance_type: CovarianceType = "full",
+        **options: Any,
+    ) -> "FactorialHMM":
+        """Chains of ``n_states`` each and a common Gaussian noise.
+
+        Args:
+            n_states: K_m of each chain.
+            n_features: D.
+            covariance_type: ``"full"``, ``"diag"`` or ``"spherical"``.
+            **options: As for the class: ``q``, ``tolerance``, ``max_sweeps``.
+
+        Example:
+            >>> FactorialHMM.gaussian([2, 2, 2], 4, q="mean_field").n_states
+            (2, 2, 2)
+        """
+        sizes = list(n_states)
+        if not sizes:
+            raise invalid("n_states", "the number of states of each chain", "none", "give for example [2, 3]")
+        emission = LinearGaussian(1, sum(sizes), n_features, covariance_type)
+        return cls([Categorical(k) for k in sizes], [Categorical(k, k) for k in sizes], emission, **options)
+
+    def slots(self) -> tuple[tuple[str, Factor], ...]:
+        parts = {"initials": self.initials, "transitions": self.transitions}
+        chains = [(f"{name}.{m}", table) for name, tables in parts.items() for m, table in enumerate(tables)]
+        return *chains, ("emission", self.emission)
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_states(self) -> tuple[int, ...]:
+        """K_m of each chain."""
+        return tuple(table.shape[-1] for table in self.initials)
+
+    @property
+    def n_components(self) -> int:
+        """ΣK_m, the rows of all chains' contributions: what a start tells apart."""
+        return sum(self.n_states)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.emission.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.emission.device
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        return self.emission.replicas
+
+    @property
+    def initial_probs(self) -> tuple[Tensor, ...]:
+        """Probabilities ``[*r, K_m]`` of the first state of each chain; assign them to ``initials[m].probs``."""
+        return tuple(table.probs for table in self.initials)
+
+    @property
+    def transition_matrices(self) -> tuple[Tensor, ...]:
+        """Probabilities ``[*r, K_m, K_m]`` of the steps of each chain; assign them to ``transitions[m].probs``."""
+        return tuple(table.probs for table in self.transitions)
+
+    @property
+    def contributions(self) -> tuple[Tensor, ...]:
+        """W^m ``[*r, K_m, D]``: what each state of each chain adds to the mean; assignable.
+
+        They are defined up to constants that the chains exchange: what one of them adds to all of its states another
+        may take off.
+        """
+        return self.emission.weight.squeeze(-3).mT.split(self.n_states, -2)
+
+    @contributions.setter
+    def contributions(self, value: Any) -> None:
+        parts = [as_tensor(part, f"contributions[{m}]").to(self.device, torch.float64) for m, part in enumerate(value)]
+        shapes = [[*self.replicas, k, self.emission.n_outputs] for k in self.n_states]
+        if [list(part.shape) for part in parts] != shapes:
+            got = [list(part.shape) for part in parts]
+            raise invalid("contributions", f"tensors of shapes {shapes}", got, "give one per chain")
+        self.emission.weight = torch.cat(parts, -2).mT.unsqueeze(-3)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the noise: ``[*r, D, D]``, ``[*r, D]`` when diagonal, ``[*r]`` when spherical; assignable."""
+        value = self.emission.covariances
+        return value if self.emission.structure.shared else value.select(len(self.replicas), 0)
+
+    @covariance.setter
+    def covariance(self, value: Any) -> None:
+        own = as_tensor(value, "covariance")
+        self.emission.covariances = own if self.emission.structure.shared else own.unsqueeze(len(self.replicas))
+
+    # ---- inference --------------------------------------------------------------------------------------------
+
+    def e_step(self, batch: Batch, kind: EStep = "soft") -> Stats:
+        """Expected statistics under q; ``log_likelihood`` is the evidence lower bound, exact under ``q="exact"``.
+
+        With ``kind="hard"`` q is a single path of each chain, found by coordinate ascent with the Viterbi algorithm
+        unless ``q="exact"``.
+        """
+        with declared_precision(self.device):
+            start, row = self._start(batch), 0
+            total: Stats | None = None
+            found: list[Marginals] = []
+            for piece in self.stream(batch):
+                warm = None if start is None else tuple(g.narrow(-3, row, len(piece)) for g in start)
+                row += len(piece)
+                posterior = self._infer(piece, kind, warm, piece.weight)
+                found.append(posterior.marginals)
+                stats = self._stats(piece, posterior)
+                total = stats if total is None else total + stats
+            assert total is not None
+            self._remember(batch, found)
+            total["entropy"] = total["log_likelihood"] - self.expected_log_prob(total)
+            total["count"] = self.count(batch).to(total["entropy"]).expand_as(total["entropy"])
+        return total
+
+    def _start(self, batch: Batch) -> Marginals | None:
+        """Where the last ascent on this batch ended, in a fit: derivatives and transforms see none of it."""
+        known = self._met.get(batch) if self._remembers() else None
+        if known is None:
+            return None
+        form, q = known
+        if form != self.q or q[0].shape[:-1] != (*self.replicas, *batch.x.shape[:2]):
+            return None
+        return tuple(g.to(self.device, self.dtype) for g in q)
+
+    def _remember(self, batch: Batch, found: list[Marginals]) -> None:
+        if self._remembers():
+            whole = found[0] if len(found) == 1 else tuple(torch.cat(g, -3) for g in zip(*found, strict=True))
+            self._met[batch] = self.q, whole
+
+    def _remembers(self) -> bool:
+        return self.q != "exact" and not torch.is_grad_enabled() and _plain()
+
+    def _infer(
+        self, batch: Batch, kind: EStep, start: Marginals | None = None, weight: Tensor | None = None
+    ) -> "_Posterior":
+        problem = self._problem(batch)
+        if self.q == "exact":
+            return problem.product(kind, weight)
+        update = problem.viterbi if kind == "hard" else problem.smooth if self.q == "structured" else problem.relax
+        return self._ascend(problem, update, problem.start(update) if start is None else start, weight)
+
+    def _ascend(self, problem: "_Problem", update: "_Update", q: Marginals, weight: Tensor | None) -> "_Posterior":
+        """Coordinate ascent; a sequence that has come to its end waits for the others, so batches do not matter."""
+        best: Tensor | None = None
+        going: Tensor | None = None
+        frames = problem.frames()
+        # The last sweep, which all sequences take part in, is that of the statistics.
+        for _ in range(self.max_sweeps - 1):
+            new, value, _ = problem.sweep(update, q)
+            if best is None or going is None:
+                q, best, going = new, value, torch.ones_like(value, dtype=torch.bool)
+                continue
+            going = going & (value - best > self.tolerance * frames)
+            # A step that fell short of the tolerance is the last; it is made again in the sweep of the statistics.
+            q = tuple(torch.where(going[..., None, None], a, b) for a, b in zip(new, q, strict=True))
+            best = torch.where(going, value, best)
+            if _plain() and not bool(going.any()):
+                break
+        marginals, value, counts = problem.sweep(update, q, weight, count=True)
+        first, steps = (tuple(table) for table in zip(*counts, strict=True))
+        return _Posterior(value, marginals, first, steps)
+
+    def _stats(self, batch: Batch, posterior: "_Posterior") -> Stats:
+        stats = Stats()
+        for name, tables, counts in (
+            ("initials", self.initials, posterior.first), ("transitions", self.transitions, posterior.steps),
+        ):  # fmt: skip
+            for m, (table, expected) in enumerate(zip(tables, counts, strict=True)):
+                stats[f"{name}.{m}"] = table.table_stats(batch, expected)
+        x = batch.x.to(torch.float64).flatten(0, 1)
+        seen = self._seen(batch)
+        mass = torch.ones_like(x[:, 0]) if seen is None else seen.flatten().to(x)
+        if batch.weight is not None:
+            mass = mass * batch.weight.to(x).repeat_interleave(batch.x.shape[1])
+        x = x.nan_to_num(nan=0.0)
+        g = torch.cat(posterior.marginals, -1).flatten(-3, -2).to(torch.float64)
+        heavy = (g * mass.unsqueeze(-1)).mT
+        if posterior.joint is None:
+            uu = heavy @ g
+            # States of one chain exclude each other.
+            own = torch.block_diag(*(torch.ones(k, k) for k in self.n_states)).to(uu.device, torch.bool)
+            uu = torch.where(own, torch.diag_embed(heavy.sum(-1)), uu)
+        else:
+            design = _design(self.n_states, x)
+            share = (posterior.joint.flatten(-3, -2).to(x) * mass.unsqueeze(-1)).sum(-2)
+            uu = (design.mT * share.unsqueeze(-2)) @ design
+        stats["emission"] = self.emission.latent_stats(x, mass.expand(*self.replicas, -1), heavy @ x, uu)
+        stats["log_likelihood"] = weighted(posterior.value, batch)
+        return stats
+
+    def _seen(self, batch: Batch) -> Tensor | None:
+        """``[N, T]`` Boolean, True where a frame is there and not missing; None where all are."""
+        inside = batch.frames_mask()
+        if not batch.x.is_floating_point():
+            return inside
+        seen = ~batch.x.isnan().any(-1)
+        return seen if inside is None else seen & inside
+
+    def _problem(self, batch: Batch) -> "_Problem":
+        """Potentials of the chains, contributions and observations, whitened: the noise is then standard normal."""
+        firsts, moves = ([t.log_table(batch) for t in part] for part in (self.initials, self.transitions))
+        d = self.emission.n_outputs
+        root = linalg.inverse_factor(self.emission.structure.dense(self.emission.scale, 1, d).squeeze(-3))
+        parts = self.contributions
+        level = [part.mean(-2, keepdim=True) for part in parts]
+        # Chains that exchange constants stay the same, and what is centred loses no digits.
+        means = [((part - center) @ root.mT).unsqueeze(-3) for part, center in zip(parts, level, strict=True)]
+        seen = self._seen(batch)
+        x = batch.x if batch.x.is_floating_point() else batch.x.to(self.dtype)
+        x = x if seen is None else torch.where(seen.unsqueeze(-1), x, 0.0)
+        center = torch.stack(level).sum(0).unsqueeze(-3)
+        y = (x - center.to(x)).to(self.dtype) @ root.mT.unsqueeze(-3)
+        constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * d * math.log(2 * math.pi)
+        restricted = [a.restricted or b.restricted for a, b in zip(self.initials, self.transitions, strict=True)]
+        return _Problem(firsts, moves, means, y, seen, batch, constant[..., None, None], restricted)
+
+    # ---- use --------------------------------------------------------------------------------------------------
+
+    def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
+        """log p(x) of each sequence, exact, on the product of all chains; see `elbo` for large ones.
+
+        Raises:
+            InvalidArgument: If the chains have more than 1024 states in all.
+        """
+        self._check_size("log_prob", "use elbo, a lower bound")
+        return self._each(data, fields, lambda batch: self._problem(batch).log_normalizer())
+
+    def _check_size(self, argument: str, remedy: str) -> None:
+        size = math.prod(self.n_states)
+        if size > _EXACT:
+            sizes = " · ".join(map(str, self.n_states))
+            raise invalid(
+                argument, f"at most {_EXACT} states of all chains together, for exact inference",
+                f"{sizes} = {size}", remedy,
+            )  # fmt: skip
+
+    def elbo(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
+        """The evidence lower bound of each sequence, ``[N]``, below `log_prob` by the divergence of q.
+
+        The ascent sets out anew; in a fit it goes on from where it was, and may end elsewhere.
+        """
+        return self._each(data, fields, lambda batch: self._infer(batch, "soft").value)
+
+    def entropy(self, batch: Batch) -> Tensor:
+        """Weighted entropy of q over the paths of all chains, ``[*r]`` in nats."""
+        return self.e_step(batch)["entropy"]
+
+    def posterior(self, data: Any, **fields: Any) -> tuple[Tensor, ...]:
+        """q(z_t^m) of each frame, ``[*r, N, T, K_m]`` for each chain; zeros in the padding.
+
+        Args:
+            data: Sequences, as for `torchem.fit`.
+            **fields: ``lengths``, … as for `LatentModel.batch`.
+        """
+        return self._each(data, fields, lambda batch: self._infer(batch, "soft").marginals)
+
+    def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t m"]:
+        """A path of each chain, ``[N, T, M]``, that no other path of one chain improves; −1 in the padding.
+
+        Coordinate ascent with the Viterbi algorithm from the posterior; under ``q="exact"`` the most likely paths.
+        """
+
+        def paths(batch: Batch) -> Tensor:
+            soft = None if self.q == "exact" else self._infer(batch, "soft").marginals
+            hard = self._infer(batch, "hard", soft).marginals
+            path = torch.stack([g.argmax(-1) for g in hard], -1)
+            inside = batch.frames_mask()
+            return path if inside is None else torch.where(inside.unsqueeze(-1), path, -1)
+
+        with torch.no_grad():
+            return self._each(data, fields, paths)
+
+    def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
+        batch = self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+        with declared_precision(self.device):
+            parts = [function(piece) for piece in self.stream(batch)]
+        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int = 1,
+        length: int | None = None,
+        *,
+        latents: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Draw ``n`` sequences ``[n, length, D]``, and the states ``[n, length, M]`` when ``latents`` is True.
+
+        Args:
+            n: Number of sequences.
+            length: Frames of each.
+            latents: Whether to return the states as well.
+            generator: Source of the draws.
+        """
+        for name, value, least in (("n", n, 0), ("length", length, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+        assert length is not None
+        paths = []
+        for first, step in zip(self.initial_probs, self.transition_matrices, strict=True):
+            path = [_pick(first.expand(n, -1), generator)]
+            for _ in range(1, length):
+                path.append(_pick(step[path[-1]], generator))
+            paths.append(torch.stack(path, 1))
+        z = torch.stack(paths, -1)
+        hot = [nn.functional.one_hot(z[..., m], k) for m, k in enumerate(self.n_states)]
+        u = torch.cat(hot, -1).flatten(0, 1).to(self.device, self.dtype)
+        blank = torch.zeros(len(u), dtype=torch.long, device=self.device)
+        x = self.emission.sample(blank, Batch(u, u=u), generator).unflatten(0, (n, length))
+        return (x, z) if latents else x
+
+    # ---- starts and health ------------------------------------------------------------------------------------
+
+    @property
+    def default_init(self) -> str:
+        return "random_from_data"
+
+    def rows(self, batch: Batch) -> Batch:
+        rows = batch.rows()
+        seen = ~rows.x.isnan().any(-1) if rows.x.is_floating_point() else None
+        return rows if seen is None or bool(seen.all()) else rows[seen]
+
+    def initialize(self, batch: Batch, expected: Tensor) -> None:
+        share = expected.to(torch.float64)
+        if batch.weight is not None:
+            share = share * batch.weight.unsqueeze(-1).to(share)
+        total = share.sum(-2).unsqueeze(-1).clamp(min=1e-300)
+        self._begin(batch, (share.mT @ batch.x.to(torch.float64)) / total)
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> None:
+        self._begin(batch, batch.x.to(torch.float64)[index])
+
+    def _begin(self, batch: Batch, places: Tensor) -> None:
+        """Contributions from a place ``[*r, ΣK_m, D]`` in the data for each state, noise as large as the data's.
+
+        Each chain gets the same share of the variance; their sums lie about the mean of the data.
+        """
+        x, emission = batch.x.to(torch.float64), self.emission
+        mass = torch.ones_like(x[:, 0]) if batch.weight is None else batch.weight.to(x)
+        mean = (mass @ x) / mass.sum()
+        unit = ((mass @ (x - mean).square()) / mass.sum()).sqrt()
+        unit = torch.where(unit > 0, unit, 1.0)
+        chains = len(self.n_states)
+        parts = []
+        for place in places.split(self.n_states, -2):
+            away = place - place.mean(-2, keepdim=True)
+            size = (away / unit).square().mean((-2, -1), keepdim=True).sqrt() * math.sqrt(chains)
+            parts.append(mean / chains + away / torch.where(size > 0, size, 1.0))
+        weight = torch.cat(parts, -2).mT.unsqueeze(-3)
+        nothing = weight.new_zeros(*self.replicas, 1)
+        ux = nothing.expand(*self.replicas, self.n_components * x.shape[-1]).unflatten(-1, (-1, x.shape[-1]))
+        uu = nothing.expand(*self.replicas, self.n_components**2).unflatten(-1, (-1, self.n_components))
+        # Where nothing is known of the regressors, all variance is noise.
+        stats = emission.latent_stats(x - mean, mass.expand(*self.replicas, -1), ux, uu)
+        values = emission.maximize(stats)
+        values["coefficient"] = emission.keep_frozen("coefficient", weight.to(self.dtype))
+        self.assign({f"emission.{name}": value for name, value in values.items()})
+
+    def surprise(self, rows: Batch) -> Tensor:
+        raise NotImplementedError("states of factorial models have no observations of their own")
+
+    def degenerate(self) -> Tensor | None:
+        return self.emission.degenerate()
+
+    def n_parameters(self) -> int:
+        """Number of free parameters: the constants that chains may exchange are counted once."""
+        free = self.emission.frozen("coefficient") is None
+        return super().n_parameters() - free * (len(self.n_states) - 1) * self.emission.n_outputs
+
+    # ---- data and state ---------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch) -> Batch:
+        if batch.x.shape[-1] != self.emission.n_outputs:
+            raise invalid(
+                "data", f"{self.emission.n_outputs} features", batch.x.shape[-1],
+                "select the columns the model was built for",
+            )  # fmt: skip
+        if batch.u is not None:
+            raise invalid("inputs", "none: the regressors are the states", "some", "leave them out")
+        if batch.evidence is not None:
+            raise invalid("labels", "none: they would name one chain", "some", "leave them out, or use an HMM")
+        return batch
+
+    def stream(self, batch: Batch) -> Iterator[Batch]:
+        """Sequences in pieces whose messages fit the budget, on the model's device."""
+        states = math.prod(self.n_states) if self.q == "exact" else self.n_components
+        size = _PER_STATE * states * self.dtype.itemsize * max(1, *self.replicas, 1) * max(1, batch.x.shape[1])
+        budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
+        for piece in batch.split(max(1, budget // size)):
+            yield piece if piece.x.device == self.device else piece.to(self.device)
+
+    def take_replicas(self, index: Tensor | int) -> "LatentModel":
+        twin = super().take_replicas(index)
+        assert isinstance(twin, FactorialHMM)
+        if self.replicas:
+            for batch, (form, known) in self._met.items():
+                if known[0].dim() == 4:
+                    twin._met[batch] = form, tuple(g[index] for g in known)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Where ascents ended belongs to batches of this process.
+        return {**self.__dict__, "_met": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_met": weakref.WeakKeyDictionary()})
+
+    @classmethod
+    def examples(cls) -> list[tuple["FactorialHMM", Batch]]:
+        """One for each form of the posterior."""
+        found = []
+        forms: tuple[Approximation, ...] = ("structured", "mean_field", "exact")
+        for q in forms:
+            generator = torch.Generator().manual_seed(0)
+            model = cls.gaussian([2, 3], 2, q=q).double()
+            for table in (*model.initials, *model.transitions):
+                table.probs = torch.randn(table.shape, generator=generator, dtype=torch.float64).softmax(-1)
+            model.contributions = [torch.randn(k, 2, generator=generator, dtype=torch.float64) for k in (2, 3)]
+            model.covariance = [[0.5, 0.1], [0.1, 0.3]]
+            x, _ = model.sample(6, 5, latents=True, generator=generator)
+            found.append((model, Batch(x, lengths=torch.tensor([5, 3, 1, 5, 2, 4]))))
+        return found
+
+
+def _check_chains(initials: list[Any], transitions: list[Any], emission: Any) -> None:
+    """Refuse parts that do not make a model."""
+    for name, tables in (("initials", initials), ("transitions", transitions)):
+        for m, table in enumerate(tables):
+            if not isinstance(table, Categorical):
+                raise wrong_type(f"{name}[{m}]", "a Categorical", table, "pass a table of probabilities per chain")
+    if not initials or len(initials) != len(transitions):
+        raise invalid(
+            "transitions", f"{max(1, len(initials))} tables, one per chain", len(transitions), "give each chain both"
+        )
+    for m, (first, step) in enumerate(zip(initials, transitions, strict=True)):
+        k = first.shape[-1]
+        if first.shape != (k,) or step.shape != (k, k):
+            raise invalid(
+                f"transitions[{m}]", f"a table of shape {[k, k]}, after initials[{m}] of shape {[k]}",
+                [list(first.shape), list(step.shape)], "build them with the same K",
+            )  # fmt: skip
+    if not isinstance(emission, LinearGaussian):
+        raise wrong_type("emission", "a LinearGaussian", emission, "or use FactorialHMM.gaussian")
+    total = sum(first.shape[-1] for first in initials)
+    if emission.n_components != 1 or emission.n_inputs != total or emission.shared:
+        got = f"{emission.n_components} components of {emission.n_inputs} inputs, shared {emission.shared}"
+        raise invalid(
+            "emission", f"1 component of {total} inputs, one per state of each chain, none shared", got,
+            f"pass LinearGaussian(1, {total}, D)",
+        )  # fmt: skip
+
+
+def _pick(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A state for each row of probabilities ``[n, K]``."""
+    if not len(probs):
+        return torch.empty(0, dtype=torch.long, device=probs.device)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def _plain() -> bool:
+    """Whether Python may look at values: nothing is transformed or compiled."""
+    return values_known() and not torch.compiler.is_compiling()
+
+
+def _design(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Indicators ``[ΠK_m, ΣK_m]`` of the states of each chain in each state of their product, the last one fastest."""
+    axes = torch.meshgrid(*(torch.arange(k, device=like.device) for k in sizes), indexing="ij")
+    return torch.cat([nn.functional.one_hot(a.flatten(), k) for a, k in zip(axes, sizes, strict=True)], -1).to(like)
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    """q of a piece.
+
+    Attributes:
+        value: Evidence lower bound of each sequence, ``[*r, N]``.
+        marginals: q(z_t^m).
+        first: Weighted expectations of first states, ``[*r, 1, K_m]``.
+        steps: Weighted expectations of steps, ``[*r, 1, K_m, K_m]``.
+        joint: Posterior ``[*r, N, T, ΠK_m]`` of the product, where it is known.
+    """
+
+    value: Tensor
+    marginals: Marginals
+    first: tuple[Tensor, ...]
+    steps: tuple[Tensor, ...]
+    joint: Tensor | None = None
+
+
+#: From the number of a chain, the potentials of its frames, its present marginals, weights, and whether to count: new
+#: marginals, E log p(z^m) + H(q^m) of each sequence, and weighted expectations of first states and steps.
+_Counts = tuple[Tensor, Tensor]
+_Update = Callable[[int, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor, _Counts | None]]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A piece of data in whitened coordinates, and the chains behind it.
+
+    Attributes:
+        initial: log p(z_1^m), ``[*r, 1, K_m]``.
+        transition: log p(z_{t+1}^m | z_t^m), ``[*r, 1, K_m, K_m]``.
+        means: Contributions V^m ``[*r, 1, K_m, D]``.
+        y: Observations ``[*r, N, T, D]``, zero where there are none.
+        seen: Where there are some, ``[N, T]``; None for everywhere.
+        batch: The piece itself.
+        constant: log-density of an observation at its mean, ``[*r, 1, 1]``.
+        restricted: Whether steps of each chain are forbidden.
+    """
+
+    initial: list[Tensor]
+    transition: list[Tensor]
+    means: list[Tensor]
+    y: Tensor
+    seen: Tensor | None
+    batch: Batch
+    constant: Tensor
+    restricted: list[bool]
+
+    def frames(self) -> Tensor:
+        """Frames of each sequence, ``[N]``."""
+        return self.batch.frames().to(self.y)
+
+    def start(self, update: _Update) -> Marginals:
+        """Even marginals; where steps are forbidden, those of a path, which is possible for certain."""
+        inside = self.batch.frames_mask()
+        q = []
+        for mean, first in zip(self.means, self.initial, strict=True):
+            even = (self.y[..., :1] * 0 + first.unsqueeze(-2) * 0).nan_to_num(nan=0.0) + 1 / mean.shape[-2]
+            q.append(even if inside is None else torch.where(inside.unsqueeze(-1), even, 0.0))
+        if update == self.relax and any(self.restricted):
+            found = self.sweep(self.viterbi, tuple(q))[0]
+            q = [path if held else even for path, even, held in zip(found, q, self.restricted, strict=True)]
+        return tuple(q)
+
+    def sweep(
+        self, update: _Update, q: Marginals, weight: Tensor | None = None, count: bool = False
+    ) -> tuple[Marginals, Tensor, list[Any]]:
+        """Update the chains one after the other, each given the others; the bound of each sequence ``[*r, N]``."""
+        shares = [g @ mean for g, mean in zip(q, self.means, strict=True)]
+        total = torch.stack(shares).sum(0)
+        marginals, counts = list(q), []
+        value: Tensor | float = 0.0
+        for m, mean in enumerate(self.means):
+            rest = total - shares[m]
+            potential = (self.y - rest) @ mean.mT - self._half(mean).unsqueeze(-2)
+            marginals[m], own, counted = update(m, self._where_seen(potential), marginals[m], weight, count)
+            counts.append(counted)
+            value = value + own
+            shares[m] = marginals[m] @ mean
+            total = rest + shares[m]
+        return tuple(marginals), value + self._fit(marginals, shares), counts
+
+    @staticmethod
+    def _half(mean: Tensor) -> Tensor:
+        return 0.5 * mean.square().sum(-1)
+
+    def _where_seen(self, value: Tensor) -> Tensor:
+        return value if self.seen is None else torch.where(self.seen.unsqueeze(-1), value, 0.0)
+
+    def _fit(self, marginals: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+        """E_q log p(x | z) of each sequence: the distance to the mean, and the variance of each chain's share."""
+        gap = self.y - torch.stack(list(shares)).sum(0)
+        each = self.constant - 0.5 * gap.square().sum(-1)
+        for g, share, mean in zip(marginals, shares, self.means, strict=True):
+            each = each - (g * self._half(mean).unsqueeze(-2)).sum(-1) + 0.5 * share.square().sum(-1)
+        return self._where_seen(each.unsqueeze(-1)).squeeze(-1).sum(-1)
+
+    # ---- updates of one chain ---------------------------------------------------------------------------------
+
+    def smooth(
+        self, m: int, potential: Tensor, old: Tensor, weight: Tensor | None, count: bool
+    ) -> tuple[Tensor, Tensor, _Counts | None]:
+        """The exact posterior of a chain under variational evidence: log Z − E[evidence] = E log p(z) + H(q)."""
+        parts = self.initial[m], self.transition[m], potential, self.batch.lengths
+        log_z, first, steps, g = chain.expectations(*parts)
+        if count and weight is not None:
+            mass = weight.to(g).expand(log_z.shape)
+            first, steps = chain.expectations(*parts, mass)[1:3]
+        return g, log_z - (g * potential).sum((-2, -1)), (first, steps)
+
+    def viterbi(
+        self, m: int, potential: Tensor, old: Tensor, weight: Tensor | None, count: bool
+    ) -> tuple[Tensor, Tensor, _Counts | None]:
+        """The best path of a chain."""
+        score, path = chain.viterbi(self.initial[m], self.transition[m], potential, self.batch.lengths)
+        g = nn.functional.one_hot(path.clamp(min=0), potential.shape[-1]).to(potential)
+        g = torch.where((path >= 0).unsqueeze(-1), g, 0.0)
+        return g, score - (g * potential).sum((-2, -1)), _counted(g, weight) if count else None
+
+    def relax(
+        self, m: int, potential: Tensor, old: Tensor, weight: Tensor | None, count: bool
+    ) -> tuple[Tensor, Tensor, _Counts | None]:
+        """Each frame of a chain by itself: given its neighbours even frames are independent, and so are odd ones."""
+        first, step = self.initial[m], self.transition[m]
+        g, place = old, torch.arange(potential.shape[-2], device=potential.device).unsqueeze(-1)
+        inside = self.batch.frames_mask()
+        opening, strict = torch.where(place == 0, first.unsqueeze(-2), 0.0), self.restricted[m]
+        for parity in (0, 1):
+            # In the padding nothing is expected, so a last frame has no neighbour there.
+            before = nn.functional.pad(g[..., :-1, :], (0, 0, 1, 0))
+            after = nn.functional.pad(g[..., 1:, :], (0, 0, 0, 1))
+            logits = potential + opening + _log_mix(before, step, strict) + _log_mix(after, step.mT, strict)
+            new = logits.softmax(-1)
+            new = new if inside is None else torch.where(inside.unsqueeze(-1), new, 0.0)
+            g = torch.where(place % 2 == parity, new, g)
+        entropy = -torch.where(g > 0, g * g.clamp(min=torch.finfo(g.dtype).tiny).log(), 0.0).sum((-2, -1))
+        start, pairs = g[..., 0, :], g[..., :-1, :].mT @ g[..., 1:, :]
+        own = entropy + _expected(start, first).sum(-1) + _expected(pairs, step).sum((-2, -1))
+        return g, own, _counted(g, weight) if count else None
+
+    # ---- the product of all chains ----------------------------------------------------------------------------
+
+    def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials of the product, whose states are those of all chains together, the last one fastest."""
+        initial, step, mean = self.initial[0], self.transition[0], self.means[0]
+        for first, move, share in zip(self.initial[1:], self.transition[1:], self.means[1:], strict=True):
+            initial = (initial.unsqueeze(-1) + first.unsqueeze(-2)).flatten(-2)
+            step = (step[..., :, None, :, None] + move[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
+            mean = (mean.unsqueeze(-2) + share.unsqueeze(-3)).flatten(-3, -2)
+        return initial, step, self._where_seen(self.y @ mean.mT - self._half(mean).unsqueeze(-2))
+
+    def _offset(self) -> Tensor:
+        """What the density of each sequence has besides the evidence, ``[*r, N]``."""
+        each = self.constant - 0.5 * self.y.square().sum(-1)
+        return self._where_seen(each.unsqueeze(-1)).squeeze(-1).sum(-1)
+
+    def log_normalizer(self) -> Tensor:
+        """log p(x) of each sequence."""
+        return chain.log_normalizer(*self._expanded(), self.batch.lengths) + self._offset()
+
+    def product(self, kind: EStep, weight: Tensor | None) -> _Posterior:
+        """The posterior, or the most likely path, of all chains together."""
+        initial, step, potential = self._expanded()
+        lengths = self.batch.lengths
+        if kind == "hard":
+            score, path = chain.viterbi(initial, step, potential, lengths)
+            g = nn.functional.one_hot(path.clamp(min=0), potential.shape[-1]).to(potential)
+            g = torch.where((path >= 0).unsqueeze(-1), g, 0.0)
+            first, steps = _counted(g, weight)
+        else:
+            score, first, steps, g = chain.expectations(initial, step, potential, lengths)
+            if weight is not None:
+                mass = weight.to(g).expand(score.shape)
+                first, steps = chain.expectations(initial, step, potential, lengths, mass)[1:3]
+        sizes = [mean.shape[-2] for mean in self.means]
+        designs = _design(sizes, g).split(sizes, -1)
+        marginals = tuple(g @ design for design in designs)
+        firsts = tuple(first @ design.to(first) for design in designs)
+        moves = tuple(design.to(steps).mT @ steps @ design.to(steps) for design in designs)
+        return _Posterior(score + self._offset(), marginals, firsts, moves, g)
+
+
+def _log_mix(g: Tensor, table: Tensor, strict: bool) -> Tensor:
+    """Σ_j g_j table_jk ``[…, T, K]``; −inf where some j with mass forbids k, if any is forbidden (``strict``)."""
+    if not strict:
+        return g @ table
+    forbidden = table == -torch.inf
+    mixed = g @ torch.where(forbidden, 0.0, table)
+    return torch.where((g > 0).to(g) @ forbidden.to(g) > 0, -torch.inf, mixed)
+
+
+def _expected(mass: Tensor, log_probs: Tensor) -> Tensor:
+    """mass · log p, zero where there is no mass."""
+    return torch.where(mass > 0, mass * log_probs, 0.0)
+
+
+def _counted(g: Tensor, weight: Tensor | None) -> _Counts:
+    """Expected first states ``[*r, 1, K]`` and steps ``[*r, 1, K, K]`` where frames are independent."""
+    heavy = (g if weight is None else g * weight.to(g)[:, None, None]).to(torch.float64)
+    first = heavy[..., 0, :].sum(-2, keepdim=True)
+    steps = (heavy[..., :-1, :].mT @ g[..., 1:, :].to(torch.float64)).sum(-3, keepdim=True)
+    return first, steps
