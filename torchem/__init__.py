@@ -15,6 +15,7 @@ from torchem.models import HMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit
+from torchem.variational import Variational, variational
 
 if TYPE_CHECKING:
     from torchem import plot
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "Stats",
     "Trainer",
+    "Variational",
     "criteria",
     "em_map",
     "errors",
@@ -49,6 +51,7 @@ __all__ = [
     "plot",
     "priors",
     "save",
+    "variational",
 ]
 
 
