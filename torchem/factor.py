@@ -630,17 +630,17 @@ class Conjugate(ABC):
     def posterior(self, strengths: dict[str, Tensor]) -> Stats:
         """The posterior of these strengths whose means are the current parameters, in natural coordinates, float64."""
 
-    def expected_table(self, natural: Stats) -> Tensor:
+    def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
         """What inference is fed of a latent child, in the shape of its `Factor.log_table`."""
         raise NotImplementedError(f"{type(self).__name__} cannot stand as a latent child: it has no expected_table")
 
     @abstractmethod
-    def expected_kernel(self, posterior: Stats, natural: Stats) -> Kernel:
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         """A pass whose potentials are expected log-densities, base measure included."""
 
     @abstractmethod
-    def expected_inner(self, posterior: Stats, natural: Stats, stats: Stats) -> Tensor:
-        """Q of statistics under expected log-densities, ``[*r]``: ⟨natural, stats⟩ without the base measure."""
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        """Q of statistics under expected log-densities, ``[*r]``; terms free of the posterior as in the family's Q."""
 
     @abstractmethod
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:

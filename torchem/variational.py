@@ -181,14 +181,10 @@ class Variational(Factor):
         """q in natural coordinates: the prior's and the statistics of the last M-step, float64."""
         return self._family.posterior({name: getattr(self, name) for name in self._rank})
 
-    def _expected(self) -> tuple[Stats, Stats]:
-        """The posterior and its expected natural parameters."""
-        posterior = self.posterior()
-        return posterior, self._given.expected_natural(self.factor, posterior)
-
     def divergence(self) -> Tensor:
         """KL(q ‖ prior) ``[*r]``, in nats: ⟨E η, q − prior⟩ − A(q) + A(prior)."""
-        posterior, natural = self._expected()
+        posterior = self.posterior()
+        natural = self._given.expected_natural(self.factor, posterior)
         prior, lead = self._given.posterior_stats(self.factor), len(self.replicas)
         parts = natural.map(lambda eta, q, p: (eta * (q - p)).flatten(lead).sum(-1), posterior, prior)
         total = torch.stack(parts.leaves()).sum(0)
@@ -228,10 +224,10 @@ class Variational(Factor):
 
     def table_potential(self, batch: Batch) -> Tensor:
         """Expected log-probabilities under the posterior."""
-        return self._family.expected_table(self._expected()[1])
+        return self._family.expected_table(self.posterior(), self._given)
 
     def kernel(self) -> Kernel:
-        return self._family.expected_kernel(*self._expected())
+        return self._family.expected_kernel(self.posterior(), self._given)
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of each column at posterior means."""
@@ -260,8 +256,7 @@ class Variational(Factor):
         return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
-        posterior, natural = self._expected()
-        return self._family.expected_inner(posterior, natural, stats)
+        return self._family.expected_inner(self.posterior(), self._given, stats)
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """The posterior given responsibilities."""
@@ -343,7 +338,7 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
     """Variational Bayes for all parameters: wrap every factor of a model in `Variational`, in place.
 
     Args:
-        model: One whose factors all have conjugate priors.
+        model: One whose factors all have conjugate priors; of factors that are made of others their parts.
         **priors: The prior of a slot by its name; the others keep the factor's own, or take a weak one: for tables
             Dirichlet of total concentration one per row, for normal families one observation at the mean of the data
             and D degrees of freedom with the data's variances as scatter.
@@ -368,13 +363,44 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
     for name in priors:
         if name not in slots:
             raise invalid("variational", f"slots of the model, {list(slots)}", repr(name), "name one of them")
-    wrapped: dict[Factor, Variational] = {}
+    for factor in slots.values():
+        _check(factor)
+    wrapped = {factor: _wrapped(factor, priors.get(slots[0])) for factor, slots in model.factors().items()}
     for slot, factor in slots.items():
-        if factor not in wrapped and not isinstance(factor, Variational):
-            wrapped[factor] = Variational(factor, priors.get(slot))
-        elif isinstance(factor, Variational) and slot in priors:
-            factor.prior = priors[slot]
-    for slot, factor in slots.items():
-        if factor in wrapped:
-            setattr(model, slot, wrapped[factor])
+        setattr(model, slot, wrapped[factor])
     return model
+
+
+def _parts(factor: Factor) -> dict[str, Factor]:
+    """The factors that a factor is made of, by their paths in it; none for a family."""
+    return getattr(factor, "parts", dict)() if not isinstance(factor, Variational) else {}
+
+
+def _check(factor: Factor) -> None:
+    """Refuse a factor with a part that has no conjugate prior, before any is wrapped."""
+    if isinstance(factor, Variational):
+        return
+    parts = _parts(factor)
+    for part in parts.values():
+        _check(part)
+    if not parts:
+        conjugate(factor)
+
+
+def _wrapped(factor: Factor, prior: Prior | None) -> Factor:
+    """The factor with all of its families in `Variational`."""
+    if isinstance(factor, Variational):
+        if prior is not None:
+            factor.prior = prior
+        return factor
+    parts = _parts(factor)
+    if not parts:
+        return Variational(factor, prior)
+    if prior is not None and len(parts) > 1:
+        raise invalid(
+            "prior", f"a factor of one family to stand over (of {list(parts)})", type(factor).__name__,
+            "set the prior of each part before: part.prior = …",
+        )  # fmt: skip
+    for path, part in parts.items():
+        factor.set_submodule(path, _wrapped(part, prior))
+    return factor

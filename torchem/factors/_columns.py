@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.errors import invalid
-from torchem.factor import Conjugate, Factor, Kernel, outside
+from torchem.factor import Conjugate, Factor, Kernel, Prior, outside
 from torchem.ops.missing import any_missing
 from torchem.stats import Stats
 
@@ -160,11 +160,11 @@ class Columns(Factor, Conjugate):
         mean = self.expectation(getattr(self, self.parameter).to(torch.float64))
         return Stats(count=count, total=count * mean)
 
-    def expected_kernel(self, posterior: Stats, natural: Stats) -> Kernel:
-        return _ColumnsKernel(self, natural)
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _ColumnsKernel(self, prior.expected_natural(self, posterior))
 
-    def expected_inner(self, posterior: Stats, natural: Stats, stats: Stats) -> Tensor:
-        return (stats["total"] * natural["total"] + stats["count"] * natural["count"]).sum((-2, -1))
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        return _inner(prior.expected_natural(self, posterior), stats)
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         return self.log_prob(batch)
@@ -186,6 +186,10 @@ class Columns(Factor, Conjugate):
                 small.register_buffer(name, kept)
         small.refresh()
         return small
+
+
+def _inner(natural: Stats, stats: Stats) -> Tensor:
+    return (stats["total"] * natural["total"] + stats["count"] * natural["count"]).sum((-2, -1))
 
 
 class _ColumnsKernel(Kernel):
@@ -244,5 +248,5 @@ class _ColumnsKernel(Kernel):
 
     def inner(self) -> Tensor:
         if self.natural is not None:
-            return self.family.expected_inner(self.natural, self.natural, self.stats())
+            return _inner(self.natural, self.stats())
         return self.family.expected_log_prob(self.stats())

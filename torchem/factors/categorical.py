@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
-from torchem.factor import Conjugate, Factor, Kernel
+from torchem.factor import Conjugate, Factor, Kernel, Prior
 from torchem.priors import Dirichlet
 from torchem.stats import Stats
 
@@ -245,18 +245,21 @@ class Categorical(Factor, Conjugate):
             logits = logits.masked_fill(~self.support, -torch.inf)
         return Stats(counts=(logits.log_softmax(-1) + log_total).exp())
 
-    def expected_table(self, natural: Stats) -> Tensor:
-        return self._expected_logs(natural).to(self.dtype).unsqueeze(-1 - len(self.shape))
+    def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
+        logs = prior.expected_natural(self, posterior)["counts"]
+        return self._forbidding(logs).to(self.dtype).unsqueeze(-1 - len(self.shape))
 
-    def _expected_logs(self, natural: Stats) -> Tensor:
-        value = natural["counts"]
-        return torch.where(self.support, value, -torch.inf) if self.restricted else value
+    def _forbidding(self, logs: Tensor) -> Tensor:
+        return torch.where(self.support, logs, -torch.inf) if self.restricted else logs
 
-    def expected_kernel(self, posterior: Stats, natural: Stats) -> Kernel:
-        return _ExpectedPass(self, natural)
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _ExpectedPass(self, prior.expected_natural(self, posterior)["counts"])
 
-    def expected_inner(self, posterior: Stats, natural: Stats, stats: Stats) -> Tensor:
-        return (self._supported(stats["counts"]) * natural["counts"]).sum(tuple(range(-len(self.shape), 0)))
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        return self._inner(stats, prior.expected_natural(self, posterior)["counts"])
+
+    def _inner(self, stats: Stats, logs: Tensor) -> Tensor:
+        return (self._supported(stats["counts"]) * self._supported(logs)).sum(tuple(range(-len(self.shape), 0)))
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         # The mean of a Dirichlet: what the parameters hold.
@@ -309,9 +312,9 @@ class Categorical(Factor, Conjugate):
 class _ExpectedPass(Kernel):
     """A pass of observed categories at expected log-probabilities."""
 
-    def __init__(self, table: Categorical, natural: Stats):
-        self.factor, self.natural = table, natural
-        self.table = table._expected_logs(natural).to(table.dtype)
+    def __init__(self, factor: Categorical, logs: Tensor):
+        self.factor, self.logs = factor, logs
+        self.table = factor._forbidding(logs).to(factor.dtype)
         self.total: Stats | None = None
 
     def log_potential(self, batch: Batch) -> Tensor:
@@ -327,7 +330,7 @@ class _ExpectedPass(Kernel):
         return self.total
 
     def inner(self) -> Tensor:
-        return self.factor.expected_inner(self.natural, self.natural, self.stats())
+        return self.factor._inner(self.stats(), self.logs)
 
 
 def _apart(counts: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments
+from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior
 from torchem.ops import gaussian as ops
 from torchem.ops import missing
 from torchem.priors import NormalInverseGamma, NormalInverseWishart
@@ -417,10 +417,10 @@ class Gaussian(Factor, Conjugate):
     def _blur(self, posterior: Stats) -> Tensor:
         return self.structure.blur(posterior["count"], self.structure.freedom(posterior["dof"], self._d), self._d)
 
-    def expected_kernel(self, posterior: Stats, natural: Stats) -> Kernel:
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         return _BlurredKernel(self, self._blur(posterior))
 
-    def expected_inner(self, posterior: Stats, natural: Stats, stats: Stats) -> Tensor:
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
         blur = self._blur(posterior) * stats["count"]
         return self.expected_log_prob(stats) + blur.flatten(len(self.replicas)).sum(-1)
 
@@ -466,9 +466,8 @@ class Gaussian(Factor, Conjugate):
             wider = (1 + 1 / count).sqrt().unsqueeze(-1)
         half = torch._standard_gamma(degrees[z] / 2, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         mean = self.mean.detach()[z].to(torch.float64)
-        return (mean + (self.sample(z, None, generator) - mean) * wider[z] * (ratio[z] / (2 * half)).sqrt()).to(
-            self.dtype
-        )
+        noise = self.sample(z, None, generator) - mean
+        return (mean + noise * wider[z] * (ratio[z] / (2 * half)).sqrt()).to(self.dtype)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 

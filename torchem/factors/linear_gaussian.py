@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Conjugate, Factor, Kernel, Moments
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior
 from torchem.ops import gaussian as ops
 from torchem.ops import linalg
 from torchem.ops.least_squares import NormalEquations
@@ -361,10 +361,13 @@ class LinearGaussian(Factor, Conjugate):
         blur = self.structure.blur(certain, self._freedom(posterior), self.n_outputs)
         return blur.sum(-1) if isinstance(self.structure, ops.Entrywise) else blur
 
-    def expected_kernel(self, posterior: Stats, natural: Stats) -> Kernel:
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         return _ExpectedRegressionKernel(self, posterior)
 
-    def expected_inner(self, posterior: Stats, natural: Stats, stats: Stats) -> Tensor:
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        return self._expected_inner(posterior, stats)
+
+    def _expected_inner(self, posterior: Stats, stats: Stats) -> Tensor:
         factors = linalg.cholesky(posterior["uu"])
         unsure = torch.cholesky_solve(stats["uu"], factors).diagonal(dim1=-2, dim2=-1).sum(-1)
         blur = self._blur(posterior) * stats["dof"] - self.n_outputs / 2 * unsure
@@ -586,4 +589,4 @@ class _ExpectedRegressionKernel(_RegressionKernel):
         return value + unsure.mT.to(value).unflatten(-2, batch.x.shape[:-1])
 
     def inner(self) -> Tensor:
-        return self.factor.expected_inner(self.posterior, self.posterior, self.stats())
+        return self.factor._expected_inner(self.posterior, self.stats())

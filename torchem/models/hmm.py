@@ -643,6 +643,11 @@ class HMM(DiscreteModel):
     def check(self, batch: Batch) -> Batch:
         self.emission.check(batch)
         if isinstance(self.initial, Stationary):
+            if self.transition.averages:
+                raise invalid(
+                    "initial", "a free initial law beside a posterior of the transition", "a stationary one",
+                    "it has no conjugate prior: use Categorical(K)",
+                )  # fmt: skip
             self.initial.check(batch)
         if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
             raise invalid(

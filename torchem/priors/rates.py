@@ -43,9 +43,8 @@ class _Cells(Prior, ABC):
 
     def log_prob(self, factor: Factor) -> Tensor:
         # The density has the exponents of the mode, and the norm of the posterior; what is fixed counts for nothing.
-        return factor.expected_log_prob(self.mode_stats(factor)) - conjugate(factor).log_normalizer(
-            self.posterior_stats(factor)
-        )
+        norm = conjugate(factor).log_normalizer(self.posterior_stats(factor))
+        return factor.expected_log_prob(self.mode_stats(factor)) - norm
 
 
 class Beta(_Cells):
