@@ -233,9 +233,6 @@ class Variational(Factor):
         """Mean and variance of each column at posterior means."""
         return self.factor.moments(batch)
 
-    def context(self, batch: Batch) -> Batch:
-        return self.factor.context(batch)
-
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One observation from the posterior predictive for each state in ``z [n]``."""
         drawn = self._family.draw_predictive(self.posterior(), z, generator)
