@@ -20,6 +20,8 @@ from torchem.batch import Batch
 from torchem.factors import Bernoulli, Categorical, Gaussian, LinearGaussian, Poisson, Product
 from torchem.model import LatentModel
 
+#: Untyped: what its stubs say of laws is not so.
+laws: Any = scipy.stats
 KINDS = cases.COVARIANCE_TYPES
 
 
@@ -192,7 +194,7 @@ def test_normal_predictive_is_students_t(kind: str) -> None:
             nu = freedom if kind == "tied" else freedom[k]
             degrees = nu if kind == "spherical" else nu - 1
             wider = (1 + 1 / (count[k, 0] if kind == "spherical" else count[k])) * nu / degrees
-            wanted = scipy.stats.multivariate_t(means[k], cov[k] * wider, df=degrees).logpdf(x)
+            wanted = laws.multivariate_t(means[k], cov[k] * wider, df=degrees).logpdf(x)
         close(found[:, k], torch.as_tensor(wanted))
 
 
@@ -458,6 +460,26 @@ def test_pruning_keeps_the_rest_of_the_posterior() -> None:
     again = torchem.fit(model, x, init=None, max_iter=20, tol=1e-8, progress=False)
     assert again.history[0] == pytest.approx(again.bound, abs=1.0)
     assert len(model.mixing.prior.concentration) == model.n_components
+
+
+def test_sticks_of_pruned_components_stay_unused() -> None:
+    x = cases.blobs(200, 2, 2, seed=20, spread=8.0)
+    model: Any = torchem.variational(torchem.GaussianMixture(6, 2).double(), mixing=priors.StickBreaking(0.5))
+    result = torchem.fit(model, x, seed=0, max_iter=100, tol=1e-6, dead="prune", progress=False)
+    assert result.pruned
+    close(model.weights.sum(), torch.ones(()))
+
+
+def test_components_that_nobody_needs_are_no_symmetry() -> None:
+    """They stand at the prior, all of them alike, without a warning; equal ones that are needed are warned of."""
+    x = cases.blobs(200, 2, 2, seed=20, spread=8.0)
+    model: Any = torchem.variational(torchem.GaussianMixture(6, 2).double())
+    result = torchem.fit(model, x, seed=0, init="random", restarts=3, max_iter=300, tol=1e-7, progress=False)
+    assert len(result.dead) >= 2
+    torchem.fit(model, x, init=None, max_iter=3, tol=1e-3, progress=False)
+    equal: Any = torchem.variational(torchem.GaussianMixture(2, 2).double())
+    with pytest.warns(torchem.errors.SymmetryWarning):
+        torchem.fit(equal, x, init=None, max_iter=2, tol=1.0, progress=False)
 
 
 def test_float32_follows_float64() -> None:

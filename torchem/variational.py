@@ -33,9 +33,11 @@ class Variational(Factor):
 
     Where scikit-learn's ``BayesianGaussianMixture`` agrees: with ``"full"`` covariances, its ``covariance_prior`` as
     ``scale`` and the same responsibilities all posteriors are the same (its default scale is the data's covariance
-    matrix, here its diagonal). Its lower bound leaves out a constant and has no term for the Wishart's scatter; its
-    ``"tied"``, ``"diag"`` and ``"spherical"`` are not the posteriors of a model: they average scatter over components
-    or columns without its degrees of freedom. Here they are normal–inverse-Wishart and normal–inverse-gamma.
+    matrix, here its diagonal). Its ``lower_bound_`` is that after an M-step less what no iteration moves:
+    −½ N D log 2π − log Z of the prior, with Z the normalisers of weights, means and precisions. Its other covariances
+    are not the posteriors of a model: ``"tied"`` counts N/K degrees of freedom and scatter, ``"spherical"`` as many for
+    D columns as for one, and ``"diag"``, whose posteriors do agree, takes E log |Λ| of a full matrix for them. Here
+    they are normal–inverse-Wishart and normal–inverse-gamma posteriors, under which the bound never falls.
 
     Args:
         factor: A family with a conjugate prior, which becomes part of this one.

@@ -40,6 +40,25 @@ def dropped(x: np.ndarray, kind: str) -> float:
     return -len(x) * D / 2 * math.log(2 * math.pi) - prior - weights
 
 
+def test_diagonal_posteriors_of_the_same_responsibilities() -> None:
+    x = data()
+    start = cases.soft(len(x), K, seed=6)
+    start = start / start.sum(-1, keepdim=True)
+    theirs = BayesianGaussianMixture(
+        n_components=K, covariance_type="diag", mean_precision_prior=KAPPA, degrees_of_freedom_prior=NU,
+        covariance_prior=x.var(0), reg_covar=0.0,
+    )  # fmt: skip
+    theirs._check_parameters(x)
+    theirs._initialize(x, start.numpy())
+    prior = priors.NormalInverseGamma(x.mean(0), KAPPA, NU, x.var(0))
+    ours: Any = torchem.variational(torchem.GaussianMixture(K, D, "diag").double(), component=prior)
+    ours.initialize(ours.batch(x), start)
+    close(ours.means, torch.as_tensor(theirs.means_), rtol=1e-8, atol=1e-8)
+    close(ours.covariances, torch.as_tensor(theirs.covariances_), rtol=1e-8)
+    freedom = ours.component.posterior()["dof"] + 1
+    close(freedom, torch.as_tensor(theirs.degrees_of_freedom_).unsqueeze(-1).expand(K, D), rtol=1e-8)
+
+
 @pytest.mark.filterwarnings("ignore:Best performing initialization:sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("kind", ["dirichlet_distribution", "dirichlet_process"])
 @pytest.mark.parametrize("iterations", [1, 5, 30])

@@ -372,8 +372,9 @@ class Gaussian(Factor, Conjugate):
 
     def expected_natural(self, posterior: Stats) -> Stats:
         """Gradient of `log_normalizer`: what multiplies each statistic in the expected log-density."""
-        leaves = dict(posterior)
-        return posterior.like(torch.func.grad(lambda v: self.log_normalizer(posterior.like(v)).sum())(leaves))
+        delta, scatter, freedom = self._moments_of(posterior)
+        found = self.structure.expected(posterior["count"], freedom, scatter, delta)
+        return posterior.like(dict(zip(("count", "dof", "first", "second"), found, strict=True)))
 
     def weak_prior(self) -> NormalInverseWishart | NormalInverseGamma:
         """One observation at the mean of the data, and D degrees of freedom: scikit-learn's default."""

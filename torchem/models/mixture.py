@@ -183,13 +183,15 @@ class Mixture(DiscreteModel):
             return []
         joint = self.component.log_potential(self.cast(batch)).to(torch.float64)
         gap = (joint.unsqueeze(-1) - joint.unsqueeze(-2)).abs()
-        if tolerance > 0:
+        matters = torch.ones_like(gap, dtype=torch.bool)
+        if tolerance > 0 or self.component.averages:
             # Only where one of the two is responsible does it matter whether they differ.
             share = reduce.responsibilities(
                 self._joint({"mixing": self.mixing.table_potential(batch), "component": joint}, batch)
             )[1]
-            gap = torch.where((share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01, gap, 0.0)
-        same = ~(gap > tolerance).any(0) & joint.isfinite().all(0)
+            matters = (share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01
+        # Components that no observation needs agree about nothing: a prior makes them equal for good.
+        same = ~(matters & (gap > tolerance)).any(0) & matters.any(0) & joint.isfinite().all(0)
         return [(j, i) for i, j in same.tril(-1).nonzero().tolist()]
 
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:

@@ -212,6 +212,26 @@ class Structure(ABC):
         """What belongs to each covariance against counts, ``[*r, K or 1]``."""
         return value
 
+    def expected(self, count: Tensor, freedom: Tensor, scatter: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        """What multiplies ``count``, ``dof``, ``first`` and ``second`` in E log N(x | μ, Λ), but for −½ log 2π.
+
+        −½ (D/κ + mᵀ E Λ m), ½ E log |Λ|, E Λ m and −½ E Λ, with E Λ = ν Ψ⁻¹ (C. M. Bishop 2006, equations 10.64–10.65).
+        """
+        d = delta.shape[-1]
+        factor = linalg.cholesky(scatter)
+        root = linalg.inverse_factor(factor)
+        precision = freedom[..., None, None] * (root.mT @ root)
+        index = torch.arange(d, dtype=freedom.dtype, device=freedom.device)
+        spread = ((freedom.unsqueeze(-1) - index) / 2).digamma().sum(-1) + d * math.log(2)
+        log_det = self.per_component(spread - 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+        linear = self.applied(precision, delta)
+        constant = -0.5 * (d / count + (linear * delta).sum(-1))
+        return constant, (log_det / 2).expand_as(count), linear, precision / -2
+
+    def applied(self, precision: Tensor, delta: Tensor) -> Tensor:
+        """Λ_k δ_k ``[*r, K, D]``."""
+        return (precision @ delta.unsqueeze(-1)).squeeze(-1)
+
     @abstractmethod
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k (scatter_k + count_k δδᵀ)) dδ dΛ: the conjugate prior's normaliser."""
@@ -434,6 +454,9 @@ class Tied(Structure):
     def per_component(self, value: Tensor) -> Tensor:
         return value.unsqueeze(-1)
 
+    def applied(self, precision: Tensor, delta: Tensor) -> Tensor:
+        return delta @ precision
+
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         return d * _log_means(count) + _log_wishart(self.freedom(dof, d), scatter)
 
@@ -470,6 +493,13 @@ class Entrywise(Structure):
     @abstractmethod
     def by_entry(self, value: Tensor) -> Tensor:
         """What belongs to each variance against entries, ``[*r, K, D or 1]``."""
+
+    def expected(self, count: Tensor, freedom: Tensor, scatter: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        precision = freedom / scatter
+        each = self.by_entry(precision)
+        log_det = self.by_entry((freedom / 2).digamma() + math.log(2) - scatter.log())
+        constant = -0.5 * (1 / count + each * delta.square())
+        return constant, (log_det / 2).expand_as(count), each * delta, precision / -2
 
     def blur(self, count: Tensor, freedom: Tensor, d: int) -> Tensor:
         return (self.by_entry((freedom / 2).digamma() + (2 / freedom).log()) - 1 / count) / 2

@@ -170,13 +170,11 @@ class StickBreaking(Prior):
         return 1 + counts, self.concentration + after
 
     def posterior_stats(self, factor: Factor) -> Stats:
-        logits, support = getattr(factor, "logits", None), getattr(factor, "support", None)
-        if logits is None or support is None or len(getattr(factor, "shape", ())) != 1:
+        logits = getattr(factor, "logits", None)
+        if logits is None or not hasattr(factor, "support") or len(getattr(factor, "shape", ())) != 1:
             raise invalid(
                 "prior", "mixing weights, Categorical(K), to stand over", type(factor).__name__, "use another"
             )
-        if not bool(support.all()):
-            raise invalid("prior", "weights without structural zeros, for sticks", "some", "use Dirichlet")
         # The prior itself is where the statistics begin: its γ enters through `sticks`.
         return Stats(counts=torch.zeros_like(logits, dtype=torch.float64))
 
@@ -197,7 +195,8 @@ class StickBreaking(Prior):
         a, b = self.sticks(posterior)
         rest = (b / (a + b)).log()
         value = (a / (a + b)).log() + rest.cumsum(-1) - rest
-        return value.softmax(-1)
+        # A component that was taken out leaves its share of the stick unused as well.
+        return value.masked_fill(~cast(Tensor, factor.support), -torch.inf).softmax(-1)
 
     def mode_stats(self, factor: Factor) -> Stats:
         raise self._refusal()
