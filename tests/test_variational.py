@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
@@ -168,6 +169,27 @@ def test_a_divergence_of_torch() -> None:
     close(q.divergence(), kl_divergence(Dirichlet(q.posterior()["counts"]), Dirichlet(alpha)).sum())
 
 
+def test_sticks_are_betas() -> None:
+    from torch.distributions import Beta, kl_divergence
+
+    q = Variational(Categorical(4).double(), priors.StickBreaking(0.7))
+    cases.assign(q, q.maximize(torchem.Stats(counts=torch.tensor([9.0, 4.0, 0.5, 2.0], dtype=torch.float64))))
+    prior, posterior = q.prior, q.posterior()
+    assert isinstance(prior, priors.StickBreaking)
+    a, b = prior.sticks(posterior)
+    close(a, torch.tensor([10.0, 5.0, 1.5, 3.0], dtype=torch.float64))
+    close(b, torch.tensor([7.2, 3.2, 2.7, 0.7], dtype=torch.float64))
+    close(q.divergence(), kl_divergence(Beta(a, b), Beta(torch.ones_like(a), 0.7 * torch.ones_like(a))).sum())
+    slope = torch.func.grad(lambda c: prior.log_normalizer(q.factor, torchem.Stats(counts=c)))(posterior["counts"])
+    close(prior.expected_natural(q.factor, posterior)["counts"], slope)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = Beta(a.detach(), b.detach()).sample(torch.Size([200_000]))
+    weights = draws * torch.cat([torch.ones(len(draws), 1), (1 - draws).cumprod(-1)[:, :-1]], -1)
+    close(q.probs, weights.mean(0) / weights.mean(0).sum(), rtol=0, atol=5e-3)
+    close(q.table_potential(Batch(torch.zeros(1, 1)))[0], weights.log().mean(0), rtol=0, atol=3e-2)
+
+
 # ---- the predictive -----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +257,25 @@ def test_draws_are_of_the_predictive(name: str) -> None:
         reached = torch.searchsorted(grid, draws[:, column].contiguous())
         u = law[reached.clamp(max=len(law) - 1)]
         assert scipy.stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_of_regressions_are_of_the_predictive(kind: str) -> None:
+    q, _ = families(3)[f"LinearGaussian-{kind}"]()
+    u = torch.tensor([[1.5, -0.7]], dtype=torch.float64)
+    n, z = 4000, torch.ones(4000, dtype=torch.long)
+    draws = q.sample(z, Batch(z, u=u.expand(n, 2)), cases.rng(5)).detach()
+    # The law of x_1 alone, by the grid over both columns.
+    line = torch.cat(
+        [torch.linspace(-40, -8, 60), torch.linspace(-8, 8, 641)[1:], torch.linspace(8, 40, 61)[1:]]
+    ).double()
+    grid = torch.cartesian_prod(line, line)
+    step = torch.gradient(line)[0]
+    density = q.log_prob(Batch(grid, u=u.expand(len(grid), 2)))[:, 1].detach().exp().view(len(line), -1)
+    for column, each in ((0, density @ step), (1, step @ density)):
+        law = (each * step).cumsum(0) - each * step / 2
+        place = torch.as_tensor(np.interp(draws[:, column].numpy(), line.numpy(), law.numpy()))
+        assert scipy.stats.kstest(place.numpy(), "uniform").pvalue > 1e-3
 
 
 def test_draws_of_counts_are_of_the_predictive() -> None:

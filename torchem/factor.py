@@ -646,7 +646,9 @@ class Conjugate(ABC):
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         """log ∫ p(x | θ, k) q(θ) dθ, ``[*r, *n, K]``: the density of one observation more."""
 
-    def draw_predictive(self, posterior: Stats, z: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor | None:
         """One observation ``[n, D]`` from each state's predictive; None where a draw at posterior means is that."""
         return None
 

@@ -78,9 +78,9 @@ class Variational(Factor):
         if factor.replicas:
             raise invalid("factor", "one without replicas", f"{factor.replicas[0]} of them", "wrap it before")
         given = prior if prior is not None else factor.prior
-        factor.prior = None
         self.factor = factor
         self._prior = self._accepted(family.weak_prior() if given is None else given)
+        factor.prior = None
         # Whatever its parameters are now, they begin with one observation more than the prior.
         start = self._prior.posterior_stats(factor).map(lambda leaf: leaf + 1.0)
         for name, value in family.strengths(start).items():
@@ -237,7 +237,7 @@ class Variational(Factor):
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One observation from the posterior predictive for each state in ``z [n]``."""
-        drawn = self._family.draw_predictive(self.posterior(), z, generator)
+        drawn = self._family.draw_predictive(self.posterior(), z, batch, generator)
         return self.factor.sample(z, batch, generator) if drawn is None else drawn
 
     # ---- EM ---------------------------------------------------------------------------------------------------

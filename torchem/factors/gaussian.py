@@ -456,7 +456,9 @@ class Gaussian(Factor, Conjugate):
             value = ops.student(distance / wider, spread + seen * wider.log(), seen, degrees.unsqueeze(-2))
         return value.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
 
-    def draw_predictive(self, posterior: Stats, z: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
         count, freedom = posterior["count"], self.structure.freedom(posterior["dof"], self._d)
         if isinstance(self.structure, ops.Entrywise):
             degrees = ratio = self.structure.by_entry(freedom) if freedom.dim() < count.dim() else freedom

@@ -373,6 +373,24 @@ class LinearGaussian(Factor, Conjugate):
         blur = self._blur(posterior) * stats["dof"] - self.n_outputs / 2 * unsure
         return self.expected_log_prob(stats) + blur.sum(-1)
 
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
+        u = self._inputs(Batch(z) if batch is None else batch).to(torch.float64)
+        freedom, d = self._freedom(posterior), self.n_outputs
+        mean = (self.weight.detach().to(torch.float64)[z] @ u.unsqueeze(-1)).squeeze(-1)
+        wider = 1 + self._unsure(posterior, u).mT[torch.arange(len(z)), z].unsqueeze(-1)
+        if self.covariance_type == "diag":
+            degrees = ratio = freedom
+        else:
+            less = 0 if isinstance(self.structure, ops.Entrywise) else d - 1
+            lead = torch.zeros(self._k, 1, dtype=torch.float64, device=u.device)
+            ratio = lead + self.structure.per_component(freedom).unsqueeze(-1)
+            degrees = ratio - less
+        half = torch._standard_gamma(degrees[z] / 2, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        noise = self.sample(z, batch, generator) - mean
+        return (mean + noise * (wider * ratio[z] / (2 * half)).sqrt()).to(self.dtype)
+
     def _unsure(self, posterior: Stats, u: Tensor) -> Tensor:
         """uᵀ uu⁻¹ u ``[*r, K, n]``: how far the inputs are from those seen."""
         root = linalg.inverse_factor(linalg.cholesky(posterior["uu"])).to(u)

@@ -144,7 +144,9 @@ class Poisson(Columns):
         value = torch.where(seen, value, 0.0).sum(-1).to(self.dtype)
         return value.unflatten(-2, batch.x.shape[:-1])
 
-    def draw_predictive(self, posterior: Stats, z: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
         count, total = self._movable(posterior)
         rates = torch._standard_gamma(total[z], generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         rates = rates / count[z]
