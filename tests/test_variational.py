@@ -610,3 +610,15 @@ def test_a_model_with_a_part_that_cannot_is_left_as_it_was() -> None:
     with pytest.raises(torchem.errors.TorchemError, match="one by one"):
         torchem.variational(model)
     assert type(model.component) is type(before)
+
+
+def test_the_map_of_many_small_problems_at_once() -> None:
+    model = torchem.variational(torchem.GaussianMixture(2, 2).double())
+    x = torch.stack([cases.blobs(15, 2, 2, seed=s) for s in range(3)])
+    torchem.fit(model, x[0], seed=0, max_iter=2, tol=0, progress=False)
+    step = torchem.em_map(model)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    both = torch.func.vmap(lambda rows: step(params, Batch(rows)))(x)
+    for i in range(3):
+        for name, value in step(params, Batch(x[i])).items():
+            close(both[name][i], value, rtol=1e-8)
