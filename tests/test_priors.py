@@ -1,14 +1,29 @@
-"""Priors over tables: their densities, their share in the M-step, and the objective that a fit then reports."""
+"""Priors: their densities, their share in the M-step, and the objective that a fit then reports."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch.distributions import Dirichlet as Reference
 
 import torchem
 from tests.laws import cases
 from tests.laws.cases import close
-from torchem.factors import Bernoulli, Categorical
-from torchem.priors import Dirichlet, StickyDirichlet
+from torchem.batch import Batch
+from torchem.factor import Factor, Prior
+from torchem.factors import Bernoulli, Categorical, Gaussian, LinearGaussian, Poisson
+from torchem.priors import (
+    Beta,
+    Dirichlet,
+    Gamma,
+    MatrixNormalInverseWishart,
+    NormalInverseGamma,
+    NormalInverseWishart,
+    StickyDirichlet,
+)
 
 
 def table(k: int = 3) -> Categorical:
@@ -121,5 +136,213 @@ def test_a_stronger_prior_holds_the_chain_in_place() -> None:
     ],
 )
 def test_bad_priors(build, said: str) -> None:
+    with pytest.raises(torchem.errors.TorchemError, match=said):
+        build()
+
+
+# ---- priors of normal families, probabilities and rates -----------------------------------------------------------
+
+#: Untyped: what its stubs say of laws is not so.
+stats: Any = scipy.stats
+KINDS = cases.COVARIANCE_TYPES
+
+
+def normal(kind: str) -> torchem.factor.Prior:
+    if kind in ("full", "tied"):
+        return NormalInverseWishart([0.5, 1.0], 0.7, 4.5, [[2.0, 0.3], [0.3, 1.0]])
+    return NormalInverseGamma([0.5, 1.0], 0.7, 4.5, 2.0)
+
+
+def regression(kind: str) -> MatrixNormalInverseWishart:
+    scale = [[2.0, 0.3], [0.3, 1.0]] if kind in ("full", "tied") else 1.5
+    return MatrixNormalInverseWishart([[0.1, 1.0], [-0.4, 0.2]], [[1.0, 0.3], [0.3, 2.0]], 4.5, scale)
+
+
+def families(k: int) -> dict[str, Callable[[], tuple[Factor, Prior, Batch]]]:
+    """Factors away from their starts, priors with a mode inside, and data."""
+    x, u = cases.randn(30, 2, seed=5) + 1, cases.randn(30, 2, seed=6)
+    counts = torch.poisson(2 * x.abs(), generator=cases.rng(7))
+    found: dict[str, Callable[[], tuple[Factor, Prior, Batch]]] = {
+        "Bernoulli": lambda: (Bernoulli(k, 2).double(), Beta([2.0, 1.5], 3.0), Batch((x > 1).double())),
+        "Poisson": lambda: (Poisson(k, 2).double(), Gamma([2.0, 1.5], 3.0), Batch(counts)),
+    }
+    for kind in KINDS:
+        found[f"Gaussian-{kind}"] = lambda kind=kind: (cases.gaussian(k, 2, kind), normal(kind), Batch(x))
+        found[f"LinearGaussian-{kind}"] = lambda kind=kind: (
+            LinearGaussian(k, 2, 2, kind).double(), regression(kind), Batch(x, u=u),
+        )  # fmt: skip
+    return found
+
+
+def every_family(k: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("build", [pytest.param(b, id=name) for name, b in families(k).items()])
+
+
+def log_prior(factor: Factor) -> torch.Tensor:
+    value = factor.log_prior()
+    assert value is not None
+    return value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_normal_priors_are_their_densities(kind: str) -> None:
+    g = cases.gaussian(3, 2, kind)
+    g.prior = normal(kind)
+    means, cov = g.means.detach().numpy(), g.covariances.detach().numpy()
+    m, scale = np.array([0.5, 1.0]), np.array([[2.0, 0.3], [0.3, 1.0]])
+    total = 0.0
+    if kind in ("full", "tied"):
+        each = cov if kind == "full" else cov[None]
+        total += sum(stats.invwishart(4.5, scale).logpdf(c) for c in each)
+        full = np.broadcast_to(each, (3, 2, 2))
+        total += sum(stats.multivariate_normal(m, full[k] / 0.7).logpdf(means[k]) for k in range(3))
+    else:
+        total += stats.invgamma(4.5 / 2, scale=1.0).logpdf(cov).sum()
+        deviation = np.sqrt((cov if kind == "diag" else cov[:, None]) / 0.7)
+        total += stats.norm(m, deviation).logpdf(means).sum()
+    close(log_prior(g), torch.tensor(total, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["full", "diag"])
+def test_the_prior_of_a_regression_is_its_density(kind: str) -> None:
+    g = LinearGaussian(2, 2, 2, kind).double()  # pyright: ignore
+    g.weight = cases.randn(2, 2, 2, seed=8)
+    g.prior = regression(kind)
+    m, precision = np.array([[0.1, 1.0], [-0.4, 0.2]]), np.array([[1.0, 0.3], [0.3, 2.0]])
+    cov = g.covariances.detach().numpy()
+    total = 0.0
+    for k in range(2):
+        own = cov[k] if kind == "full" else np.diag(cov[k])
+        if kind == "full":
+            total += stats.invwishart(4.5, np.array([[2.0, 0.3], [0.3, 1.0]])).logpdf(own)
+        else:
+            total += stats.invgamma(4.5 / 2, scale=0.75).logpdf(cov[k]).sum()
+        law = stats.matrix_normal(m, own, np.linalg.inv(precision))
+        total += law.logpdf(g.weight[k].detach().numpy())
+    close(log_prior(g), torch.tensor(total, dtype=torch.float64))
+
+
+def test_priors_of_probabilities_and_rates_are_their_densities() -> None:
+    b, p = Bernoulli(2, 2).double(), Poisson(2, 2).double()
+    b.probs, p.rates = [[0.2, 0.7], [0.4, 0.0]], [[1.0, 2.5], [0.0, 4.0]]
+    b.prior, p.prior = Beta([2.0, 1.5], 3.0), Gamma([2.0, 1.5], 3.0)
+    # What the user fixed is no parameter.
+    coins = stats.beta([2.0, 1.5, 2.0], 3.0).logpdf([0.2, 0.7, 0.4]).sum()
+    rates = stats.gamma([2.0, 1.5, 1.5], scale=1 / 3).logpdf([1.0, 2.5, 4.0]).sum()
+    close(log_prior(b), torch.tensor(coins, dtype=torch.float64))
+    close(log_prior(p), torch.tensor(rates, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", families(1))
+def test_the_m_step_reaches_the_posterior_mode(name: str, k: int) -> None:
+    """What a numerical optimiser of log-likelihood + log-prior finds, and no more."""
+    factor, prior, batch = families(k)[name]()
+    factor.prior = prior
+    seen = factor.stats(batch, cases.soft(30, k))
+
+    def objective() -> torch.Tensor:
+        return factor.expected_log_prob(seen) + log_prior(factor)
+
+    cases.assign(factor, factor.maximize(factor.penalized(seen)))
+    best = {n: p.detach().clone() for n, p in factor.named_parameters()}
+    top = float(objective().detach())
+    if "scale" in best and best["scale"].shape[-2:] == (2, 2) and getattr(factor, "covariance_type", "") != "diag":
+        tril = torch.ones(2, 2, dtype=torch.float64).tril()
+    else:
+        tril = torch.ones((), dtype=torch.float64)
+    for parameter_name, parameter in factor.named_parameters():
+        noise = 0.2 * cases.randn(*parameter.shape, seed=9)
+        parameter.data = parameter.data + noise * (tril if parameter_name == "scale" else 1.0)
+    climber = torch.optim.LBFGS(
+        factor.parameters(), max_iter=300, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        climber.zero_grad()
+        value = -objective()
+        value.backward()
+        return value
+
+    climber.step(loss)  # pyright: ignore
+    assert float(objective().detach()) <= top + 1e-10 * abs(top)
+    for parameter_name, parameter in factor.named_parameters():
+        close(parameter, best[parameter_name], rtol=1e-5, atol=1e-5)
+
+
+@every_family(3)
+def test_fits_climb_the_log_posterior(build, tmp_path) -> None:
+    factor, prior, batch = build()
+    factor.prior = prior
+    model = torchem.Mixture(Categorical(3).double(), factor)
+    result = torchem.fit(model, batch, seed=0, restarts=2, max_iter=30, tol=0, progress=False)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in zip(result.history, result.history[1:], strict=False))
+    value = model.log_prob(batch).sum() + model.log_prior()
+    close(torch.tensor(result.bound, dtype=torch.float64), value.detach())
+    torchem.save(model, tmp_path / "m.safetensors")
+    other = torchem.load(tmp_path / "m.safetensors")
+    assert torch.equal(other.log_prior(), torch.as_tensor(model.log_prior()))
+
+
+@pytest.mark.parametrize(
+    ("factor", "prior", "data"),
+    [
+        (lambda: cases.gaussian(2, 2, "full"), NormalInverseWishart, cases.randn(40, 2, seed=3)),
+        (lambda: cases.gaussian(2, 2, "diag"), NormalInverseGamma, cases.randn(40, 2, seed=3)),
+        (lambda: Poisson(2, 2).double(), Gamma, torch.poisson(cases.rand(40, 2) * 5, generator=cases.rng(1))),
+    ],
+)
+def test_what_is_left_open_comes_from_the_data(factor, prior, data: torch.Tensor) -> None:
+    model = torchem.Mixture(Categorical(2).double(), factor())
+    model.component.prior = prior()
+    for scale in (1.0, 3.0):
+        torchem.fit(model, data * scale, seed=0, max_iter=3, tol=0, progress=False)
+        found = model.component.prior
+        if isinstance(found, Gamma):
+            assert found.rate is not None
+            close(found.shape / found.rate, (data * scale).mean(0))
+        else:
+            assert isinstance(found, (NormalInverseWishart, NormalInverseGamma))
+            assert found.mean is not None
+            assert found.scale is not None
+            close(found.mean, (data * scale).mean(0))
+            variance = (data * scale).var(0, correction=0)
+            close(found.scale, torch.diag(variance) if isinstance(found, NormalInverseWishart) else variance)
+
+
+def test_a_prior_keeps_a_component_of_one_point_from_collapsing() -> None:
+    x = torch.cat([cases.randn(50, 2), torch.full((1, 2), 50.0, dtype=torch.float64)])
+    model = torchem.GaussianMixture(2, 2).double()
+    model.component.prior = NormalInverseWishart(dof=4.0, scale=1.0)
+    result = torchem.fit(model, x, seed=0, max_iter=100, progress=False)
+    assert result.floored == []
+    assert float(torch.linalg.eigvalsh(model.covariances.detach()).min()) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: NormalInverseWishart(mean_precision=0.0), "mean_precision"),
+        (lambda: NormalInverseWishart(dof=-1.0), "dof"),
+        (lambda: NormalInverseWishart(mean=[float("nan")]), "mean"),
+        (lambda: NormalInverseGamma(scale=0.0), "scale"),
+        (lambda: MatrixNormalInverseWishart(precision=0.0), "precision"),
+        (lambda: MatrixNormalInverseWishart(precision=[[1.0, 2.0], [2.0, 1.0]]), "positive definite"),
+        (lambda: Beta(0.0, 1.0), "a: "),
+        (lambda: Gamma(1.0, -1.0), "rate"),
+        (lambda: setattr(Gaussian(2, 2), "prior", NormalInverseGamma()), "diag or spherical"),
+        (lambda: setattr(Gaussian(2, 2, "diag"), "prior", NormalInverseWishart()), "full or tied"),
+        (lambda: setattr(Gaussian(2, 3), "prior", NormalInverseWishart(dof=1.5)), "degrees of freedom"),
+        (lambda: setattr(Gaussian(2, 2), "prior", NormalInverseWishart(mean=[0.0] * 3)), "broadcasts"),
+        (lambda: setattr(Gaussian(2, 2), "prior", NormalInverseWishart(scale=[[1.0, 2], [2, 1.0]])), "definite"),
+        (lambda: setattr(Bernoulli(2, 2), "prior", Beta(0.5, 1.0)), "at least 1"),
+        (lambda: setattr(Poisson(2, 2), "prior", Gamma(0.5)), "at least 1"),
+        (lambda: setattr(Poisson(2, 2), "prior", Beta(2.0, 2.0)), "Bernoulli"),
+        (lambda: setattr(Gaussian(2, 2), "prior", Gamma(2.0)), "Poisson"),
+        (lambda: setattr(Gaussian(2, 2), "prior", MatrixNormalInverseWishart()), "LinearGaussian"),
+        (lambda: setattr(LinearGaussian(2, 2, 1, shared=[0]), "prior", MatrixNormalInverseWishart()), "shared"),
+    ],
+)
+def test_bad_priors_of_other_families(build, said: str) -> None:
     with pytest.raises(torchem.errors.TorchemError, match=said):
         build()

@@ -15,6 +15,7 @@ from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, Gauss
 from torchem.result import Progress, Result
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit, partial_fit
+from torchem.variational import Variational, variational
 
 if TYPE_CHECKING:
     from torchem import plot
@@ -43,6 +44,7 @@ __all__ = [
     "Stats",
     "Stochastic",
     "Trainer",
+    "Variational",
     "criteria",
     "em_map",
     "errors",
@@ -54,6 +56,7 @@ __all__ = [
     "plot",
     "priors",
     "save",
+    "variational",
 ]
 
 

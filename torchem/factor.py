@@ -76,6 +76,13 @@ class _Streamed(Kernel):
         return self.factor.expected_log_prob(self.stats())
 
 
+class _Scored(_Streamed):
+    """Densities, where they are not what inference is fed."""
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        return self.factor.log_prob(batch)
+
+
 @dataclass(frozen=True)
 class Adjustment:
     """A change of numerics between M-steps.
@@ -130,6 +137,26 @@ class Prior(ABC):
     def check(self, factor: "Factor") -> None:
         """Refuse a factor that the prior cannot stand over, or a prior without a mode."""
 
+    def completed(self, factor: "Factor", moments: Moments) -> "Prior":
+        """The prior with hyper-parameters that were left open taken from the moments of the data."""
+        return self
+
+    def selected(self, factor: "Factor", keep: Tensor) -> "Prior":
+        """The prior of some of the factor's components (of the categories of mixing weights), for pruning."""
+        return self
+
+    def log_normalizer(self, factor: "Factor", posterior: Stats) -> Tensor:
+        """Log-normaliser of the posterior ``posterior_stats + S``, ``[*r]``; the family's own for its usual prior."""
+        return conjugate(factor).log_normalizer(posterior)
+
+    def expected_natural(self, factor: "Factor", posterior: Stats) -> Stats:
+        """Gradient of `log_normalizer`: expected natural parameters under the posterior."""
+        return conjugate(factor).expected_natural(posterior)
+
+    def means(self, factor: "Factor", posterior: Stats) -> Tensor | None:
+        """Posterior means of a table, where they are not in proportion to the posterior's counts."""
+        return None
+
 
 class Factor(nn.Module, ABC):
     """One conditional distribution, with unconstrained parameters and a pure M-step.
@@ -153,6 +180,8 @@ class Factor(nn.Module, ABC):
     shared_parameters: frozenset[str] = frozenset()
     #: How many earlier latent states of a sequence the density depends on, besides the present one.
     memory: int = 0
+    #: Whether what inference is fed differs from `log_prob`: an expectation under a posterior of the parameters.
+    averages: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,6 +224,11 @@ class Factor(nn.Module, ABC):
     def device(self) -> torch.device:
         """Device of the parameters."""
         return self._first().device
+
+    @property
+    def unwrapped(self) -> "Factor":
+        """The family itself, behind wrappers such as `torchem.Variational`."""
+        return self
 
     def replicate(self, replicas: int) -> None:
         """Give parameters (and constants that may differ) a leading axis of ``replicas`` equal copies, in place."""
@@ -266,6 +300,10 @@ class Factor(nn.Module, ABC):
         """What inference is fed: `log_prob`, unless a wrapper changes it."""
         return self.log_prob(batch)
 
+    def table_potential(self, batch: Batch) -> Tensor:
+        """What inference is fed of a latent child: `log_table`, unless a wrapper changes it."""
+        return self.log_table(batch)
+
     def context(self, batch: Batch) -> Batch:
         """What the factor reads of whole sequences ``[N, T, D]``, before they are cut into rows of frames.
 
@@ -280,6 +318,10 @@ class Factor(nn.Module, ABC):
     def kernel(self) -> Kernel:
         """One pass over the data at the current parameters, as an observed child."""
         return _Streamed(self)
+
+    def scorer(self) -> Kernel:
+        """A pass for densities alone: of `log_prob`, where `log_potential` is something else."""
+        return _Scored(self) if self.averages else self.kernel()
 
     def row_size(self) -> int:
         """Numbers held per observation while a piece is processed; decides how many rows a piece has."""
@@ -324,7 +366,11 @@ class Factor(nn.Module, ABC):
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """First parameter values from responsibilities ``[*r, *n, K]``; by default an M-step."""
-        return self.maximize(self.gather(batch, expected))
+        return self.maximize(self.first_stats(batch, expected))
+
+    def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """The statistics that a start maximises: those of responsibilities, which a family may keep off its bounds."""
+        return self.gather(batch, expected)
 
     def gather(self, batch: Batch, expected: Tensor) -> Stats:
         """`stats` of a batch of rows, piece by piece, so that memory stays bounded."""
@@ -345,7 +391,9 @@ class Factor(nn.Module, ABC):
         return self.maximize(self.gather(batch, expected))
 
     def prepare(self, moments: Moments) -> None:
-        """Learn the scale of the data before the first E-step of a fit, in place."""
+        """Learn the scale of the data before the first E-step of a fit, in place; complete the prior from it."""
+        if self._prior is not None:
+            self._prior = self._prior.completed(self, moments)
 
     def project(self) -> None:
         """Move the parameters into the feasible set (a covariance floor), in place; called once, at the start."""
@@ -445,6 +493,11 @@ class Factor(nn.Module, ABC):
     def select(self, keep: Tensor) -> "Factor":
         """A factor with only the components ``keep``, for pruning."""
         raise NotImplementedError(f"{type(self).__name__} cannot be pruned; define select")
+
+    def rewrap(self, pruned: "Factor", keep: Tensor) -> "Factor":
+        """What stands for this factor once it is ``pruned`` to the components ``keep``: with its prior, and wrapped."""
+        pruned.prior = self.prior
+        return pruned
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Draw one observation ``[n, D]`` for each latent state in ``z [n]``."""
@@ -546,8 +599,9 @@ class _FamilyKernel(Kernel):
 class Conjugate(ABC):
     """What a family adds to buy variational Bayes: its conjugate prior, in the coordinates of the statistics.
 
-    A posterior is ``prior.posterior_stats() + S``. Both methods are functions of such a vector; the expected natural
-    parameters are the gradient of the log-normaliser with respect to it, which is the law that tests hold them to.
+    A posterior is ``prior.posterior_stats() + S``. The expected natural parameters are the gradient of the
+    log-normaliser with respect to it, which is the law that tests hold them to. `Variational` keeps a posterior as the
+    family's own parameters, at posterior means, and its strengths: what `posterior` makes it of again.
 
     Source: P. Diaconis, D. Ylvisaker (1979).
     """
@@ -559,3 +613,55 @@ class Conjugate(ABC):
     @abstractmethod
     def expected_natural(self, posterior: Stats) -> Stats:
         """Expected coefficients of each statistic under the posterior: what potentials are built from."""
+
+    @abstractmethod
+    def weak_prior(self) -> Prior:
+        """The prior that `Variational` takes by default."""
+
+    @abstractmethod
+    def settle(self, posterior: Stats) -> dict[str, Tensor]:
+        """Values of the parameters at the posterior's means."""
+
+    @abstractmethod
+    def strengths(self, posterior: Stats) -> dict[str, Tensor]:
+        """How much the posterior has seen, as unconstrained numbers by name, float64."""
+
+    @abstractmethod
+    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+        """The posterior of these strengths whose means are the current parameters, in natural coordinates, float64."""
+
+    def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
+        """What inference is fed of a latent child, in the shape of its `Factor.log_table`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot stand as a latent child: it has no expected_table")
+
+    @abstractmethod
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        """A pass whose potentials are expected log-densities, base measure included."""
+
+    @abstractmethod
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        """Q of statistics under expected log-densities, ``[*r]``; terms free of the posterior as in the family's Q."""
+
+    @abstractmethod
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        """log ∫ p(x | θ, k) q(θ) dθ, ``[*r, *n, K]``: the density of one observation more."""
+
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """One observation ``[n, D]`` from each state's predictive; None where a draw at posterior means is that."""
+        return None
+
+
+def conjugate(factor: Any) -> Conjugate:
+    """The factor as a family with a conjugate prior.
+
+    Raises:
+        InvalidArgument: If it has none.
+    """
+    if isinstance(factor, Conjugate):
+        return factor
+    raise invalid(
+        "factor", "a family with a conjugate prior", f"{type(factor).__name__}, which has none",
+        "leave it out and wrap the other slots one by one with torchem.Variational",
+    )  # fmt: skip

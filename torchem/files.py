@@ -21,6 +21,7 @@ from torchem.errors import InvalidFile, TorchemError, describe, invalid, wrong_t
 from torchem.factor import Factor, Prior
 from torchem.model import LatentModel
 from torchem.models.stationary import Stationary
+from torchem.variational import Variational
 
 #: Name and version of the format (2 added priors); a reader refuses versions above its own.
 FORMAT, FORMAT_VERSION = "torchem", 2
@@ -489,6 +490,7 @@ _OWN: dict[str, type[nn.Module]] = {
     **_classes(models),
     **{f"factors.{name}" if name in models.__all__ else name: kind for name, kind in _classes(factors).items()},
     "Stationary": Stationary,
+    "Variational": Variational,
 }
 _NAMES = {kind: name for name, kind in _OWN.items()}
 _PRIORS: dict[str, type[Prior]] = {

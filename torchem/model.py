@@ -290,7 +290,8 @@ class LatentModel(nn.Module, ABC):
             for name, value in theirs.named_buffers(recurse=False):
                 mine.register_buffer(name, value.detach().clone())
             for name, value in vars(theirs).items():
-                if isinstance(value, (bool, int)):
+                # A prior may have been completed from the data.
+                if isinstance(value, (bool, int)) or name == "_prior":
                     setattr(mine, name, value)
 
     def prepare(self, moments: Moments) -> None:
@@ -417,9 +418,10 @@ class DiscreteModel(LatentModel):
         with declared_precision(self.device):
             return self._e_step(batch, infer if beta == 1 else _tempered(infer, beta))
 
-    def _kernels(self) -> dict[str, Kernel]:
-        tables = self.table_slots()
-        return {slot: _TablePass(f) if slot in tables else f.kernel() for slot, f in self.slots()}
+    def _kernels(self, score: bool = False) -> dict[str, Kernel]:
+        """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
+        tables, emit = self.table_slots(), Factor.scorer if score else Factor.kernel
+        return {slot: _TablePass(f, score) if slot in tables else emit(f) for slot, f in self.slots()}
 
     def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
         kernels = self._kernels()
@@ -443,16 +445,16 @@ class DiscreteModel(LatentModel):
         stats["count"] = self.count(batch).to(log_likelihood).expand_as(log_likelihood)
         return stats
 
-    def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Any]) -> Any:
+    def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Any], score: bool = False) -> Any:
         """Apply a function of potentials to the data piece by piece and join the results, tensors, along the rows."""
         batch = self.check(data) if isinstance(data, Batch) else self.batch(data)
         with declared_precision(self.device):
-            kernels = self._kernels()
+            kernels = self._kernels(score)
             parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
 
     def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        return self._each(data, self.log_partition)
+        return self._each(data, self.log_partition, score=True)
 
 
 def _global_uniforms(shape: torch.Size) -> Tensor:
@@ -481,12 +483,12 @@ def weighted(log_z: Tensor, batch: Batch) -> Tensor:
 class _TablePass(Kernel):
     """A latent child's pass over the pieces: its table once, its counts summed."""
 
-    def __init__(self, factor: Factor):
-        self.factor = factor
+    def __init__(self, factor: Factor, score: bool = False):
+        self.factor, self.table = factor, factor.log_table if score else factor.table_potential
         self.total: Stats | None = None
 
     def log_potential(self, batch: Batch) -> Tensor:
-        return self.factor.log_table(batch)
+        return self.table(batch)
 
     def inner(self) -> Tensor:
         return self.factor.expected_log_prob(self.stats())

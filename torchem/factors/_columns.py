@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.errors import invalid
-from torchem.factor import Conjugate, Factor, Kernel, outside
+from torchem.factor import Conjugate, Factor, Kernel, Prior, outside
 from torchem.ops.missing import any_missing
 from torchem.stats import Stats
 
@@ -73,6 +73,10 @@ class Columns(Factor, Conjugate):
         """The parameter that maximises Σ total · η − count · a, for positive counts."""
 
     @abstractmethod
+    def expectation(self, value: Tensor) -> Tensor:
+        """Mean of a free column at a value of the parameter, the inverse of `estimate`."""
+
+    @abstractmethod
     def mean_variance(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of each column, ``[*r, K, D]``."""
 
@@ -129,9 +133,41 @@ class Columns(Factor, Conjugate):
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """First parameters from responsibilities, drawn a little towards the mean of all data."""
+        return self.maximize(self.first_stats(batch, expected))
+
+    def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         stats = self.gather(batch, expected)
         # A probability or rate of zero, as hard clusters often give, could never grow again.
-        return self.maximize(stats + stats.map(lambda leaf: _SMOOTH * leaf.mean(-2, keepdim=True).expand_as(leaf)))
+        return stats + stats.map(lambda leaf: _SMOOTH * leaf.mean(-2, keepdim=True).expand_as(leaf))
+
+    # ---- conjugate prior --------------------------------------------------------------------------------------
+
+    def settle(self, posterior: Stats) -> dict[str, Tensor]:
+        count, total = self._movable(posterior)
+        value = self.estimate(count, total).to(self.dtype)
+        return {self.parameter: torch.where(self.free(), value, getattr(self, self.parameter))}
+
+    def strengths(self, posterior: Stats) -> dict[str, Tensor]:
+        return {"log_count": self._movable(posterior)[0].log()}
+
+    def _movable(self, posterior: Stats) -> tuple[Tensor, Tensor]:
+        """Count and total, sound numbers where a cell is fixed."""
+        free = self.free()
+        return torch.where(free, posterior["count"], 2.0), torch.where(free, posterior["total"], 1.0)
+
+    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+        count = strengths["log_count"].to(torch.float64).exp()
+        mean = self.expectation(getattr(self, self.parameter).to(torch.float64))
+        return Stats(count=count, total=count * mean)
+
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _ColumnsKernel(self, prior.expected_natural(self, posterior))
+
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        return _inner(prior.expected_natural(self, posterior), stats)
+
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        return self.log_prob(batch)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
@@ -152,11 +188,15 @@ class Columns(Factor, Conjugate):
         return small
 
 
+def _inner(natural: Stats, stats: Stats) -> Tensor:
+    return (stats["total"] * natural["total"] + stats["count"] * natural["count"]).sum((-2, -1))
+
+
 class _ColumnsKernel(Kernel):
     """One product of entries and natural parameters for all components and replicas."""
 
-    def __init__(self, family: Columns):
-        self.family = family
+    def __init__(self, family: Columns, natural: Stats | None = None):
+        self.family, self.natural = family, natural
         self.total: Tensor | float = 0.0
         self.count: Tensor | float = 0.0
 
@@ -170,8 +210,11 @@ class _ColumnsKernel(Kernel):
             x = torch.where(missing, 0.0, x)
             self.seen = (~missing).to(x)
         self.t, base = family.entries(x)
-        parameter = getattr(family, family.parameter)
-        value = self._linear(*family.natural(parameter.to(self.t.dtype)))
+        if self.natural is None:
+            parameter = getattr(family, family.parameter)
+            value = self._linear(*family.natural(parameter.to(self.t.dtype)))
+        else:
+            value = self._linear(self.natural["total"].to(self.t.dtype), -self.natural["count"].to(self.t.dtype))
         if base is not None:
             value = value + (base if self.seen is None else base * self.seen).sum(-1)
         if family.restricted:
@@ -204,4 +247,6 @@ class _ColumnsKernel(Kernel):
         return Stats(count=self.count.expand_as(self.total).contiguous(), total=self.total)
 
     def inner(self) -> Tensor:
+        if self.natural is not None:
+            return _inner(self.natural, self.stats())
         return self.family.expected_log_prob(self.stats())

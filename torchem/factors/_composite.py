@@ -54,6 +54,11 @@ class Composite(Factor):
         return all(part.sufficient for part in self.parts().values())
 
     @property
+    def averages(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a part is fed to inference as an expectation under a posterior."""
+        return any(part.averages for part in self.parts().values())
+
+    @property
     def replicates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all parts may carry a replica axis."""
         return all(part.replicates for part in self.parts().values())

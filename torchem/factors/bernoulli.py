@@ -10,6 +10,7 @@ from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor
 from torchem.factors._columns import Columns
+from torchem.priors import Beta
 from torchem.stats import Stats
 
 
@@ -88,6 +89,9 @@ class Bernoulli(Columns):
         tiny = torch.finfo(self.dtype).tiny
         return (total / count).clamp(min=tiny).log() - ((count - total) / count).clamp(min=tiny).log()
 
+    def expectation(self, value: Tensor) -> Tensor:
+        return value.sigmoid()
+
     def mean_variance(self) -> tuple[Tensor, Tensor]:
         probs = self.probs
         return probs, probs * (1 - probs)
@@ -103,16 +107,20 @@ class Bernoulli(Columns):
 
     def log_normalizer(self, posterior: Stats) -> Tensor:
         """Beta: Σ log B(total, count − total) over the free cells."""
-        count, total = posterior["count"], posterior["total"]
+        count, total = self._movable(posterior)
         value = total.lgamma() + (count - total).lgamma() - count.lgamma()
         return torch.where(self.free(), value, 0.0).sum((-2, -1))
 
     def expected_natural(self, posterior: Stats) -> Stats:
         """E log π/(1 − π) for each total and E log(1 − π) for each count, zero where a cell is fixed."""
-        count, total = posterior["count"], posterior["total"]
+        count, total = self._movable(posterior)
         rest = (count - total).digamma()
         natural = Stats(count=rest - count.digamma(), total=total.digamma() - rest)
         return natural.map(lambda leaf: torch.where(self.free(), leaf, 0.0))
+
+    def weak_prior(self) -> Beta:
+        """One observation, half of it a one."""
+        return Beta(0.5, 0.5)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 

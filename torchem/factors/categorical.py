@@ -7,7 +7,8 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
-from torchem.factor import Conjugate, Factor
+from torchem.factor import Conjugate, Factor, Kernel, Prior
+from torchem.priors import Dirichlet
 from torchem.stats import Stats
 
 #: Share of the average component that every emission starts with, so that none of its probabilities begins at zero.
@@ -143,8 +144,12 @@ class Categorical(Factor, Conjugate):
             )  # fmt: skip
 
     def log_prob(self, batch: Batch) -> Tensor:
+        return self._looked_up(self.log_probs(), batch)
+
+    def _looked_up(self, table: Tensor, batch: Batch) -> Tensor:
+        """Entries ``[*r, *n, K]`` of a table for the categories observed."""
         # −1 picks the last column: a category that is missing says nothing.
-        table = torch.nn.functional.pad(self.log_probs(), (0, 1))
+        table = torch.nn.functional.pad(table, (0, 1))
         return table[..., self.cast(batch.x)[..., 0]].movedim(len(self.replicas), -1)
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -167,9 +172,12 @@ class Categorical(Factor, Conjugate):
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """First parameters from responsibilities, such that states differ and no probability is zero."""
+        return self.maximize(self.first_stats(batch, expected))
+
+    def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         counts = self.gather(batch, expected)["counts"]
         # A probability of zero, as hard clusters often give, could never grow again.
-        return self.maximize(Stats(counts=_apart(counts + _SMOOTH * counts.mean(-2, keepdim=True))))
+        return Stats(counts=_apart(counts + _SMOOTH * counts.mean(-2, keepdim=True)))
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +209,8 @@ class Categorical(Factor, Conjugate):
         log_probs = self._supported(self.log_probs())
         return (self._supported(stats["counts"]) * log_probs).sum(tuple(range(-len(self.shape), 0)))
 
+    # ---- conjugate prior: Dirichlet ---------------------------------------------------------------------------
+
     def log_normalizer(self, posterior: Stats) -> Tensor:
         """Dirichlet: Σ log Γ(α_j) − log Γ(Σ α_j) over the support, summed over rows."""
         alpha = torch.where(self.support, posterior["counts"], 1.0)
@@ -213,6 +223,47 @@ class Categorical(Factor, Conjugate):
         alpha = torch.where(self.support, posterior["counts"], 1.0)
         total = torch.where(self.support, posterior["counts"], 0.0).sum(-1, keepdim=True)
         return Stats(counts=torch.where(self.support, alpha.digamma() - total.digamma(), 0.0))
+
+    def weak_prior(self) -> Dirichlet:
+        """A total concentration of one for each row."""
+        return Dirichlet(1.0 / self.shape[-1])
+
+    def settle(self, posterior: Stats) -> dict[str, Tensor]:
+        counts = self._supported(posterior["counts"])
+        tiny = torch.finfo(counts.dtype).tiny
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=tiny)
+        return {"logits": self._supported(share.clamp(min=torch.finfo(self.dtype).tiny).log()).to(self.dtype)}
+
+    def strengths(self, posterior: Stats) -> dict[str, Tensor]:
+        total = self._supported(posterior["counts"]).sum(-1)
+        return {"log_total": total.clamp(min=torch.finfo(self.dtype).tiny).log()}
+
+    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+        log_total = strengths["log_total"].to(torch.float64).unsqueeze(-1)
+        logits = self.logits.to(torch.float64)
+        if self.restricted:
+            logits = logits.masked_fill(~self.support, -torch.inf)
+        return Stats(counts=(logits.log_softmax(-1) + log_total).exp())
+
+    def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
+        logs = prior.expected_natural(self, posterior)["counts"]
+        return self._forbidding(logs).to(self.dtype).unsqueeze(-1 - len(self.shape))
+
+    def _forbidding(self, logs: Tensor) -> Tensor:
+        return torch.where(self.support, logs, -torch.inf) if self.restricted else logs
+
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _ExpectedPass(self, prior.expected_natural(self, posterior)["counts"])
+
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        return self._inner(stats, prior.expected_natural(self, posterior)["counts"])
+
+    def _inner(self, stats: Stats, logs: Tensor) -> Tensor:
+        return (self._supported(stats["counts"]) * self._supported(logs)).sum(tuple(range(-len(self.shape), 0)))
+
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        # The mean of a Dirichlet: what the parameters hold.
+        return self.log_prob(batch)
 
     def forbid(self, states: Tensor) -> None:
         left = self.support & ~states
@@ -256,6 +307,30 @@ class Categorical(Factor, Conjugate):
         table = cls(3, 4).double()
         table.probs = torch.rand(3, 4, generator=generator, dtype=torch.float64).softmax(-1)
         return table, Batch(torch.randint(0, 4, (12, 1), generator=generator))
+
+
+class _ExpectedPass(Kernel):
+    """A pass of observed categories at expected log-probabilities."""
+
+    def __init__(self, factor: Categorical, logs: Tensor):
+        self.factor, self.logs = factor, logs
+        self.table = factor._forbidding(logs).to(factor.dtype)
+        self.total: Stats | None = None
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        return self.factor._looked_up(self.table, batch)
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        stats = self.factor.stats(batch, expected)
+        self.total = stats if self.total is None else self.total + stats
+
+    def stats(self) -> Stats:
+        if self.total is None:
+            raise RuntimeError("a kernel has no statistics before its first piece")
+        return self.total
+
+    def inner(self) -> Tensor:
+        return self.factor._inner(self.stats(), self.logs)
 
 
 def _apart(counts: Tensor) -> Tensor:

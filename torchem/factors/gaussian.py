@@ -9,9 +9,10 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments
+from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior
 from torchem.ops import gaussian as ops
 from torchem.ops import missing
+from torchem.priors import NormalInverseGamma, NormalInverseWishart
 from torchem.stats import Stats
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
@@ -280,6 +281,11 @@ class Gaussian(Factor, Conjugate):
         return {**values, "mean": self.keep_frozen("mean", torch.where(chosen.isnan(), values["mean"], chosen))}
 
     def prepare(self, moments: Moments) -> None:
+        self._learn(moments)
+        super().prepare(moments)
+
+    def _learn(self, moments: Moments) -> None:
+        """Scale and origin from the moments of the data."""
         mean, variance = moments.mean, moments.variance
         if mean.shape != (self._d,):
             return
@@ -366,8 +372,105 @@ class Gaussian(Factor, Conjugate):
 
     def expected_natural(self, posterior: Stats) -> Stats:
         """Gradient of `log_normalizer`: what multiplies each statistic in the expected log-density."""
-        leaves = dict(posterior)
-        return posterior.like(torch.func.grad(lambda v: self.log_normalizer(posterior.like(v)).sum())(leaves))
+        delta, scatter, freedom = self._moments_of(posterior)
+        found = self.structure.expected(posterior["count"], freedom, scatter, delta)
+        return posterior.like(dict(zip(("count", "dof", "first", "second"), found, strict=True)))
+
+    def weak_prior(self) -> NormalInverseWishart | NormalInverseGamma:
+        """One observation at the mean of the data, and D degrees of freedom: scikit-learn's default."""
+        entrywise = isinstance(self.structure, ops.Entrywise)
+        return NormalInverseGamma() if entrywise else NormalInverseWishart()
+
+    def _moments_of(self, posterior: Stats) -> tuple[Tensor, Tensor, Tensor]:
+        """Means from the origin, scatter about them, and ν of a posterior."""
+        count, first = posterior["count"], posterior["first"]
+        delta = first / self.structure.by_column(count)
+        scatter = self.structure.scatter(count, first, posterior["second"], delta)
+        return delta, scatter, self.structure.freedom(posterior["dof"], self._d)
+
+    def settle(self, posterior: Stats) -> dict[str, Tensor]:
+        """Means, and the inverses of expected precisions, Ψ/ν, as covariances."""
+        delta, scatter, freedom = self._moments_of(posterior)
+        raw = self.structure.raw(self.structure.divided(scatter, freedom))
+        mean = self.origin.to(torch.float64) + delta
+        return {"mean": mean.to(self.dtype), "scale": raw.to(self.dtype)}
+
+    def strengths(self, posterior: Stats) -> dict[str, Tensor]:
+        freedom = self.structure.freedom(posterior["dof"], self._d)
+        return {
+            "log_count": posterior["count"].log(),
+            "log_freedom": (freedom - self.structure.least_freedom(self._d)).log(),
+        }
+
+    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+        count = strengths["log_count"].to(torch.float64).exp()
+        freedom = strengths["log_freedom"].to(torch.float64).exp() + self.structure.least_freedom(self._d)
+        delta = (self.mean - self.origin).to(torch.float64)
+        scatter = self.structure.multiplied(self.structure.covariances(self.scale.to(torch.float64)), freedom)
+        first = self.structure.by_column(count) * delta
+        return Stats(
+            count=count, dof=self.structure.dof(freedom, self._k, self._d), first=first,
+            # About the origin again: + κ δδᵀ.
+            second=self.structure.scatter(-count, -first, scatter, delta),
+            shared=self.structure.shared, version=self.version,
+        )  # fmt: skip
+
+    def _blur(self, posterior: Stats) -> Tensor:
+        return self.structure.blur(posterior["count"], self.structure.freedom(posterior["dof"], self._d), self._d)
+
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _BlurredKernel(self, self._blur(posterior))
+
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        blur = self._blur(posterior) * stats["count"]
+        return self.expected_log_prob(stats) + blur.flatten(len(self.replicas)).sum(-1)
+
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        """Student's t (C. M. Bishop 2006, equation 10.81): of rows, or where columns are independent of entries."""
+        count, freedom = posterior["count"], self.structure.freedom(posterior["dof"], self._d)
+        x = _observed(batch).to(torch.float64).reshape(-1, self._d)
+        mean, raw = self.mean.to(torch.float64), self.scale.to(torch.float64)
+        if isinstance(self.structure, ops.Entrywise):
+            seen = ~x.isnan()
+            variance = (1 + 1 / count) * self.structure.variances(raw, self._k, self._d)
+            gap = torch.where(seen.unsqueeze(-2), x.unsqueeze(-2) - mean.unsqueeze(-3), 0.0)
+            distance = gap.square() / variance.unsqueeze(-3)
+            spread = torch.where(seen.unsqueeze(-2), variance.unsqueeze(-3).log(), 0.0)
+            size = seen.to(distance).unsqueeze(-2)
+            if freedom.dim() == count.dim():  # a variance for each entry
+                value = ops.student(distance, spread, size, freedom.unsqueeze(-3)).sum(-1)
+            else:
+                value = ops.student(distance.sum(-1), spread.sum(-1), size.sum(-1), freedom.unsqueeze(-2))
+        else:
+            # Two normal densities of what was observed tell its distance and its determinant apart.
+            wide = self.structure.raw(2 * self.structure.covariances(raw))
+            one, two = (
+                missing.Pass(self.structure, mean, scale, self.origin.to(mean), True).log_prob(x).mT
+                for scale in (raw, wide)
+            )
+            seen = (~x.isnan()).sum(-1, keepdim=True).to(mean)
+            distance = 4 * (two - one) + 2 * math.log(2) * seen
+            spread = -2 * one - distance - seen * ops.LOG_2PI
+            degrees = self.structure.per_component(freedom - self._d + 1)
+            wider = ((1 + 1 / count) * self.structure.per_component(freedom) / degrees).unsqueeze(-2)
+            value = ops.student(distance / wider, spread + seen * wider.log(), seen, degrees.unsqueeze(-2))
+        return value.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
+
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
+        count, freedom = posterior["count"], self.structure.freedom(posterior["dof"], self._d)
+        if isinstance(self.structure, ops.Entrywise):
+            degrees = ratio = self.structure.by_entry(freedom) if freedom.dim() < count.dim() else freedom
+            wider = (1 + 1 / count).sqrt()
+        else:
+            degrees = self.structure.per_component(freedom - self._d + 1).expand_as(count).unsqueeze(-1)
+            ratio = self.structure.per_component(freedom).expand_as(count).unsqueeze(-1)
+            wider = (1 + 1 / count).sqrt().unsqueeze(-1)
+        half = torch._standard_gamma(degrees[z] / 2, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        mean = self.mean.detach()[z].to(torch.float64)
+        noise = self.sample(z, None, generator) - mean
+        return (mean + noise * wider[z] * (ratio[z] / (2 * half)).sqrt()).to(self.dtype)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
@@ -454,3 +557,30 @@ class _GaussianKernel(Kernel):
 
     def inner(self) -> Tensor:
         return self.sweep.inner()
+
+
+class _BlurredKernel(_GaussianKernel):
+    """A pass at posterior means of log-densities expected under a posterior: these differ by what no x moves."""
+
+    def __init__(self, factor: Gaussian, blur: Tensor):
+        super().__init__(factor)
+        self.entrywise = isinstance(factor.structure, ops.Entrywise)
+        self.blur = blur
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        value = super().log_potential(batch)
+        x = _observed(batch)
+        blur = self.blur.to(value)
+        if not missing.any_missing(x):
+            shift = (blur.sum(-1) if self.entrywise else blur).unsqueeze(-2)
+            shift = shift.reshape(*shift.shape[:-2], *[1] * (x.dim() - 2), *shift.shape[-2:])
+            return value + shift
+        seen = (~x.isnan()).to(value)
+        if self.entrywise:
+            return value + (seen.flatten(0, -2) @ blur.mT).unflatten(-2, x.shape[:-1])
+        # A row without an entry says nothing.
+        return value + (seen.amax(-1).flatten().unsqueeze(-1) * blur.unsqueeze(-2)).unflatten(-2, x.shape[:-1])
+
+    def inner(self) -> Tensor:
+        blur = self.blur * self.stats()["count"]
+        return super().inner() + blur.flatten(len(self.factor.replicas)).sum(-1)

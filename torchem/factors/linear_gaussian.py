@@ -9,10 +9,11 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Factor, Kernel, Moments
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior
 from torchem.ops import gaussian as ops
 from torchem.ops import linalg
 from torchem.ops.least_squares import NormalEquations
+from torchem.priors import MatrixNormalInverseWishart
 from torchem.stats import Stats
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
@@ -25,7 +26,7 @@ _REFINE = 3
 _ALTERNATE = 20
 
 
-class LinearGaussian(Factor):
+class LinearGaussian(Factor, Conjugate):
     """Normal components whose means are linear in covariates.
 
     log p(x | u, k) = log N(x | W_k u, Σ_k). There is no intercept unless u has a column of ones.
@@ -297,6 +298,7 @@ class LinearGaussian(Factor):
         spread = variance[variance > noise]
         fallback = spread.mean() if spread.numel() else torch.ones_like(variance[0])
         self.unit = torch.where(variance > noise, variance, fallback).to(self.unit)
+        super().prepare(moments)
 
     def project(self) -> None:
         if self.frozen("scale") is not None:
@@ -314,6 +316,128 @@ class LinearGaussian(Factor):
         # What the parameters' own rounding makes of an eigenvalue at the floor.
         largest = (self.structure.variances(self.scale.detach(), self._k, self.n_outputs) / unit).amax(-1)
         return least <= max(self.covariance_floor, 1e-15) * 1.001 + 10 * torch.finfo(self.dtype).eps * largest
+
+    # ---- conjugate prior: matrix-normal–inverse-Wishart -------------------------------------------------------
+
+    def log_normalizer(self, posterior: Stats) -> Tensor:
+        """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k(xx − W ux − (W ux)ᵀ + W uu Wᵀ)) dW dΛ: `Gaussian`'s, with M means."""
+        scatter = self._rest(posterior)[1]
+        factors = linalg.cholesky(posterior["uu"])
+        log_det = 2 * factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        ones = self.structure.counts(torch.ones_like(log_det), self.n_outputs)
+        marginal = self.structure.log_marginal(ones, self._mean_dof(posterior), scatter, self.n_outputs)
+        return marginal + self.n_outputs / 2 * ((self.n_inputs - 1) * ops.LOG_2PI - log_det).sum(-1)
+
+    def expected_natural(self, posterior: Stats) -> Stats:
+        """Gradient of `log_normalizer`; nothing depends on the plain count."""
+        leaves = dict(posterior)
+        return posterior.like(torch.func.grad(lambda v: self.log_normalizer(posterior.like(v)).sum())(leaves))
+
+    def weak_prior(self) -> MatrixNormalInverseWishart:
+        """Coefficients of zero, worth little, and D degrees of freedom."""
+        return MatrixNormalInverseWishart(precision=1e-2)
+
+    def _rest(self, posterior: Stats) -> tuple[Tensor, Tensor]:
+        """Posterior means of the coefficients ``[*r, K, D, M]`` and scatter about their predictions."""
+        factors = linalg.cholesky(posterior["uu"])
+        weight = torch.cholesky_solve(posterior["ux"], factors).mT
+        return weight, self._scatter(posterior, weight)
+
+    def _mean_dof(self, posterior: Stats) -> Tensor:
+        """Degrees of freedom as of a `Gaussian`, whose only coefficient is a mean."""
+        return self.structure.counts(posterior["dof"] - (self.n_inputs - 1), self.n_outputs)
+
+    def _freedom(self, posterior: Stats) -> Tensor:
+        return self.structure.freedom(self._mean_dof(posterior), self.n_outputs)
+
+    def settle(self, posterior: Stats) -> dict[str, Tensor]:
+        """Mean coefficients, and the inverses of expected precisions, Ψ/ν, as covariances."""
+        weight, scatter = self._rest(posterior)
+        raw = self.structure.raw(self.structure.divided(scatter, self._freedom(posterior)))
+        return {"coefficient": weight.to(self.dtype), "scale": raw.to(self.dtype)}
+
+    def strengths(self, posterior: Stats) -> dict[str, Tensor]:
+        least = self.structure.least_freedom(self.n_outputs)
+        return {
+            "log_precision": linalg.log_cholesky(posterior["uu"]),
+            "log_freedom": (self._freedom(posterior) - least).log(),
+        }
+
+    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+        factors = linalg.from_log_cholesky(strengths["log_precision"].to(torch.float64))
+        least = self.structure.least_freedom(self.n_outputs)
+        freedom = strengths["log_freedom"].to(torch.float64).exp() + least
+        weight, raw = self.weight.to(torch.float64), self.scale.to(torch.float64)
+        dof = self.structure.dof(freedom, self._k, self.n_outputs) + (self.n_inputs - 1)
+        dof = dof[..., 0] if isinstance(self.structure, ops.Entrywise) else dof
+        uu, rows = factors @ factors.mT, (weight @ factors).mT
+        xx = self.structure.multiplied(self.structure.covariances(raw), freedom) + self.structure.second(rows, rows)
+        shared = ("xx",) if self.structure.shared else ()
+        return Stats(count=torch.zeros_like(dof), dof=dof, xx=xx, ux=uu @ weight.mT, uu=uu, shared=shared)
+
+    def _blur(self, posterior: Stats) -> Tensor:
+        """E log N(x | W u, Λ⁻¹) − log N(x | E W u, (E Λ)⁻¹) of a row, ``[*r, K]``, but for −½ D uᵀ uu⁻¹ u."""
+        dof = self._mean_dof(posterior)
+        certain = torch.full_like(dof, torch.inf)
+        blur = self.structure.blur(certain, self._freedom(posterior), self.n_outputs)
+        return blur.sum(-1) if isinstance(self.structure, ops.Entrywise) else blur
+
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _ExpectedRegressionKernel(self, posterior)
+
+    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
+        return self._expected_inner(posterior, stats)
+
+    def _expected_inner(self, posterior: Stats, stats: Stats) -> Tensor:
+        factors = linalg.cholesky(posterior["uu"])
+        unsure = torch.cholesky_solve(stats["uu"], factors).diagonal(dim1=-2, dim2=-1).sum(-1)
+        blur = self._blur(posterior) * stats["dof"] - self.n_outputs / 2 * unsure
+        return self.expected_log_prob(stats) + blur.sum(-1)
+
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
+        u = self._inputs(Batch(z) if batch is None else batch).to(torch.float64)
+        freedom, d = self._freedom(posterior), self.n_outputs
+        mean = (self.weight.detach().to(torch.float64)[z] @ u.unsqueeze(-1)).squeeze(-1)
+        wider = 1 + self._unsure(posterior, u).mT[torch.arange(len(z)), z].unsqueeze(-1)
+        if self.covariance_type == "diag":
+            degrees = ratio = freedom
+        else:
+            less = 0 if isinstance(self.structure, ops.Entrywise) else d - 1
+            lead = torch.zeros(self._k, 1, dtype=torch.float64, device=u.device)
+            ratio = lead + self.structure.per_component(freedom).unsqueeze(-1)
+            degrees = ratio - less
+        half = torch._standard_gamma(degrees[z] / 2, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        noise = self.sample(z, batch, generator) - mean
+        return (mean + noise * (wider * ratio[z] / (2 * half)).sqrt()).to(self.dtype)
+
+    def _unsure(self, posterior: Stats, u: Tensor) -> Tensor:
+        """uᵀ uu⁻¹ u ``[*r, K, n]``: how far the inputs are from those seen."""
+        root = linalg.inverse_factor(linalg.cholesky(posterior["uu"])).to(u)
+        return (u @ root.mT).square().sum(-1)
+
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        """Student's t: of rows, or where columns are independent of entries."""
+        u = self._inputs(batch).to(torch.float64).reshape(-1, self.n_inputs)
+        weight, raw, d = self.weight.to(torch.float64), self.scale.to(torch.float64), self.n_outputs
+        gap = batch.x.to(torch.float64).reshape(-1, d) - _predicted(u, weight)
+        freedom, wider = self._freedom(posterior), 1 + self._unsure(posterior, u)
+        size = torch.ones((), dtype=torch.float64, device=u.device)
+        if self.covariance_type == "diag":
+            variance = wider.unsqueeze(-1) * self.structure.covariances(raw).unsqueeze(-2)
+            value = ops.student(gap.square() / variance, variance.log(), size, freedom.unsqueeze(-2)).sum(-1)
+        else:
+            degrees, ratio = freedom, torch.ones_like(freedom)
+            if not isinstance(self.structure, ops.Entrywise):
+                degrees = freedom - d + 1
+                ratio = freedom / degrees
+            degrees, ratio = (self.structure.per_component(v).unsqueeze(-1) for v in (degrees, ratio))
+            wider = wider * ratio
+            log_det = self.structure.log_det(raw, self._k, d).unsqueeze(-1) + d * wider.log()
+            distance = self.structure.distance(gap, self.structure.root(raw)) / wider
+            value = ops.student(distance, log_det, size * d, degrees)
+        return value.mT.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
@@ -484,3 +608,21 @@ class _RegressionKernel(Kernel):
 
     def inner(self) -> Tensor:
         return self.factor.expected_log_prob(self.stats())
+
+
+class _ExpectedRegressionKernel(_RegressionKernel):
+    """A pass of log-densities expected under a posterior of coefficients and covariances."""
+
+    def __init__(self, factor: LinearGaussian, posterior: Stats):
+        super().__init__(factor)
+        self.posterior, self.blur = posterior, factor._blur(posterior)
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        factor = self.factor
+        value = super().log_potential(batch)
+        u = factor._inputs(batch).to(value).reshape(-1, factor.n_inputs)
+        unsure = self.blur.unsqueeze(-1) - factor.n_outputs / 2 * factor._unsure(self.posterior, u)
+        return value + unsure.mT.to(value).unflatten(-2, batch.x.shape[:-1])
+
+    def inner(self) -> Tensor:
+        return self.factor._expected_inner(self.posterior, self.stats())

@@ -113,10 +113,11 @@ class Mixture(Composite):
     def states_of(self, path: str, components: Tensor) -> Tensor:
         return components.unflatten(-1, (self._k, self._m)).any(-1) if path == "component" else components
 
-    def _joint(self, batch: Batch, value: Tensor) -> Tensor:
+    def _joint(self, batch: Batch, value: Tensor, score: bool = False) -> Tensor:
         """log w_km p(x | part m of state k) ``[*r, n, K, M]`` from log-densities ``[*r, *n, K · M]`` of the parts."""
         lead = len(self.replicas)
-        table = self.mixing.log_table(batch).flatten(lead, -3)
+        log_table = self.mixing.log_table if score else self.mixing.table_potential
+        table = log_table(batch).flatten(lead, -3)
         return table + value.flatten(lead, -2).unflatten(-1, (self._k, self._m))
 
     def _folded(self, batch: Batch, value: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class Mixture(Composite):
     # ---- the distribution -------------------------------------------------------------------------------------
 
     def log_prob(self, batch: Batch) -> Tensor:
-        return self._folded(batch, reduce.logsumexp(self._joint(batch, self.component.log_prob(batch))))
+        return self._folded(batch, reduce.logsumexp(self._joint(batch, self.component.log_prob(batch), score=True)))
 
     def log_potential(self, batch: Batch) -> Tensor:
         return self._folded(batch, reduce.logsumexp(self._joint(batch, self.component.log_potential(batch))))

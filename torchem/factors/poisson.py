@@ -9,6 +9,7 @@ from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor
 from torchem.factors._columns import Columns
+from torchem.priors import Gamma
 from torchem.stats import Stats
 
 #: log x! of small counts, for which float32 is exact enough.
@@ -91,6 +92,9 @@ class Poisson(Columns):
     def estimate(self, count: Tensor, total: Tensor) -> Tensor:
         return (total / count).clamp(min=torch.finfo(self.dtype).tiny).log()
 
+    def expectation(self, value: Tensor) -> Tensor:
+        return value.exp()
+
     def mean_variance(self) -> tuple[Tensor, Tensor]:
         return self.rates, self.rates
 
@@ -113,14 +117,42 @@ class Poisson(Columns):
 
     def log_normalizer(self, posterior: Stats) -> Tensor:
         """Gamma: Σ log Γ(total) − total log count over the free cells."""
-        count, total = posterior["count"], posterior["total"]
+        count, total = self._movable(posterior)
         return torch.where(self.free(), total.lgamma() - total * count.log(), 0.0).sum((-2, -1))
 
     def expected_natural(self, posterior: Stats) -> Stats:
         """E log λ for each total and −E λ for each count, zero where a cell is fixed."""
-        count, total = posterior["count"], posterior["total"]
+        count, total = self._movable(posterior)
         natural = Stats(count=-total / count, total=total.digamma() - count.log())
         return natural.map(lambda leaf: torch.where(self.free(), leaf, 0.0))
+
+    def weak_prior(self) -> Gamma:
+        """A shape of one, and the mean of the data."""
+        return Gamma(1.0)
+
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        """Negative binomial: a Poisson count whose rate is gamma (A. Gelman et al. 2013, section 2.6)."""
+        count, total = (value.unsqueeze(-3) for value in self._movable(posterior))
+        x = batch.x.to(torch.float64).reshape(-1, 1, self.n_features)
+        seen = ~x.isnan()
+        x = torch.where(seen, x, 0.0)
+        value = (x + total).lgamma() - total.lgamma() - (x + 1).lgamma() - x * count.log1p()
+        value = value - total * count.reciprocal().log1p()
+        if self.restricted:
+            free = self.free().unsqueeze(-3)
+            value = torch.where(free, value, torch.where(x > 0, -torch.inf, 0.0))
+        value = torch.where(seen, value, 0.0).sum(-1).to(self.dtype)
+        return value.unflatten(-2, batch.x.shape[:-1])
+
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
+        count, total = self._movable(posterior)
+        rates = torch._standard_gamma(total[z], generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        rates = rates / count[z]
+        if self.restricted:
+            rates = torch.where(self.free()[z], rates, 0.0)
+        return torch.poisson(rates, generator=generator).to(self.dtype)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 

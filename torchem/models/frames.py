@@ -13,9 +13,9 @@ from torchem.stats import Stats
 class FramesPass(Kernel):
     """An emission's pass over sequences: frames as rows, in pieces that fit the cache, missing frames left out."""
 
-    def __init__(self, factor: Factor):
+    def __init__(self, factor: Factor, score: bool = False):
         self.factor = factor
-        self.kernel = factor.kernel()
+        self.kernel = factor.scorer() if score else factor.kernel()
         self.pieces: list[Batch] = []
         self.missing: Tensor | None = None
 

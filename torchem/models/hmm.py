@@ -170,9 +170,9 @@ class HMM(DiscreteModel):
         stop = as_tensor(value, "end_probs").to(torch.float64)
         self._table("end").assign_probs(torch.stack([1 - stop, stop], -1), "end_probs")
 
-    def _table(self, slot: str) -> Categorical:
+    def _table(self, slot: str) -> Any:
         factor = getattr(self, slot)
-        if not isinstance(factor, Categorical):
+        if not isinstance(factor.unwrapped, Categorical):
             raise invalid(slot, "a table of probabilities", type(factor).__name__, f"read model.{slot} instead")
         return factor
 
@@ -208,8 +208,8 @@ class HMM(DiscreteModel):
 
     # ---- potentials -------------------------------------------------------------------------------------------
 
-    def _kernels(self) -> dict[str, Kernel]:
-        return {**super()._kernels(), "emission": FramesPass(self.emission)}
+    def _kernels(self, score: bool = False) -> dict[str, Kernel]:
+        return {**super()._kernels(score), "emission": FramesPass(self.emission, score)}
 
     @property
     def _states(self) -> int:
@@ -259,7 +259,7 @@ class HMM(DiscreteModel):
         return chain.reference(*self._chain(potentials, batch), batch.lengths, plus)
 
     def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        return self._each(data, lambda p, b: chain.log_normalizer(*self._chain(p, b), b.lengths))
+        return self._each(data, lambda p, b: chain.log_normalizer(*self._chain(p, b), b.lengths), score=True)
 
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         initial, transition, emission = self._chain(potentials, batch)
@@ -332,7 +332,7 @@ class HMM(DiscreteModel):
 
     def _block(self, batch: Batch) -> int:
         """Frames whose K × K tables are held at once; 0 where all steps are alike or all tables fit."""
-        if isinstance(self.transition, Categorical):
+        if isinstance(self.transition.unwrapped, Categorical):
             return 0
         width = len(batch) * max(1, *self.replicas, 1) * self._states**2 * self.dtype.itemsize * _PER_STATE
         block = max(16, (self.memory_budget or _TABLES) // max(1, width))
@@ -603,7 +603,7 @@ class HMM(DiscreteModel):
 
     def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
         k = self.n_components
-        if self.replicas or k > 128 or self.emission.memory or not isinstance(self.transition, Categorical):
+        if self.replicas or k > 128 or self.emission.memory or not isinstance(self.transition.unwrapped, Categorical):
             return []
         rows = self.rows(batch) if batch.x.dim() == 3 else batch
         value = self.emission.log_potential(self._cast(rows)).detach().to(torch.float64)
@@ -647,8 +647,7 @@ class HMM(DiscreteModel):
         frozen = table.frozen("logits")
         if frozen is not None:
             small.register_buffer("frozen_logits", frozen[index][:, index] if frozen.dim() else frozen)
-        small.prior = table.prior
-        self.transition, self.emission = small, self.emission.select(index)
+        self.transition, self.emission = table.rewrap(small, index), self.emission.select(index)
         if isinstance(self.initial, Stationary):
             self.initial = Stationary(small)
         if self.end is not None:
@@ -659,6 +658,11 @@ class HMM(DiscreteModel):
     def check(self, batch: Batch) -> Batch:
         self.emission.check(batch)
         if isinstance(self.initial, Stationary):
+            if self.transition.averages:
+                raise invalid(
+                    "initial", "a free initial law beside a posterior of the transition", "a stationary one",
+                    "it has no conjugate prior: use Categorical(K)",
+                )  # fmt: skip
             self.initial.check(batch)
         if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
             raise invalid(

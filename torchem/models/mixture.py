@@ -76,9 +76,10 @@ class Mixture(DiscreteModel):
     def weights(self, value: Any) -> None:
         self._table().assign_probs(value, "weights")
 
-    def _table(self) -> Categorical:
-        if not isinstance(self.mixing, Categorical):
+    def _table(self) -> Any:
+        if not isinstance(self.mixing.unwrapped, Categorical):
             raise invalid("weights", "mixing weights free of covariates", "a gate", "read model.mixing instead")
+        # A wrapper reads and assigns as what it wraps.
         return self.mixing
 
     # ---- inference --------------------------------------------------------------------------------------------
@@ -195,21 +196,23 @@ class Mixture(DiscreteModel):
             return []
         joint = self.component.log_potential(self.cast(batch)).to(torch.float64)
         gap = (joint.unsqueeze(-1) - joint.unsqueeze(-2)).abs()
-        if tolerance > 0:
+        matters = torch.ones_like(gap, dtype=torch.bool)
+        if tolerance > 0 or self.component.averages:
             # Only where one of the two is responsible does it matter whether they differ.
             share = reduce.responsibilities(
-                self._joint({"mixing": self.mixing.log_table(batch), "component": joint}, batch)
+                self._joint({"mixing": self.mixing.table_potential(batch), "component": joint}, batch)
             )[1]
-            gap = torch.where((share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01, gap, 0.0)
-        same = ~(gap > tolerance).any(0) & joint.isfinite().all(0)
+            matters = (share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01
+        # Components that no observation needs agree about nothing: a prior makes them equal for good.
+        same = ~(matters & (gap > tolerance)).any(0) & matters.any(0) & joint.isfinite().all(0)
         return [(j, i) for i, j in same.tril(-1).nonzero().tolist()]
 
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
         """Put the components ``which [*r, K]`` at observations ``index [*r, K]``, with an even share of the mass."""
         component = self.component.initialize_at(batch, index)
         mixing: dict[str, Tensor] = {}
-        if isinstance(self.mixing, Categorical):  # a gate learns of them in the next M-step
-            share = torch.where(which, 1.0 / self.n_components, self.mixing.probs.to(torch.float64))
+        if isinstance(self.mixing.unwrapped, Categorical):  # a gate learns of them in the next M-step
+            share = torch.where(which, 1.0 / self.n_components, self._table().probs.to(torch.float64))
             mixing = self.mixing.maximize(Stats(counts=share))
         self._assign(mixing, self.component.replace_components(which, component))
 

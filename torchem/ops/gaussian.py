@@ -46,6 +46,13 @@ def _pairs(p: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return there.reshape(-1).to(device), twice.reshape(-1).to(torch.float64).to(device), back.to(device)
 
 
+def student(distance: Tensor, log_det: Tensor, size: Tensor, freedom: Tensor) -> Tensor:
+    """Log-density of a t with ``freedom``, of ``size`` columns, at a squared distance; 0 for no columns."""
+    half = (freedom + size) / 2
+    constant = half.lgamma() - (freedom / 2).lgamma() - (size * (freedom * math.pi).log() + log_det) / 2
+    return constant - half * (distance / freedom).log1p()
+
+
 class Structure(ABC):
     """How a covariance is stored, scored, estimated and floored. Stateless; leading axes are replicas."""
 
@@ -170,6 +177,61 @@ class Structure(ABC):
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
         """|reach|ᵀ |Σ⁻¹| |reach| per component: the size of the terms that the features route adds up."""
 
+    # -- conjugate prior ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        """ν of the inverse-Wishart behind each covariance that is estimated by itself, from `dof` of the statistics."""
+
+    @abstractmethod
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        """The inverse of `freedom`, spread evenly, in the layout of the statistics."""
+
+    @abstractmethod
+    def jacobian(self, k: int, d: int) -> float:
+        """What ``dof`` is more, in each entry, in densities of covariances than of precisions: dΛ = |Σ|^−(D+1) dΣ."""
+
+    def least_freedom(self, d: int) -> int:
+        """ν must exceed this."""
+        return d - 1
+
+    def multiplied(self, covariances: Tensor, mass: Tensor) -> Tensor:
+        """The inverse of `divided`."""
+        return covariances * mass[..., None, None]
+
+    def blur(self, count: Tensor, freedom: Tensor, d: int) -> Tensor:
+        """E log N(x | μ, Λ) − log N(x | E μ, E Λ) of a row ``[*r, K]``, or of each entry ``[*r, K, D]``.
+
+        ½ (E log |Λ| − log |E Λ|) − D / 2κ: the same for all x.
+        """
+        index = torch.arange(d, dtype=freedom.dtype, device=freedom.device)
+        spread = ((freedom.unsqueeze(-1) - index) / 2).digamma().sum(-1) + d * (2 / freedom).log()
+        return (self.per_component(spread) - d / count) / 2
+
+    def per_component(self, value: Tensor) -> Tensor:
+        """What belongs to each covariance against counts, ``[*r, K or 1]``."""
+        return value
+
+    def expected(self, count: Tensor, freedom: Tensor, scatter: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        """What multiplies ``count``, ``dof``, ``first`` and ``second`` in E log N(x | μ, Λ), but for −½ log 2π.
+
+        −½ (D/κ + mᵀ E Λ m), ½ E log |Λ|, E Λ m and −½ E Λ, with E Λ = ν Ψ⁻¹ (C. M. Bishop 2006, equations 10.64–10.65).
+        """
+        d = delta.shape[-1]
+        factor = linalg.cholesky(scatter)
+        root = linalg.inverse_factor(factor)
+        precision = freedom[..., None, None] * (root.mT @ root)
+        index = torch.arange(d, dtype=freedom.dtype, device=freedom.device)
+        spread = ((freedom.unsqueeze(-1) - index) / 2).digamma().sum(-1) + d * math.log(2)
+        log_det = self.per_component(spread - 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+        linear = self.applied(precision, delta)
+        constant = -0.5 * (d / count + (linear * delta).sum(-1))
+        return constant, (log_det / 2).expand_as(count), linear, precision / -2
+
+    def applied(self, precision: Tensor, delta: Tensor) -> Tensor:
+        """Λ_k δ_k ``[*r, K, D]``."""
+        return (precision @ delta.unsqueeze(-1)).squeeze(-1)
+
     @abstractmethod
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         """log ∫ Π_k |Λ_k|^{dof/2} exp(−½ tr Λ_k (scatter_k + count_k δδᵀ)) dδ dΛ: the conjugate prior's normaliser."""
@@ -288,6 +350,15 @@ class Full(Structure):
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
         return torch.einsum("...i,...ij,...j->...", reach, _precision(raw).abs(), reach)
 
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        return dof + d
+
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        return freedom - d
+
+    def jacobian(self, k: int, d: int) -> float:
+        return 2.0 * (d + 1)
+
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         return d * _log_means(count) + _log_wishart(dof + d, scatter).sum(-1)
 
@@ -371,9 +442,23 @@ class Tied(Structure):
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
         return torch.einsum("...ki,...ij,...kj->...k", reach, _precision(raw).abs(), reach)
 
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        return (dof - 1).sum(-1) + d + 1
+
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        return ((freedom - d - 1) / k + 1).unsqueeze(-1).expand(*freedom.shape, k)
+
+    def jacobian(self, k: int, d: int) -> float:
+        return 2.0 * (d + 1) / k
+
+    def per_component(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(-1)
+
+    def applied(self, precision: Tensor, delta: Tensor) -> Tensor:
+        return delta @ precision
+
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
-        nu = dof.sum(-1) - dof.shape[-1] + d + 1
-        return d * _log_means(count) + _log_wishart(nu, scatter)
+        return d * _log_means(count) + _log_wishart(self.freedom(dof, d), scatter)
 
 
 class Entrywise(Structure):
@@ -398,6 +483,26 @@ class Entrywise(Structure):
 
     def divided(self, scatter: Tensor, mass: Tensor) -> Tensor:
         return scatter / mass
+
+    def multiplied(self, covariances: Tensor, mass: Tensor) -> Tensor:
+        return covariances * mass
+
+    def least_freedom(self, d: int) -> int:
+        return 0
+
+    @abstractmethod
+    def by_entry(self, value: Tensor) -> Tensor:
+        """What belongs to each variance against entries, ``[*r, K, D or 1]``."""
+
+    def expected(self, count: Tensor, freedom: Tensor, scatter: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        precision = freedom / scatter
+        each = self.by_entry(precision)
+        log_det = self.by_entry((freedom / 2).digamma() + math.log(2) - scatter.log())
+        constant = -0.5 * (1 / count + each * delta.square())
+        return constant, (log_det / 2).expand_as(count), each * delta, precision / -2
+
+    def blur(self, count: Tensor, freedom: Tensor, d: int) -> Tensor:
+        return (self.by_entry((freedom / 2).digamma() + (2 / freedom).log()) - 1 / count) / 2
 
 
 class Diag(Entrywise):
@@ -473,6 +578,18 @@ class Diag(Entrywise):
 
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
         return (reach.square() * (-2 * raw).exp()).sum(-1)
+
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        return dof + 1
+
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        return freedom - 1
+
+    def jacobian(self, k: int, d: int) -> float:
+        return 4.0
+
+    def by_entry(self, value: Tensor) -> Tensor:
+        return value
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         return _log_means(count).sum(-1) + _log_gamma((dof + 1) / 2, scatter).sum((-2, -1))
@@ -553,6 +670,18 @@ class Spherical(Entrywise):
 
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
         return reach.square().sum(-1) * (-2 * raw).exp()
+
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        return (dof - 1).sum(-1) + 2
+
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        return ((freedom - 2) / d + 1).unsqueeze(-1).expand(*freedom.shape, d)
+
+    def jacobian(self, k: int, d: int) -> float:
+        return 4.0 / d
+
+    def by_entry(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(-1)
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         return _log_means(count).sum(-1) + _log_gamma((dof.sum(-1) - d) / 2 + 1, scatter).sum(-1)

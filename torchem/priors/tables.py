@@ -1,8 +1,4 @@
-"""Priors over parameters, in data coordinates, for maximum a posteriori estimates.
-
-Give one to a factor, ``factor.prior = Dirichlet(2.0)``: its `mode_stats` join the statistics in every M-step, and its
-log-density joins the objective that a fit climbs and reports. Statistics themselves never hold a prior.
-"""
+"""Priors over probability tables: rows a priori Dirichlet, or weights broken off a stick."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid
+from torchem.errors import InvalidArgument, invalid
 from torchem.factor import Factor, Prior
 from torchem.stats import Stats
 
@@ -92,6 +88,16 @@ class Dirichlet(_Concentrations):
                 list(self.concentration.shape), "give one per cell",
             ) from error  # fmt: skip
 
+    def selected(self, factor: Factor, keep: Tensor) -> Prior:
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        value, shape = self.concentration, tuple(getattr(factor, "shape", ()))
+        # As tables are pruned: weights of their categories, a transition matrix of both, an emission of its states.
+        for axis in range(-value.dim(), 0):
+            states = axis == -len(shape) or (axis == -1 and shape[-2:-1] in ((), shape[-1:]))
+            if states and value.shape[axis] == shape[axis]:
+                value = value.index_select(axis, index)
+        return Dirichlet(value)
+
     def config(self) -> dict[str, Any]:
         return {"concentration": self.concentration.tolist()}
 
@@ -128,3 +134,85 @@ class StickyDirichlet(_Concentrations):
 
     def config(self) -> dict[str, Any]:
         return {"stickiness": self.stickiness, "concentration": self.concentration}
+
+
+class StickBreaking(Prior):
+    """Mixing weights of a Dirichlet process: π_k = v_k Π_{j<k} (1 − v_j) with v_k ~ Beta(1, γ).
+
+    For `torchem.Variational` over ``Categorical(K)``: the posterior of the first K of infinitely many sticks is
+    v_k ~ Beta(1 + N_k, γ + Σ_{j>k} N_j), that of all others the prior, so that what they hold is left unused.
+    Components that are not needed lose their mass, later ones first.
+
+    Args:
+        concentration: γ, positive; about γ log N components are expected for N observations.
+
+    Raises:
+        InvalidArgument: If γ is not positive and finite.
+
+    Source: D. M. Blei, M. I. Jordan (2006); K. Kurihara, M. Welling, N. Vlassis (2007) for the truncation.
+
+    Example:
+        >>> import torchem
+        >>> m = torchem.variational(torchem.GaussianMixture(3, 2), mixing=StickBreaking(1.0))
+        >>> m.weights.shape
+        torch.Size([3])
+    """
+
+    def __init__(self, concentration: float = 1.0):
+        if not isinstance(concentration, (int, float)) or not 0 < concentration < math.inf:
+            raise invalid("concentration", "a positive finite number", repr(concentration), "1 is usual")
+        self.concentration = float(concentration)
+
+    def sticks(self, posterior: Stats) -> tuple[Tensor, Tensor]:
+        """Both parameters ``[*r, K]`` of the beta posteriors."""
+        counts = posterior["counts"]
+        after = counts.flip(-1).cumsum(-1).flip(-1) - counts
+        return 1 + counts, self.concentration + after
+
+    def posterior_stats(self, factor: Factor) -> Stats:
+        logits = getattr(factor, "logits", None)
+        if logits is None or not hasattr(factor, "support") or len(getattr(factor, "shape", ())) != 1:
+            raise invalid(
+                "prior", "mixing weights, Categorical(K), to stand over", type(factor).__name__, "use another"
+            )
+        # The prior itself is where the statistics begin: its γ enters through `sticks`.
+        return Stats(counts=torch.zeros_like(logits, dtype=torch.float64))
+
+    def log_normalizer(self, factor: Factor, posterior: Stats) -> Tensor:
+        """Σ log B(1 + N_k, γ + Σ_{j>k} N_j)."""
+        a, b = self.sticks(posterior)
+        return (a.lgamma() + b.lgamma() - (a + b).lgamma()).sum(-1)
+
+    def expected_natural(self, factor: Factor, posterior: Stats) -> Stats:
+        """E log π_k = E log v_k + Σ_{j<k} E log(1 − v_j)."""
+        a, b = self.sticks(posterior)
+        both, rest = (a + b).digamma(), b.digamma()
+        left = (rest - both).cumsum(-1) - (rest - both)
+        return Stats(counts=a.digamma() - both + left)
+
+    def means(self, factor: Factor, posterior: Stats) -> Tensor:
+        """E π_k of the first K sticks, made to sum to one."""
+        a, b = self.sticks(posterior)
+        rest = (b / (a + b)).log()
+        value = (a / (a + b)).log() + rest.cumsum(-1) - rest
+        # A component that was taken out leaves its share of the stick unused as well.
+        return value.masked_fill(~cast(Tensor, factor.support), -torch.inf).softmax(-1)
+
+    def mode_stats(self, factor: Factor) -> Stats:
+        raise self._refusal()
+
+    def log_prob(self, factor: Factor) -> Tensor:
+        raise self._refusal()
+
+    def check(self, factor: Factor) -> None:
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> InvalidArgument:
+        return invalid(
+            "prior", "a prior with a mode inside", "StickBreaking, of which no weights are the mode",
+            "use it with torchem.Variational, or use Dirichlet",
+        )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        return {"concentration": self.concentration}

@@ -1,0 +1,289 @@
+"""Priors over means, coefficients and covariances of normal families.
+
+In units of the statistics such a prior is what κ observations at the prior mean and ν degrees of freedom with scatter
+Ψ would leave. Densities are of covariances: against those of precisions they have |Σ|^−(D+1) more, so the mode counts
+more degrees of freedom than the posterior does.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.errors import invalid
+from torchem.factor import Factor, Moments, Prior, conjugate
+from torchem.ops import linalg
+from torchem.ops.gaussian import LOG_2PI, Entrywise, Structure
+from torchem.priors._hyper import expand, hyper, number, plain
+from torchem.stats import Stats
+
+
+class _Normal(Prior, ABC):
+    """What is common: degrees of freedom, the scale, and how the mode's statistics come from the posterior's."""
+
+    mean: Tensor | None
+    dof: float | None
+    scale: Tensor | None
+    _open: frozenset[str]
+
+    # ---- what differs -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _structure(self, factor: Factor) -> Structure:
+        """The covariances' structure; refuses what the prior cannot stand over."""
+
+    @abstractmethod
+    def posterior_stats(self, factor: Factor) -> Stats: ...
+
+    # ---- hyper-parameters -------------------------------------------------------------------------------------
+
+    def _freedom(self, factor: Factor) -> float:
+        """ν; by default D, for variances of entries as for matrices."""
+        d = factor.n_features
+        assert d is not None
+        least = self._structure(factor).least_freedom(d)
+        value = float(d) if self.dof is None else self.dof
+        if not value > least:
+            raise invalid("dof", f"more than {least} degrees of freedom for {d} features", value, "raise it")
+        return value
+
+    def _scale(self, factor: Factor) -> Tensor:
+        """Ψ in the layout of the covariances; that of the data's variances where it is open."""
+        structure, k, d = self._structure(factor), factor.n_components, factor.n_features
+        assert k is not None and d is not None
+        shape, unit = structure.shape(k, d), _of(factor, "unit")
+        if self.scale is None:
+            return self._scale_of_data(structure, unit).expand(shape)
+        eye = torch.eye(d, dtype=torch.float64)
+        given = self.scale * eye if self.scale.dim() == 0 and not isinstance(structure, Entrywise) else self.scale
+        return expand("scale", given, shape, unit)
+
+    @staticmethod
+    def _scale_of_data(structure: Structure, unit: Tensor) -> Tensor:
+        """Ψ from the variance of each column."""
+        if not isinstance(structure, Entrywise):
+            return torch.diag_embed(unit)
+        return unit if structure.shape(2, 2) == (2, 2) else unit.mean()
+
+    def completed(self, factor: Factor, moments: Moments) -> Prior:
+        if not self._open or moments.mean.shape != (factor.n_features,):
+            return self
+        # The factor knows the variances by now, without those of constant columns.
+        known = {"mean": moments.mean, "scale": self._scale_of_data(self._structure(factor), _of(factor, "unit"))}
+        given = {name: getattr(self, name) for name in self.config()}
+        out = type(self)(**given | {name: known[name] for name in self._open})
+        # Another fit completes it from other data.
+        out._open = self._open
+        return out
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]: ...
+
+    # ---- densities --------------------------------------------------------------------------------------------
+
+    def mode_stats(self, factor: Factor) -> Stats:
+        stats = self.posterior_stats(factor)
+        k, d = factor.n_components, factor.n_features
+        assert k is not None and d is not None
+        return stats.like({**stats, "dof": stats["dof"] + self._structure(factor).jacobian(k, d)})
+
+    def log_prob(self, factor: Factor) -> Tensor:
+        stats, d = self.mode_stats(factor), factor.n_features
+        assert d is not None
+        # What Q counts of 2π with each degree of freedom is no part of the density: the normaliser has its own.
+        dof = stats["dof"]
+        constant = dof.sum() * ((1 if dof.dim() > 1 else d) * LOG_2PI / 2)
+        norm = conjugate(factor).log_normalizer(self.posterior_stats(factor))
+        return factor.expected_log_prob(stats) + constant - norm
+
+    def check(self, factor: Factor) -> None:
+        posterior = self.posterior_stats(factor)
+        if not bool(conjugate(factor).log_normalizer(posterior).isfinite().all()):
+            raise invalid("scale", "positive definite", "a matrix that is not", "add a small multiple of I")
+
+
+class _MeanAndCovariance(_Normal):
+    """A normal mean whose variance is that of the data over κ."""
+
+    def __init__(self, mean: Any = None, mean_precision: float = 1.0, dof: float | None = None, scale: Any = None):
+        self.mean = hyper("mean", mean)
+        self.mean_precision = number("mean_precision", mean_precision)
+        self.dof = None if dof is None else number("dof", dof)
+        self.scale = hyper("scale", scale)
+        self._open = frozenset(name for name in ("mean", "scale") if getattr(self, name) is None)
+
+    def _checked(self, factor: Factor, entrywise: bool, wanted: str) -> Structure:
+        structure = getattr(factor, "structure", None)
+        if structure is None or not hasattr(factor, "origin") or isinstance(structure, Entrywise) != entrywise:
+            got = f"{type(factor).__name__} {getattr(factor, 'covariance_type', '')}".rstrip()
+            raise invalid("prior", f"a Gaussian with {wanted} covariances to stand over", got, "use its own prior")
+        return structure
+
+    def posterior_stats(self, factor: Factor) -> Stats:
+        structure, k, d = self._structure(factor), factor.n_components, factor.n_features
+        assert k is not None and d is not None
+        origin = _of(factor, "origin")
+        mean = torch.zeros(d, dtype=torch.float64) if self.mean is None else self.mean
+        delta = expand("mean", mean, (k, d), origin) - origin
+        count = structure.counts(torch.full((k,), self.mean_precision, dtype=torch.float64, device=origin.device), d)
+        scale = self._scale(factor)
+        freedom = torch.full((), self._freedom(factor), dtype=torch.float64, device=origin.device)
+        lead = scale.shape if isinstance(structure, Entrywise) else scale.shape[:-2]
+        first = structure.by_column(count) * delta
+        return Stats(
+            count=count, dof=structure.dof(freedom.expand(lead), k, d), first=first,
+            second=structure.scatter(-count, -first, scale, delta),
+            shared=structure.shared, version=getattr(factor, "version", 0),
+        )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "mean": plain(self.mean), "mean_precision": self.mean_precision, "dof": self.dof,
+            "scale": plain(self.scale),
+        }  # fmt: skip
+
+
+class NormalInverseWishart(_MeanAndCovariance):
+    """Means and covariances of a full or tied `Gaussian`: Σ ~ IW(ν, Ψ), μ_k | Σ ~ N(m, Σ/κ).
+
+    p(Σ) ∝ |Σ|^−(ν+D+1)/2 exp(−½ tr Ψ Σ⁻¹). Tied: one Σ for all means.
+
+    Args:
+        mean: m, ``[D]`` or ``[K, D]``; None for the data's.
+        mean_precision: κ, observations that m is worth.
+        dof: ν, more than D − 1; None for D.
+        scale: Ψ, one number (times the identity) or ``[D, D]`` (full: or ``[K, D, D]``); None for the diagonal of the
+            data's variances.
+
+    Raises:
+        InvalidArgument: If κ or ν is out of range; where the prior is used, if Ψ is not positive definite.
+
+    Source: A. Gelman et al. (2013), section 3.6; C. Fraley, A. E. Raftery (2007) for the mode.
+
+    Example:
+        >>> import torchem
+        >>> g = torchem.factors.Gaussian(1, 2)
+        >>> g.prior = NormalInverseWishart(mean=[0.0, 0.0], dof=4.0, scale=1.0)
+        >>> g.prior.mode_stats(g)["dof"]
+        tensor([8.], dtype=torch.float64)
+    """
+
+    def _structure(self, factor: Factor) -> Structure:
+        return self._checked(factor, False, "full or tied")
+
+
+class NormalInverseGamma(_MeanAndCovariance):
+    """Means and variances of a diagonal or spherical `Gaussian`: σ² ~ IG(ν/2, ψ/2), μ | σ² ~ N(m, σ²/κ).
+
+    p(σ²) ∝ (σ²)^−(ν/2+1) exp(−ψ/2σ²): the inverse-Wishart law of one column. Spherical: one σ² for the means of all
+    columns of a component.
+
+    Args:
+        mean: m, ``[D]`` or ``[K, D]``; None for the data's.
+        mean_precision: κ, observations that m is worth.
+        dof: ν, positive; None for D.
+        scale: ψ, one number, ``[D]`` or ``[K, D]`` (spherical: ``[K]``); None for the data's variances
+            (spherical: their mean).
+
+    Raises:
+        InvalidArgument: If κ, ν or ψ is not positive.
+
+    Source: A. Gelman et al. (2013), section 3.3.
+
+    Example:
+        >>> import torchem
+        >>> g = torchem.factors.Gaussian(1, 1, "diag")
+        >>> g.prior = NormalInverseGamma(mean=0.0, dof=4.0, scale=1.0)
+        >>> g.prior.mode_stats(g)["dof"]
+        tensor([[7.]], dtype=torch.float64)
+    """
+
+    def __init__(self, mean: Any = None, mean_precision: float = 1.0, dof: float | None = None, scale: Any = None):
+        super().__init__(mean, mean_precision, dof, scale)
+        self.scale = hyper("scale", scale, positive=True)
+
+    def _structure(self, factor: Factor) -> Structure:
+        return self._checked(factor, True, "diag or spherical")
+
+
+class MatrixNormalInverseWishart(_Normal):
+    """Coefficients and covariances of a `LinearGaussian`: Σ ~ IW(ν, Ψ), W_k | Σ ~ MN(M, Σ, Λ⁻¹).
+
+    p(W | Σ) ∝ exp(−½ tr Σ⁻¹ (W − M) Λ (W − M)ᵀ). Diagonal and spherical noise has σ² ~ IG(ν/2, ψ/2) instead.
+
+    Args:
+        mean: M, ``[D, M]`` or ``[K, D, M]``; None for zero.
+        precision: Λ, one number (times the identity) or ``[M, M]``: observations that M is worth.
+        dof: ν; None for D.
+        scale: Ψ, as for `NormalInverseWishart` or `NormalInverseGamma`; None for the data's variances.
+
+    Raises:
+        InvalidArgument: If Λ or ν is out of range; where the prior is used, if Λ or Ψ is not positive definite, or some
+            coefficients are common to all states.
+
+    Source: T. P. Minka (2000), Bayesian linear regression.
+
+    Example:
+        >>> import torchem
+        >>> line = torchem.factors.LinearGaussian(1, 2, 1)
+        >>> line.prior = MatrixNormalInverseWishart(precision=0.1, dof=3.0, scale=1.0)
+        >>> line.prior.mode_stats(line)["uu"]
+        tensor([[[0.1000, 0.0000],
+                 [0.0000, 0.1000]]], dtype=torch.float64)
+    """
+
+    def __init__(self, mean: Any = None, precision: Any = 1.0, dof: float | None = None, scale: Any = None):
+        self.mean = hyper("mean", mean)
+        value = hyper("precision", precision)
+        if value is None or (value.dim() == 0 and not bool(value > 0)):
+            raise invalid("precision", "a positive number or matrix", precision, "1 is weak")
+        if value.dim() and not bool(torch.linalg.cholesky_ex(value).info.eq(0).all()):
+            raise invalid("precision", "a positive definite matrix", precision, "add a small multiple of I")
+        self.precision = value
+        self.dof = None if dof is None else number("dof", dof)
+        self.scale = hyper("scale", scale)
+        self._open = frozenset({"scale"} if self.scale is None else ())
+
+    def _structure(self, factor: Factor) -> Structure:
+        structure = getattr(factor, "structure", None)
+        if structure is None or not hasattr(factor, "n_outputs"):
+            raise invalid("prior", "a LinearGaussian to stand over", type(factor).__name__, "use its own prior")
+        if getattr(factor, "shared", ()):
+            raise invalid(
+                "prior", "coefficients of each state alone (those in common have no conjugate prior)",
+                "shared inputs", "use shared=()",
+            )  # fmt: skip
+        return structure
+
+    def posterior_stats(self, factor: Factor) -> Stats:
+        structure, k, d = self._structure(factor), factor.n_components, factor.n_features
+        m = getattr(factor, "n_inputs", 0)
+        assert k is not None and d is not None
+        unit = _of(factor, "unit")
+        mean = expand("mean", torch.zeros((), dtype=torch.float64) if self.mean is None else self.mean, (k, d, m), unit)
+        precision = self.precision if self.precision.dim() else self.precision * torch.eye(m, dtype=torch.float64)
+        uu = expand("precision", precision, (k, m, m), unit)
+        ux = uu @ mean.mT
+        scale = self._scale(factor)
+        freedom = torch.full((), self._freedom(factor), dtype=torch.float64, device=unit.device)
+        lead = scale.shape if isinstance(structure, Entrywise) else scale.shape[:-2]
+        dof = structure.dof(freedom.expand(lead), k, d) + (m - 1)
+        dof = dof[..., 0] if isinstance(structure, Entrywise) else dof
+        root = linalg.cholesky(uu)
+        rows = (mean @ root).mT
+        count = torch.zeros(k, dtype=torch.float64, device=unit.device)
+        return Stats(
+            count=count, dof=dof, xx=scale + structure.second(rows, rows), ux=ux, uu=uu,
+            shared=("xx",) if structure.shared else (),
+        )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "mean": plain(self.mean), "precision": plain(self.precision), "dof": self.dof, "scale": plain(self.scale),
+        }  # fmt: skip
+
+
+def _of(factor: Factor, name: str) -> Tensor:
+    """A buffer of the factor, without replicas where each has its own, float64."""
+    return getattr(factor, name).to(torch.float64)

@@ -1,0 +1,152 @@
+"""Priors over probabilities of ones and rates of counts."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.errors import invalid
+from torchem.factor import Factor, Moments, Prior, conjugate
+from torchem.priors._hyper import expand, hyper, plain
+from torchem.stats import Stats
+
+
+class _Cells(Prior, ABC):
+    """Independent laws over the cells ``[K, D]`` of a family of columns, those that the user fixed left out."""
+
+    #: The view that such a prior stands over.
+    view: str
+
+    @abstractmethod
+    def pseudo(self, factor: Factor) -> tuple[Tensor, Tensor]:
+        """``count`` and ``total`` of the prior ``[K, D]``, as if they had been observed."""
+
+    @abstractmethod
+    def surplus(self) -> tuple[float, float]:
+        """What these exceed the exponents of the density by: ``count`` and ``total`` of no observation."""
+
+    def _cells(self, factor: Factor, name: str, value: Tensor) -> Tensor:
+        parameter = getattr(factor, getattr(factor, "parameter", ""), None)
+        if parameter is None or self.view not in factor.views:
+            family = {"probs": "Bernoulli", "rates": "Poisson"}[self.view]
+            raise invalid("prior", f"{family} columns to stand over", type(factor).__name__, "use its own prior")
+        return expand(name, value, tuple(parameter.shape[len(factor.replicas) :]), parameter)
+
+    def posterior_stats(self, factor: Factor) -> Stats:
+        count, total = self.pseudo(factor)
+        return Stats(count=count, total=total)
+
+    def mode_stats(self, factor: Factor) -> Stats:
+        (count, total), (more, ones) = self.pseudo(factor), self.surplus()
+        return Stats(count=count - more, total=total - ones)
+
+    def log_prob(self, factor: Factor) -> Tensor:
+        # The density has the exponents of the mode, and the norm of the posterior; what is fixed counts for nothing.
+        norm = conjugate(factor).log_normalizer(self.posterior_stats(factor))
+        return factor.expected_log_prob(self.mode_stats(factor)) - norm
+
+
+class Beta(_Cells):
+    """Probabilities of a `Bernoulli` a priori Beta: p(π) ∝ π^{a − 1} (1 − π)^{b − 1}.
+
+    Args:
+        a: One number or a tensor that broadcasts to ``[K, D]``; at least 1 for a mode inside.
+        b: Likewise.
+
+    Raises:
+        InvalidArgument: If an entry is not positive.
+
+    Source: A. Gelman et al. (2013), section 2.4.
+
+    Example:
+        >>> import torchem
+        >>> coins = torchem.factors.Bernoulli(1, 1)
+        >>> coins.prior = Beta(2.0, 3.0)
+        >>> coins.prior.mode_stats(coins)
+        {'count': tensor([[3.]], dtype=torch.float64), 'total': tensor([[1.]], dtype=torch.float64)}
+    """
+
+    view = "probs"
+
+    def __init__(self, a: Any = 1.0, b: Any = 1.0):
+        first, second = hyper("a", a, positive=True), hyper("b", b, positive=True)
+        if first is None or second is None:
+            raise invalid("a, b", "positive finite numbers", "None", "1 and 1 are the uniform law")
+        self.a, self.b = first, second
+
+    def pseudo(self, factor: Factor) -> tuple[Tensor, Tensor]:
+        a, b = self._cells(factor, "a", self.a), self._cells(factor, "b", self.b)
+        return a + b, a
+
+    def surplus(self) -> tuple[float, float]:
+        return 2.0, 1.0
+
+    def check(self, factor: Factor) -> None:
+        self.pseudo(factor)
+        for name, value in (("a", self.a), ("b", self.b)):
+            if bool((value < 1).any()):
+                raise invalid(
+                    name, "at least 1 (the mode of a lower one is at a bound)", float(value.min()),
+                    "raise it, or use variational EM",
+                )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        return {"a": plain(self.a), "b": plain(self.b)}
+
+
+class Gamma(_Cells):
+    """Rates of a `Poisson` a priori Gamma: p(λ) ∝ λ^{shape − 1} exp(−rate · λ).
+
+    Args:
+        shape: One number or a tensor that broadcasts to ``[K, D]``; at least 1 for a mode inside.
+        rate: Likewise, in observations; None for the one under which rates are a priori as the data's mean.
+
+    Raises:
+        InvalidArgument: If an entry is not positive.
+
+    Source: A. Gelman et al. (2013), section 2.6.
+
+    Example:
+        >>> import torchem
+        >>> counts = torchem.factors.Poisson(1, 1)
+        >>> counts.prior = Gamma(3.0, 2.0)
+        >>> counts.prior.mode_stats(counts)
+        {'count': tensor([[2.]], dtype=torch.float64), 'total': tensor([[2.]], dtype=torch.float64)}
+    """
+
+    view = "rates"
+
+    def __init__(self, shape: Any = 1.0, rate: Any = None):
+        value = hyper("shape", shape, positive=True)
+        if value is None:
+            raise invalid("shape", "positive finite numbers", "None", "1 is an exponential law")
+        self.shape, self.rate = value, hyper("rate", rate, positive=True)
+        self._open = self.rate is None
+
+    def completed(self, factor: Factor, moments: Moments) -> Prior:
+        if not self._open or moments.mean.shape != (factor.n_features,):
+            return self
+        mean = moments.mean.to(torch.float64)
+        # A column of zeros has no scale of its own.
+        out = Gamma(self.shape, self.shape / torch.where(mean > 0, mean, 1.0))
+        out._open = True
+        return out
+
+    def pseudo(self, factor: Factor) -> tuple[Tensor, Tensor]:
+        rate = self.shape if self.rate is None else self.rate
+        return self._cells(factor, "rate", rate), self._cells(factor, "shape", self.shape)
+
+    def surplus(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def check(self, factor: Factor) -> None:
+        self.pseudo(factor)
+        if bool((self.shape < 1).any()):
+            raise invalid(
+                "shape", "at least 1 (the mode of a lower one is at zero)", float(self.shape.min()),
+                "raise it, or use variational EM",
+            )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        return {"shape": plain(self.shape), "rate": plain(self.rate)}

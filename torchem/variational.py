@@ -1,0 +1,405 @@
+"""Variational Bayes over parameters: a factor that keeps the posterior of its parameters instead of a point.
+
+With a conjugate prior the posterior is prior + statistics, and inference needs nothing but expected natural parameters:
+so every model does variational Bayes without knowing. The bound of a model gains −KL(q ‖ prior) of each such factor.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.errors import invalid, wrong_type
+from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior, conjugate
+from torchem.model import LatentModel
+from torchem.ops.missing import any_missing
+from torchem.stats import Stats
+
+
+class Variational(Factor):
+    """The posterior of a factor's parameters: q(θ) ∝ p(θ) exp⟨S, η(θ)⟩.
+
+    The E-step is fed E_q log p(x | θ), the M-step is q = prior + S, and −KL(q ‖ p) joins the bound, which is then that
+    on the marginal likelihood:
+
+        log p(x) ≥ E_q[log p(x, z | θ)] + H[q(z)] − KL(q(θ) ‖ p(θ)).
+
+    The wrapped factor's parameters are posterior means (for covariances the inverses of expected precisions), read and
+    assigned by its own names, so ``model.means`` and the like stay; how much the posterior has seen is kept beside
+    them. `log_prob` is the posterior predictive: Student's t for normal families, negative binomial for counts. Of the
+    frames of a sequence it takes the product, as if each knew nothing of the others but their states.
+
+    Where scikit-learn's ``BayesianGaussianMixture`` agrees: with ``"full"`` covariances, its ``covariance_prior`` as
+    ``scale`` and the same responsibilities all posteriors are the same (its default scale is the data's covariance
+    matrix, here its diagonal). Its ``lower_bound_`` is that after an M-step less what no iteration moves:
+    −½ N D log 2π − log Z of the prior, with Z the normalisers of weights, means and precisions. Its other covariances
+    are not the posteriors of a model: ``"tied"`` counts N/K degrees of freedom and scatter, ``"spherical"`` as many for
+    D columns as for one, and ``"diag"``, whose posteriors do agree, takes E log |Λ| of a full matrix for them. Here
+    they are normal–inverse-Wishart and normal–inverse-gamma posteriors, under which the bound never falls.
+
+    Args:
+        factor: A family with a conjugate prior, which becomes part of this one.
+        prior: None for the factor's own prior, or else a weak one.
+
+    Raises:
+        InvalidType: If it is no factor.
+        InvalidArgument: If it has no conjugate prior, parts of it are frozen, or the prior is another family's.
+
+    Source: H. Attias (2000); C. M. Bishop (2006), section 10.2; M. D. Hoffman et al. (2013) for natural coordinates.
+
+    Example:
+        >>> import torchem
+        >>> m = torchem.GaussianMixture(3, 1)
+        >>> m.mixing = Variational(m.mixing, torchem.priors.Dirichlet(0.1))
+        >>> m.component = Variational(m.component)
+        >>> x = torch.tensor([[-1.1], [-1.0], [-0.9], [4.9], [5.0], [5.1]])
+        >>> result = torchem.fit(m, x, seed=0, progress=False)
+        >>> result.bound <= m.log_prob(x).sum().item()
+        True
+    """
+
+    averages = True
+
+    factor: Factor
+
+    def __init__(self, factor: Factor, prior: Prior | None = None):
+        super().__init__()
+        if not isinstance(factor, Factor):
+            raise wrong_type("factor", "a torchem factor", factor, "pass for example model.component")
+        family = conjugate(factor)
+        frozen = [view for view, name in factor.views.items() if factor.frozen(name) is not None]
+        if frozen:
+            raise invalid(
+                "factor", "one with nothing frozen (a posterior has no values to keep)", f"frozen {frozen}",
+                "unfreeze it, or leave it out of variational Bayes",
+            )  # fmt: skip
+        if factor.replicas:
+            raise invalid("factor", "one without replicas", f"{factor.replicas[0]} of them", "wrap it before")
+        given = prior if prior is not None else factor.prior
+        self.factor = factor
+        self._prior = self._accepted(family.weak_prior() if given is None else given)
+        factor.prior = None
+        # Whatever its parameters are now, they begin with one observation more than the prior.
+        start = self._prior.posterior_stats(factor).map(lambda leaf: leaf + 1.0)
+        for name, value in family.strengths(start).items():
+            self.new_parameter(name, value.detach().to(factor.device, factor.dtype))
+
+    def _accepted(self, prior: Prior) -> Prior:
+        if not isinstance(prior, Prior):
+            raise wrong_type("prior", "a prior of torchem.priors", prior, "pass for example priors.Dirichlet(0.1)")
+        value = prior.log_normalizer(self.factor, prior.posterior_stats(self.factor))
+        if not bool(value.isfinite().all()):
+            raise invalid("prior", "a proper prior", repr(prior), "make its parameters positive (definite)")
+        return prior
+
+    # ---- what is wrapped --------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get("factor")
+            if inner is None or name.startswith("_") or name in inner._parameters:
+                raise
+            return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_modules", {}).get("factor")
+        if inner is not None and name in inner.views:
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _family(self) -> Conjugate:
+        return conjugate(self.factor)
+
+    @property
+    def unwrapped(self) -> Factor:
+        return self.factor.unwrapped
+
+    @property
+    def views(self) -> Any:
+        """Views of the wrapped factor, with their parameters' names here."""
+        return {view: f"factor.{name}" for view, name in self.factor.views.items()}
+
+    @property
+    def shared_parameters(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Parameters that all components share."""
+        own = {name for name, rank in self._rank.items() if rank == 0}
+        return frozenset(own | {f"factor.{name}" for name in self.factor.shared_parameters})
+
+    @property
+    def handles_missing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether NaN entries are missing at random."""
+        return self.factor.handles_missing
+
+    @property
+    def replicates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether parameters may carry a replica axis."""
+        return self.factor.replicates
+
+    @property
+    def default_init(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped factor's start."""
+        return self.factor.default_init
+
+    @property
+    def n_components(self) -> int | None:
+        return self.factor.n_components
+
+    @property
+    def n_features(self) -> int | None:
+        return self.factor.n_features
+
+    def cast(self, x: Tensor) -> Tensor:
+        return self.factor.cast(x)
+
+    def check(self, batch: Batch) -> None:
+        self.factor.check(batch)
+
+    def row_size(self) -> int:
+        return self.factor.row_size()
+
+    # ---- the posterior ----------------------------------------------------------------------------------------
+
+    @property
+    def prior(self) -> Prior | None:
+        """The prior; assignable. The posterior follows at the next M-step."""
+        return self._prior
+
+    @prior.setter
+    def prior(self, value: Prior | None) -> None:
+        self._prior = self._accepted(self._family.weak_prior() if value is None else value)
+
+    @property
+    def _given(self) -> Prior:
+        assert self._prior is not None
+        return self._prior
+
+    def posterior(self) -> Stats:
+        """q in natural coordinates: the prior's and the statistics of the last M-step, float64."""
+        return self._family.posterior({name: getattr(self, name) for name in self._rank})
+
+    def divergence(self) -> Tensor:
+        """KL(q ‖ prior) ``[*r]``, in nats: ⟨E η, q − prior⟩ − A(q) + A(prior)."""
+        posterior = self.posterior()
+        natural = self._given.expected_natural(self.factor, posterior)
+        prior, lead = self._given.posterior_stats(self.factor), len(self.replicas)
+        parts = natural.map(lambda eta, q, p: (eta * (q - p)).flatten(lead).sum(-1), posterior, prior)
+        total = torch.stack(parts.leaves()).sum(0)
+        norm = self._given.log_normalizer(self.factor, posterior)
+        return total - norm + self._given.log_normalizer(self.factor, prior)
+
+    def penalized(self, stats: Stats) -> Stats:
+        """Statistics alone: `maximize` adds the prior."""
+        return stats
+
+    def log_prior(self) -> Tensor:
+        """−KL(q ‖ prior): what the bound has in place of a log-density of the parameters."""
+        return -self.divergence()
+
+    @property
+    def probs(self) -> Tensor:
+        """Posterior means of probabilities; assignable."""
+        means = self._given.means(self.factor, self.posterior()) if hasattr(self.factor, "logits") else None
+        return getattr(self.factor, "probs") if means is None else means.to(self.dtype)  # noqa: B009
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        """Log of the posterior predictive ``[*r, *n, K]``."""
+        return self._family.predictive(self.posterior(), batch)
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        """Expected log-density under the posterior."""
+        return self.kernel().log_potential(batch)
+
+    def log_table(self, batch: Batch) -> Tensor:
+        """Log of the posterior predictive: posterior means."""
+        means = self._given.means(self.factor, self.posterior())
+        if means is None:
+            return self.factor.log_table(batch)
+        return means.log().to(self.dtype).unsqueeze(-1 - len(self.factor.shape))  # pyright: ignore[reportArgumentType]
+
+    def table_potential(self, batch: Batch) -> Tensor:
+        """Expected log-probabilities under the posterior."""
+        return self._family.expected_table(self.posterior(), self._given)
+
+    def kernel(self) -> Kernel:
+        return self._family.expected_kernel(self.posterior(), self._given)
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each column at posterior means."""
+        return self.factor.moments(batch)
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """One observation from the posterior predictive for each state in ``z [n]``."""
+        drawn = self._family.draw_predictive(self.posterior(), z, batch, generator)
+        return self.factor.sample(z, batch, generator) if drawn is None else drawn
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        return self.factor.stats(batch, expected)
+
+    def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        return self.factor.table_stats(batch, expected)
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        """The posterior prior + S, as means and strengths: the maximiser of the bound over all q."""
+        posterior = self._given.posterior_stats(self.factor) + stats
+        values = {f"factor.{name}": value for name, value in self._family.settle(posterior).items()}
+        return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        return self._family.expected_inner(self.posterior(), self._given, stats)
+
+    def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """The posterior given responsibilities."""
+        start = self.factor
+        if batch.x.is_floating_point() and any_missing(batch.x):
+            # What is missing is completed by a first estimate.
+            start = copy.deepcopy(start)
+            for name, value in start.initialize(batch, expected).items():
+                start.get_parameter(name).data = value
+        return self.maximize(start.first_stats(batch, expected))
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
+        """Posterior means at the wrapped factor's start, as sure as an even share of the data makes them."""
+        size, k = len(batch), index.shape[-1]
+        even = torch.full((*index.shape[:-1], size, k), 1.0 / k, dtype=self.dtype, device=batch.x.device)
+        values = self.maximize(self.gather(batch, even))
+        return values | {f"factor.{n}": v for n, v in self.factor.initialize_at(batch, index).items()}
+
+    # ---- numerics ---------------------------------------------------------------------------------------------
+
+    def prepare(self, moments: Moments) -> None:
+        self.factor.prepare(moments)
+        self._prior = self._given.completed(self.factor, moments)
+
+    def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
+        return self.factor.tune(rows, iteration)
+
+    def refresh(self) -> None:
+        self.factor.refresh()
+
+    def forbid(self, states: Tensor) -> None:
+        self.factor.forbid(states)
+
+    def replace_components(self, which: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        inner = {n.removeprefix("factor."): v for n, v in values.items() if n.startswith("factor.")}
+        merged = {f"factor.{n}": v for n, v in self.factor.replace_components(which, inner).items()}
+        return merged | super().replace_components(which, {n: v for n, v in values.items() if n in self._rank})
+
+    # ---- freezing, bookkeeping --------------------------------------------------------------------------------
+
+    def freeze(self, *names: str, mask: Tensor | None = None) -> "Variational":
+        """Refused: a posterior has no values to keep.
+
+        Raises:
+            InvalidArgument: Always.
+        """
+        raise invalid(
+            "freeze", "a factor with values to keep", "a posterior of them",
+            "leave that factor out of variational Bayes, or give it a sharp prior",
+        )  # fmt: skip
+
+    def unfreeze(self, *names: str) -> "Variational":
+        return self
+
+    def n_parameters(self) -> int:
+        return self.factor.n_parameters()
+
+    def select(self, keep: Tensor) -> "Variational":
+        return self.rewrap(self.factor.select(keep), keep)
+
+    def rewrap(self, pruned: Factor, keep: Tensor) -> "Variational":
+        out = Variational(pruned, self._given.selected(self.factor, keep))
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        for name, rank in self._rank.items():
+            value = getattr(self, name)
+            out.get_parameter(name).data = (value[index] if rank else value).detach().clone()
+        return out
+
+    def config(self) -> dict[str, Any]:
+        # The prior is written apart, as of every factor.
+        return {"factor": self.factor}
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        raise NotImplementedError("Variational wraps a family's own example")
+
+
+def variational(model: LatentModel, **priors: Prior) -> Any:
+    """Variational Bayes for all parameters: wrap every factor of a model in `Variational`, in place.
+
+    Args:
+        model: One whose factors all have conjugate priors; of factors that are made of others their parts.
+        **priors: The prior of a slot by its name; the others keep the factor's own, or take a weak one: for tables
+            Dirichlet of total concentration one per row, for normal families one observation at the mean of the data
+            and D degrees of freedom with the data's variances as scatter.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidArgument: If there is no such slot, or a factor has no conjugate prior.
+
+    Source: C. M. Bishop (2006), section 10.2.
+
+    Example:
+        >>> import torchem
+        >>> m = variational(torchem.GaussianMixture(2, 3), mixing=torchem.priors.Dirichlet(0.01))
+        >>> m.mixing.prior
+        Dirichlet(concentration=0.01)
+    """
+    if not isinstance(model, LatentModel):
+        raise wrong_type("model", "a torchem model", model, "pass for example torchem.GaussianMixture(2, 3)")
+    slots = dict(model.slots())
+    for name in priors:
+        if name not in slots:
+            raise invalid("variational", f"slots of the model, {list(slots)}", repr(name), "name one of them")
+    for factor in slots.values():
+        _check(factor)
+    wrapped = {factor: _wrapped(factor, priors.get(slots[0])) for factor, slots in model.factors().items()}
+    for slot, factor in slots.items():
+        setattr(model, slot, wrapped[factor])
+    return model
+
+
+def _parts(factor: Factor) -> dict[str, Factor]:
+    """The factors that a factor is made of, by their paths in it; none for a family."""
+    return getattr(factor, "parts", dict)() if not isinstance(factor, Variational) else {}
+
+
+def _check(factor: Factor) -> None:
+    """Refuse a factor with a part that has no conjugate prior, before any is wrapped."""
+    if isinstance(factor, Variational):
+        return
+    parts = _parts(factor)
+    for part in parts.values():
+        _check(part)
+    if not parts:
+        conjugate(factor)
+
+
+def _wrapped(factor: Factor, prior: Prior | None) -> Factor:
+    """The factor with all of its families in `Variational`."""
+    if isinstance(factor, Variational):
+        if prior is not None:
+            factor.prior = prior
+        return factor
+    parts = _parts(factor)
+    if not parts:
+        return Variational(factor, prior)
+    if prior is not None and len(parts) > 1:
+        raise invalid(
+            "prior", f"a factor of one family to stand over (of {list(parts)})", type(factor).__name__,
+            "set the prior of each part before: part.prior = …",
+        )  # fmt: skip
+    for path, part in parts.items():
+        factor.set_submodule(path, _wrapped(part, prior))
+    return factor
