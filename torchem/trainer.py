@@ -400,7 +400,7 @@ class _Loop:
         now = self.twin.snapshot()
         mask = which if self.twin.replicas else which[0]
         self.twin.assign({
-            name: torch.where(mask.reshape(*mask.shape, *[1] * (value.dim() - mask.dim())), fallback[name], value)
+            name: torch.where(mask.reshape((*mask.shape, *[1] * (value.dim() - mask.dim()))), fallback[name], value)
             for name, value in now.items()
         })  # fmt: skip
         return True

@@ -1,0 +1,184 @@
+"""The grid: every model under every way to run EM, by its law or by a refusal that says why."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchem
+from torchem import priors
+from torchem.errors import ConvergenceWarning, InvalidArgument, SymmetryWarning
+from torchem.factors import Categorical, Gaussian, LinearGaussian, Poisson, SoftmaxRegression
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def points() -> dict[str, Any]:
+    x = torch.randn(240, 2, generator=rng(), dtype=torch.float64)
+    x[:80] += 3.0
+    x[80:160, 0] -= 4.0
+    return {"data": x[torch.randperm(240, generator=rng(1))]}
+
+
+def counts() -> dict[str, Any]:
+    rate = torch.tensor([2.0, 9.0]).repeat(120).unsqueeze(-1)
+    return {"data": torch.poisson(rate, generator=rng()).double()}
+
+
+def lines() -> dict[str, Any]:
+    u = torch.randn(240, 2, generator=rng(), dtype=torch.float64)
+    u[:, 0] = 1.0
+    slope = torch.where(torch.arange(240) % 2 == 0, 2.0, -2.0).double()
+    noise = torch.randn(240, generator=rng(1), dtype=torch.float64)
+    return {"data": (u[:, 1] * slope + 0.3 * noise).unsqueeze(-1), "inputs": u}
+
+
+def sequences() -> dict[str, Any]:
+    truth = torchem.GaussianHMM(2, 2).double()
+    truth.means, truth.transition_matrix = [[-1.5, 0.0], [1.5, 1.0]], [[0.9, 0.1], [0.2, 0.8]]
+    return {"data": truth.sample(12, 15, generator=rng())}
+
+
+def symbols() -> dict[str, Any]:
+    truth = torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)).double()
+    truth.emission.probs, truth.transition_matrix = [[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], [[0.9, 0.1], [0.2, 0.8]]
+    return {"data": truth.sample(12, 15, generator=rng())}
+
+
+def prior() -> torchem.GaussianMixture:
+    model = torchem.GaussianMixture(3, 2)
+    model.mixing.prior, model.component.prior = priors.Dirichlet(2.0), priors.NormalInverseWishart()
+    return model
+
+
+def amortized() -> torchem.AmortizedModel:
+    torch.manual_seed(0)
+    return torchem.AmortizedModel(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), 1, steps=2)
+
+
+#: Models and their data.
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
+    "Gaussian mixture": (lambda: torchem.GaussianMixture(3, 2), points),
+    "Poisson mixture": (lambda: torchem.Mixture(Categorical(2), Poisson(2, 1)), counts),
+    "mixture of regressions": (lambda: torchem.Mixture(Categorical(2), LinearGaussian(2, 2, 1)), lines),
+    "mixture of experts": (lambda: torchem.Mixture(SoftmaxRegression(2, 2), LinearGaussian(2, 2, 1)), lines),
+    "Gaussian HMM": (lambda: torchem.GaussianHMM(2, 2), sequences),
+    "categorical HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)), symbols),
+    "stationary HMM": (lambda: torchem.HMM("stationary", Categorical(2, 2), Gaussian(2, 2)), sequences),
+    "MAP": (prior, points),
+    "variational mixture": (lambda: torchem.variational(torchem.GaussianMixture(3, 2)), points),
+    "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
+    "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
+    "amortized model": (amortized, points),
+}
+
+#: Options, and whether the objective may fall from pass to pass.
+MODES: dict[str, tuple[dict[str, Any], bool]] = {
+    "full batch": ({}, False),
+    "restarts": ({"restarts": 3}, False),
+    "stochastic": ({"accumulate": torchem.Stochastic, "batch_size": 5, "max_iter": 8}, True),
+    "incremental": ({"accumulate": torchem.Incremental, "batch_size": 5, "max_iter": 8}, False),
+    "hard": ({"e_step": "hard"}, False),
+    "sampled": ({"e_step": "sample", "max_iter": 12}, True),
+    "annealed": ({"anneal": [0.5, 0.8], "max_iter": 45}, True),
+    "squarem": ({"accelerate": "squarem"}, False),
+    "anderson": ({"accelerate": "anderson"}, False),
+}
+
+#: All that is refused, with a word of the sentence that says why.
+REFUSED = {
+    ("factorial HMM", "sampled"): "configurations",
+    ("factorial HMM", "annealed"): "temperature",
+    ("amortized model", "stochastic"): "batch_size",
+    ("amortized model", "incremental"): "batch_size",
+    ("amortized model", "hard"): "configurations",
+    ("amortized model", "sampled"): "configurations",
+    ("amortized model", "annealed"): "temperature",
+    ("amortized model", "squarem"): "map to extrapolate",
+    ("amortized model", "anderson"): "map to extrapolate",
+}
+
+
+def run(model: str, mode: str, **more: Any) -> tuple[torchem.Result, dict[str, Any]]:
+    build, data = MODELS[model]
+    given = data()
+    options = {"max_iter": 25, "tol": 0.0, "seed": 0, "progress": False} | MODES[mode][0] | more
+    if "accumulate" in options:
+        options["accumulate"] = options["accumulate"]()
+    with warnings.catch_warnings():
+        for category in (ConvergenceWarning, SymmetryWarning):
+            warnings.simplefilter("ignore", category)
+        return torchem.fit(build().double(), given["data"], inputs=given.get("inputs"), **options), given
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_grid(model: str, mode: str) -> None:
+    if (model, mode) in REFUSED:
+        with pytest.raises(InvalidArgument, match=REFUSED[model, mode]):
+            run(model, mode)
+        return
+    result, given = run(model, mode)
+    assert result.status in ("max_iter", "converged")
+    assert all(torch.isfinite(torch.tensor(result.history)))
+    # The first pass tells how things stood; free energies at other temperatures do not compare.
+    if mode != "annealed":
+        assert result.bound > result.history[0]
+    if not MODES[mode][1]:
+        # Rounding of float64; the inner ascents of approximate posteriors end at their tolerance.
+        slack = 1e-6 if model in ("factorial HMM", "amortized model") else 1e-9
+        for before, after in itertools.pairwise(result.history[1:] if mode == "incremental" else result.history):
+            assert after >= before - slack * (1 + abs(before))
+    assert_bound_is_the_objective(result, given, mode)
+
+
+def assert_bound_is_the_objective(result: torchem.Result, given: dict[str, Any], mode: str) -> None:
+    """`bound` belongs to the parameters that are returned."""
+    model = result.model
+    if not isinstance(model, torchem.DiscreteModel):
+        return
+    batch = model.batch(given["data"], u=given.get("inputs"))
+    with torch.no_grad():
+        stats = model.e_step(batch, "hard" if mode == "hard" else "soft")
+        value = float((stats["log_likelihood"] + model.log_prior()).reshape(()))
+    assert result.bound == pytest.approx(value, rel=1e-6, abs=1e-4)
+
+
+def log_likelihood(result: torchem.Result, data: Tensor) -> float:
+    return float(result.model.log_prob(data).detach().sum())
+
+
+@pytest.mark.parametrize("model", ["Gaussian mixture", "Poisson mixture", "Gaussian HMM", "categorical HMM"])
+def test_all_ways_lead_to_one_optimum(model: str) -> None:
+    best = run(model, "restarts", max_iter=300, tol=1e-8)[0].bound
+    for mode in ("stochastic", "incremental", "sampled", "squarem", "anderson"):
+        found = run(model, mode, max_iter=60, tol=0.0)[0]
+        size = 240 if "mixture" in model else 180
+        assert found.bound > best - 0.03 * size, mode
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"anneal": [0.5], "accelerate": "squarem", "restarts": 2},
+        {"accumulate": torchem.Stochastic, "batch_size": 40, "e_step": "sample", "restarts": 2},
+        {"accumulate": torchem.Incremental, "batch_size": 40, "anneal": [0.5], "restarts": 2},
+        {"accumulate": torchem.Incremental, "batch_size": 40, "e_step": "hard"},
+        {"accumulate": torchem.Stochastic, "batch_size": 40, "dead": "respawn"},
+        {"e_step": "sample", "anneal": [0.5], "dead": "prune"},
+    ],
+    ids=["annealed-accelerated", "SAEM", "annealed-incremental", "incremental-hard", "online-respawn", "SEM-annealed"],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["Gaussian mixture", "MAP", "variational mixture", "Poisson mixture"])
+def test_modes_compose(model: str, options: dict[str, Any]) -> None:
+    result, given = run(model, "full batch", **options)
+    assert result.status in ("max_iter", "converged")
+    assert_bound_is_the_objective(
+        result, given, options.get("e_step", "soft") if options.get("e_step") == "hard" else ""
+    )
