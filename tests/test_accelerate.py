@@ -36,8 +36,8 @@ def poissons() -> torchem.Mixture:
 
 
 def overlapping(gap: float, kind: str) -> tuple[torchem.GaussianMixture, Tensor]:
-    x, model = blobs(1000, 2, 3, gap=gap), mixture(3, 2, kind)
-    model.means = x[[0, 400, 800]]
+    x, model = blobs(600, 2, 3, gap=gap), mixture(3, 2, kind)
+    model.means = x[[0, 250, 500]]
     return model, x
 
 

@@ -97,13 +97,13 @@ def test_annealing_finds_what_single_starts_miss() -> None:
     def found(**options: Any) -> int:
         runs = [
             fit(mixture(5, 2, "spherical"), x, init="random_from_data", seed=s, max_iter=600, tol=1e-6, **options)
-            for s in range(12)
+            for s in range(8)
         ]
         return sum(run.bound > best - 1.0 for run in runs)
 
     plain, cooled = found(), found(anneal=[0.02 * 1.5**i for i in range(10)])
     assert cooled > plain
-    assert cooled >= 9
+    assert cooled >= 6
 
 
 def test_restarts_and_rules_under_annealing() -> None:

@@ -82,8 +82,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
 MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "full batch": ({}, False),
     "restarts": ({"restarts": 3}, False),
-    "stochastic": ({"accumulate": torchem.Stochastic, "batch_size": 5, "max_iter": 8}, True),
-    "incremental": ({"accumulate": torchem.Incremental, "batch_size": 5, "max_iter": 8}, False),
+    "stochastic": ({"accumulate": torchem.Stochastic, "max_iter": 8}, True),
+    "incremental": ({"accumulate": torchem.Incremental, "max_iter": 8}, False),
     "hard": ({"e_step": "hard"}, False),
     "sampled": ({"e_step": "sample", "max_iter": 12}, True),
     "annealed": ({"anneal": [0.5, 0.8], "max_iter": 45}, True),
@@ -110,7 +110,7 @@ def run(model: str, mode: str, **more: Any) -> tuple[torchem.Result, dict[str, A
     given = data()
     options = {"max_iter": 25, "tol": 0.0, "seed": 0, "progress": False} | MODES[mode][0] | more
     if "accumulate" in options:
-        options["accumulate"] = options["accumulate"]()
+        options["accumulate"], options["batch_size"] = options["accumulate"](), len(given["data"]) // 5
     with warnings.catch_warnings():
         for category in (ConvergenceWarning, SymmetryWarning):
             warnings.simplefilter("ignore", category)
@@ -158,7 +158,7 @@ def log_likelihood(result: torchem.Result, data: Tensor) -> float:
 def test_all_ways_lead_to_one_optimum(model: str) -> None:
     best = run(model, "restarts", max_iter=300, tol=1e-8)[0].bound
     for mode in ("stochastic", "incremental", "sampled", "squarem", "anderson"):
-        found = run(model, mode, max_iter=60, tol=0.0)[0]
+        found = run(model, mode, max_iter=40, tol=0.0)[0]
         size = 240 if "mixture" in model else 180
         assert found.bound > best - 0.03 * size, mode
 
@@ -167,10 +167,10 @@ def test_all_ways_lead_to_one_optimum(model: str) -> None:
     "options",
     [
         {"anneal": [0.5], "accelerate": "squarem", "restarts": 2},
-        {"accumulate": torchem.Stochastic, "batch_size": 40, "e_step": "sample", "restarts": 2},
-        {"accumulate": torchem.Incremental, "batch_size": 40, "anneal": [0.5], "restarts": 2},
-        {"accumulate": torchem.Incremental, "batch_size": 40, "e_step": "hard"},
-        {"accumulate": torchem.Stochastic, "batch_size": 40, "dead": "respawn"},
+        {"accumulate": torchem.Stochastic, "e_step": "sample", "restarts": 2},
+        {"accumulate": torchem.Incremental, "anneal": [0.5], "restarts": 2},
+        {"accumulate": torchem.Incremental, "e_step": "hard"},
+        {"accumulate": torchem.Stochastic, "dead": "respawn"},
         {"e_step": "sample", "anneal": [0.5], "dead": "prune"},
     ],
     ids=["annealed-accelerated", "SAEM", "annealed-incremental", "incremental-hard", "online-respawn", "SEM-annealed"],

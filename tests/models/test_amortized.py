@@ -91,7 +91,7 @@ def principal(x: Tensor) -> tuple[float, Tensor, Tensor]:
     [
         ({"update": "joint", "optimizer": torch.optim.LBFGS, "learning_rate": 1.0, "steps": 5}, 1e-8),
         ({"update": "joint", "learning_rate": 0.03}, 1e-4),
-        ({"update": "alternate", "learning_rate": 0.03}, 1e-4),
+        pytest.param({"update": "alternate", "learning_rate": 0.03}, 1e-4, marks=pytest.mark.slow),
     ],
 )
 def test_linear_networks_reach_probabilistic_pca(options, gap: float) -> None:

@@ -484,8 +484,7 @@ class HMM(DiscreteModel):
             laws = torch.stack(states, -2)
             before = (last.unsqueeze(-1) - lags + torch.arange(lags, device=last.device)).unsqueeze(-1)
             recent = batch.x.to(self.device, self.dtype).gather(1, before.expand(-1, -1, batch.x.shape[-1]))
-            draws = [self._continued(code, recent, table, ahead, generator) for _ in range(n)]
-            drawn = torch.stack(draws) if draws else None
+            drawn = self._continued(n, code, recent, table, ahead, generator) if n else None
             if not lags:
                 mean, variance = self._outlook(laws, ahead)
             else:
@@ -504,22 +503,27 @@ class HMM(DiscreteModel):
         return mean, (share * (spread + (center - mean.unsqueeze(-2)).square())).sum(-2)
 
     def _continued(
-        self, code: Tensor, recent: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
+        self, n: int, code: Tensor, recent: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
     ) -> Tensor:
-        """A draw of the frames to come, after a last state of law ``code [N, K^(memory + 1)]``."""
-        (size, steps), k, memory = ahead.x.shape[:2], self.n_components, self.emission.memory
+        """``[n, N, H, D]`` draws of the frames to come, after a last state of law ``code [N, K^(memory + 1)]``."""
+        sequences, (steps, k, memory) = len(code), (ahead.x.shape[1], self.n_components, self.emission.memory)
+        varying = self.varying(table)
+        table = table.expand(sequences, *table.shape[1:]) if table.dim() > 2 else table.expand(sequences, k, k)
+        code, recent, table = (value.repeat(n, *[1] * (value.dim() - 1)) for value in (code, recent, table))
+        ahead = ahead.map(lambda value: value.repeat(n, *[1] * (value.dim() - 1)))
+        size = len(code)
         last = torch.multinomial(code, 1, generator=generator)[:, 0]
         # Digits of an expanded state from the lowest: the oldest first, the present one last.
         path = [last // k**back % k for back in range(memory + 1)]
         for step in range(steps):
-            matrix = (table[:, step] if self.varying(table) else table).expand(size, -1, -1)
+            matrix = table[:, step] if varying else table
             path.append(torch.multinomial(matrix[torch.arange(size), path[-1]], 1, generator=generator)[:, 0])
         z = torch.stack(path[-steps:], 1)
         if recent.shape[1]:
             past = torch.stack(path[:-steps], 1)[:, 1:] if memory else z[:, :0]
-            return follow(self, recent, past, z, ahead.u, generator)
+            return follow(self, recent, past, z, ahead.u, generator).unflatten(0, (n, sequences))
         flat = ahead.map(lambda value: value.flatten(0, 1))
-        return self.emission.sample(z.flatten(), flat, generator).unflatten(0, (size, steps))
+        return self.emission.sample(z.flatten(), flat, generator).unflatten(0, (n, sequences, steps))
 
     @torch.no_grad()
     def sample(
