@@ -66,7 +66,7 @@ def test_a_poisson_mixture_in_a_tenth_of_the_maps(monkeypatch: pytest.MonkeyPatc
     assert all(plain >= 10 * count for count in fast)
 
 
-@pytest.mark.parametrize(("gap", "kind"), [(0.8, "full"), (1.2, "spherical")])
+@pytest.mark.parametrize(("gap", "kind"), [pytest.param(0.8, "full", marks=pytest.mark.slow), (1.2, "spherical")])
 def test_overlapping_gaussians_in_a_third_of_the_maps(gap: float, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = overlapping(gap, kind)
     best = fit(copy.deepcopy(model), x, init=None, tol=0, max_iter=600, accelerate="squarem").bound

@@ -236,7 +236,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize(
+    "world", [pytest.param(world, marks=pytest.mark.slow if world > 2 else ()) for world in LAYOUTS]
+)
 def test_ranks(world: int) -> None:
     # One test for all cases of a world: processes are slow to start.
     keys = [(layout, case) for layout in LAYOUTS[world] for case in CASES]
