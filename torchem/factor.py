@@ -53,7 +53,7 @@ class Kernel(ABC):
         """Q(θ; S) of the statistics collected, at the parameters of the pass, ``[*r]``."""
 
 
-class _Streamed(Kernel):
+class StreamedPass(Kernel):
     """The kernel that every factor has: its own methods, piece by piece."""
 
     def __init__(self, factor: "Factor"):
@@ -76,7 +76,7 @@ class _Streamed(Kernel):
         return self.factor.expected_log_prob(self.stats())
 
 
-class _Scored(_Streamed):
+class _Scored(StreamedPass):
     """Densities, where they are not what inference is fed."""
 
     def log_potential(self, batch: Batch) -> Tensor:
@@ -317,7 +317,7 @@ class Factor(nn.Module, ABC):
 
     def kernel(self) -> Kernel:
         """One pass over the data at the current parameters, as an observed child."""
-        return _Streamed(self)
+        return StreamedPass(self)
 
     def scorer(self) -> Kernel:
         """A pass for densities alone: of `log_prob`, where `log_potential` is something else."""

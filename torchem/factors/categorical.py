@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
-from torchem.factor import Conjugate, Factor, Kernel, Prior
+from torchem.factor import Conjugate, Factor, Kernel, Prior, StreamedPass
 from torchem.priors import Dirichlet
 from torchem.stats import Stats
 
@@ -309,25 +309,15 @@ class Categorical(Factor, Conjugate):
         return table, Batch(torch.randint(0, 4, (12, 1), generator=generator))
 
 
-class _ExpectedPass(Kernel):
+class _ExpectedPass(StreamedPass):
     """A pass of observed categories at expected log-probabilities."""
 
     def __init__(self, factor: Categorical, logs: Tensor):
-        self.factor, self.logs = factor, logs
-        self.table = factor._forbidding(logs).to(factor.dtype)
-        self.total: Stats | None = None
+        super().__init__(factor)
+        self.table, self.logs = factor._forbidding(logs).to(factor.dtype), logs
 
     def log_potential(self, batch: Batch) -> Tensor:
         return self.factor._looked_up(self.table, batch)
-
-    def collect(self, batch: Batch, expected: Tensor) -> None:
-        stats = self.factor.stats(batch, expected)
-        self.total = stats if self.total is None else self.total + stats
-
-    def stats(self) -> Stats:
-        if self.total is None:
-            raise RuntimeError("a kernel has no statistics before its first piece")
-        return self.total
 
     def inner(self) -> Tensor:
         return self.factor._inner(self.stats(), self.logs)
