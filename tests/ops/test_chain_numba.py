@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from torchem.ops.numba_ import chain
+from torchem.ops.numba_ import chain, vectors
 
 DOUBLE = torch.float64
 
@@ -250,6 +250,24 @@ def test_widths(k: int) -> None:
             torch.tensor([t, max(1, t - 3)]),
         )
         check(chains, None, in_logarithms)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8])
+def test_sequences_abreast(k: int) -> None:
+    """Any lengths in the four lanes, impossible frames and empty lanes among them, beyond a block of frames."""
+    g = torch.Generator().manual_seed(k)
+    for dtype, count in ((DOUBLE, 4), (DOUBLE, 7), (torch.float32, 6)):
+        emission = 5 * torch.randn(count, 70, k, generator=g, dtype=DOUBLE) - 700
+        emission[1, 3] = -torch.inf
+        emission[2, 40:, 1:] = -torch.inf
+        chains = Chains(
+            torch.randn(count, k, generator=g, dtype=DOUBLE),
+            torch.randn(1, k, k, generator=g, dtype=DOUBLE),
+            emission,
+            torch.tensor([70, 31, 70, 1, 33, 2, 64][:count]),
+        ).to(dtype)
+        check(chains, torch.randn(count, generator=g, dtype=DOUBLE), in_logarithms)
+        check(chains._replace(lengths=None), None, in_logarithms)
 
 
 @pytest.mark.usefixtures("_both_ways")
@@ -605,4 +623,4 @@ def test_without_a_place_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPat
     def twice(x):
         return 2 * x
 
-    assert chain._kernel(twice)(3) == 6
+    assert vectors.kernel(twice)(3) == 6

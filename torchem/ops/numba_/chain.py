@@ -11,15 +11,16 @@ where b and A are exponentials of the potentials less their largest. ξ is a pro
 are still in the cache. A single long sequence is swept from both ends at once: the passes meet in the middle and each
 goes on through what the other one left.
 
-*What is flushed.* Such messages lose what is smaller than `_FLUSH`, and a later frame may need it (left-right chains).
+*What is flushed.* Such messages lose what is smaller than `FLUSH`, and a later frame may need it (left-right chains).
 By induction over frames the loss does not matter as long as each state that can be reached has a predicted mass
 (u_{t−1} A)_j of `_SAFE`, and D_t is no less; where all of A is above `_DENSE` this always holds. It is watched in every
 other case, and a sequence that fails is done again with numbers m · 2^e whose exponents e are numbers too: exact,
 without a logarithm per step, and in time proportional to the transitions that are not −inf.
 
-*Vectors.* Loops run over rows padded to a multiple of `_LANES`, by vectors of that many numbers. What a compiler
+*Vectors.* Loops run over rows padded to a multiple of `LANES`, by vectors of that many numbers. What a compiler
 makes of plain loops over a few states is several times slower, and may sum in another order from one loop to the next;
-this way results are the same to the bit for any number of threads.
+this way results are the same to the bit for any number of threads. Where states are few, a vector holds a number of
+four sequences instead (`torchem.ops.numba_.abreast`).
 
 Layout of all functions: ``initial [Gi, K]``, ``transition [Gt, K, K]`` (rows: from) or ``[Gt, T−1, K, K]`` (t: from
 frame t to t + 1), ``emission [S, T, K]``, all unnormalised log-potentials of one dtype; ``lengths [S]`` or None. Gi and
@@ -33,25 +34,18 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from inspect import unwrap
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from torchem.ops.dispatch import kernel_threads
+from torchem.ops.numba_ import abreast
+from torchem.ops.numba_ import vectors as vec
 
-#: Numbers of a vector. Four doubles fill a register of AVX2; narrower ones are ganged, wider ones are rarely faster.
-_LANES = 4
-#: Exponentials below this become zero, so that products of messages are never denormal.
-_FLUSH = 1e-160
 #: Masses above this are exact: what was flushed is smaller by 1e-20.
-_SAFE = 1e-140
+_SAFE = abreast.SAFE
 #: Where masses are raised to that, the excess is followed in this many times its size; of all it may be 1e-20.
 _MAGNIFIED, _DOUBT = 1e100, 1e80
 #: Scaled transition probabilities above this keep every mass above `_SAFE`.
@@ -60,199 +54,10 @@ _DENSE = 1e-70
 _BLOCK = 2048
 #: Multiply–adds (a tenth to a quarter of a nanosecond each) that are worth waking a thread.
 _TASK = 1 << 19
+#: Up to so many states, and so many frames times states, sequences are taken four at a time.
+_STATES, _FRAMES = 8, 1 << 15
 #: Fewer sequences than this are cut in the middle when they are long.
 _FEW = 8
-
-
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    # What checks annotations at run time wraps functions; numba reads the bytecode of the one inside.
-    return numba.njit(nogil=True, error_model="numpy", **options)(unwrap(function))
-
-
-def _inlined(function: Callable[..., Any]) -> Any:
-    return _compiled(function, forceinline=True)
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """Compile at the first call, once per machine where there is a place to keep the result."""
-    try:
-        return _compiled(function, cache=True)
-    except RuntimeError:  # no directory for it can be written to
-        return _compiled(function)
-
-
-def _operation(function: Callable[..., Any]) -> Any:
-    """What kernels call and the function emits instructions for."""
-    return intrinsic(unwrap(function))
-
-
-# ---- vectors --------------------------------------------------------------------------------------------------------
-
-
-class _LanesType(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name=f"lanes{_LANES}")
-
-
-_lanes = _LanesType()
-_FLOATS = ir.VectorType(ir.DoubleType(), _LANES)
-_INTEGERS = ir.VectorType(ir.IntType(64), _LANES)
-_INDEX = ir.IntType(32)
-
-
-@register_model(_LanesType)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Any):
-        super().__init__(manager, kind, _FLOATS)
-
-
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [value] * _LANES)
-
-
-def _shuffled(builder: Any, a: Any, b: Any, *places: int) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INDEX, len(places)), list(places)))
-
-
-def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any, width: int) -> tuple[Any, Any]:
-    """A pointer to ``width`` numbers of a flat array, and their type."""
-    data = builder.gep(context.make_array(kind)(context, builder, array).data, [index])
-    numbers = ir.VectorType(context.get_value_type(kind.dtype), width)
-    return builder.bitcast(data, numbers.as_pointer()), numbers
-
-
-def _pointwise(build: Callable[..., Any], operands: int) -> Any:
-    """An operation on vectors from what emits it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return build(builder, *arguments)
-
-    if operands == 1:
-        return _operation(lambda typing, a: (_lanes(_lanes), generate))
-    if operands == 2:
-        return _operation(lambda typing, a, b: (_lanes(_lanes, _lanes), generate))
-    if operands == 3:
-        return _operation(lambda typing, a, b, c: (_lanes(_lanes, _lanes, _lanes), generate))
-    return _operation(lambda typing, a, b, c, d: (_lanes(_lanes, _lanes, _lanes, _lanes), generate))
-
-
-def _emit_fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    # "contract" lets the two become one instruction where there is one; nothing else may be reordered.
-    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
-
-
-def _emit_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    ab = builder.fadd(_shuffled(builder, a, b, 0, 4, 2, 6), _shuffled(builder, a, b, 1, 5, 3, 7))
-    cd = builder.fadd(_shuffled(builder, c, d, 0, 4, 2, 6), _shuffled(builder, c, d, 1, 5, 3, 7))
-    return builder.fadd(_shuffled(builder, ab, cd, 0, 1, 4, 5), _shuffled(builder, ab, cd, 2, 3, 6, 7))
-
-
-#: High part of log 2, of few digits so that its multiples are exact, and the rest.
-_LOG2 = float.fromhex("0x0.B17217F7Dp0"), float.fromhex("0x0.1CF79ABC9E3B398p-36")
-#: Added to a number, 1.5 · 2^52 leaves the nearest integer in the lowest digits of the sum.
-_ROUND = 1.5 * 2.0**52
-
-
-def _emit_exponential(builder: Any, x: Any) -> Any:
-    # x = n log 2 + r with |r| ≤ log 2 / 2, so that exp x = 2^n · (Taylor's polynomial of degree 12 at r, to 2e-16).
-    rounded = _emit_fused(builder, x, _constant(1 / math.log(2)), _constant(_ROUND))
-    n = builder.fsub(rounded, _constant(_ROUND))
-    rest = _emit_fused(builder, n, _constant(-_LOG2[0]), x)
-    rest = _emit_fused(builder, n, _constant(-_LOG2[1]), rest)
-    value = _constant(1 / math.factorial(12))
-    for degree in range(11, -1, -1):
-        value = _emit_fused(builder, value, rest, _constant(1 / math.factorial(degree)))
-    power = builder.shl(builder.bitcast(rounded, _INTEGERS), ir.Constant(_INTEGERS, [52] * _LANES))
-    value = builder.bitcast(builder.add(builder.bitcast(value, _INTEGERS), power), _FLOATS)
-    small = builder.fcmp_ordered("<", x, _constant(math.log(_FLUSH)))
-    value = builder.select(small, _constant(0.0), value)
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
-
-
-_plus = _pointwise(lambda builder, a, b: builder.fadd(a, b), 2)
-_minus = _pointwise(lambda builder, a, b: builder.fsub(a, b), 2)
-_times = _pointwise(lambda builder, a, b: builder.fmul(a, b), 2)
-_fused = _pointwise(_emit_fused, 3)  # a b + c
-_larger = _pointwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), 2)
-_smaller = _pointwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), 2)
-_unless_below = _pointwise(  # a, or zero where a < b
-    lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), _constant(0.0), a), 2
-)
-_tainted = _pointwise(  # b where it is NaN, else a
-    lambda builder, a, b: builder.select(builder.fcmp_unordered("uno", b, b), b, a), 2
-)
-_exponential = _pointwise(_emit_exponential, 1)  # of what is not positive
-_sums = _pointwise(_emit_sums, 4)  # the total of each of four vectors
-
-
-@_operation
-def _load(typing, array, index):
-    def generate(context, builder, signature, arguments):
-        address, numbers = _address(context, builder, array, arguments[0], arguments[1], _LANES)
-        value = builder.load(address, align=array.dtype.bitwidth // 8)
-        return value if numbers == _FLOATS else builder.fpext(value, _FLOATS)
-
-    return _lanes(array, types.intp), generate
-
-
-@_operation
-def _store(typing, array, index, value):
-    def generate(context, builder, signature, arguments):
-        address, numbers = _address(context, builder, array, arguments[0], arguments[1], _LANES)
-        new = arguments[2] if numbers == _FLOATS else builder.fptrunc(arguments[2], numbers)
-        builder.store(new, address, align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, _lanes), generate
-
-
-@_operation
-def _splat(typing, value):
-    def generate(context, builder, signature, arguments):
-        empty = ir.Constant(_FLOATS, ir.Undefined)
-        return _shuffled(builder, builder.insert_element(empty, arguments[0], _INDEX(0)), empty, *[0] * _LANES)
-
-    return _lanes(types.float64), generate
-
-
-@_operation
-def _equal(typing, a, b):
-    """A bit for each pair of equal numbers."""
-
-    def generate(context, builder, signature, arguments):
-        bits = builder.bitcast(builder.fcmp_ordered("==", *arguments), ir.IntType(_LANES))
-        return builder.zext(bits, ir.IntType(64))
-
-    return types.int64(_lanes, _lanes), generate
-
-
-@_operation
-def _lowest(typing, bits):
-    """The place of the lowest bit that is set."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), generate
-
-
-def _folded(combine: Callable[..., Any]) -> Any:
-    """A number from a vector by halving it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,), width = arguments, _LANES
-        while width > 1:
-            width //= 2
-            low = _shuffled(builder, value, value, *range(width))
-            value = combine(builder, low, _shuffled(builder, value, value, *range(width, 2 * width)))
-        return builder.extract_element(value, _INDEX(0))
-
-    return _operation(lambda typing, a: (types.float64(_lanes), generate))
-
-
-_total = _folded(lambda builder, a, b: builder.fadd(a, b))
-_largest = _folded(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-_smallest = _folded(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
 
 
 # ---- a problem ------------------------------------------------------------------------------------------------------
@@ -291,7 +96,7 @@ class _Space(NamedTuple):
     pairs: np.ndarray  # [width · width], or [steps · K · K] where transitions vary
 
 
-@_compiled
+@vec.compiled
 def _space(p, frames, middle, pairs):
     return _Space(
         np.empty(frames * p.width),
@@ -305,16 +110,16 @@ def _space(p, frames, middle, pairs):
     )
 
 
-@_inlined
+@vec.inlined
 def _padded(source, start, k, out, place, width):
     """Copy K numbers as float64, padded by −inf; returns the largest."""
-    whole = k - k % _LANES
-    top = _splat(-np.inf)
-    for j in range(0, whole, _LANES):
-        x = _load(source, start + j)
-        _store(out, place + j, x)
-        top = _larger(x, top)
-    peak = _largest(top)
+    whole = k - k % vec.LANES
+    top = vec.splat(-np.inf)
+    for j in range(0, whole, vec.LANES):
+        x = vec.load(source, start + j)
+        vec.store(out, place + j, x)
+        top = vec.larger(x, top)
+    peak = vec.largest(top)
     for j in range(whole, k):
         x = np.float64(source[start + j])
         out[place + j] = x
@@ -324,15 +129,15 @@ def _padded(source, start, k, out, place, width):
     return peak
 
 
-@_inlined
+@vec.inlined
 def _exponentiate(out, place, count, peak):
     """exp(x − peak) in place; peak −inf means that all are."""
-    shift = _splat(peak if peak > -np.inf else 0.0)
-    for j in range(place, place + count, _LANES):
-        _store(out, j, _exponential(_minus(_load(out, j), shift)))
+    shift = vec.splat(peak if peak > -np.inf else 0.0)
+    for j in range(place, place + count, vec.LANES):
+        vec.store(out, j, vec.exponential(vec.minus(vec.load(out, j), shift)))
 
 
-@_compiled
+@vec.compiled
 def _table(p, m):
     """Fill table m, its peak and its least entry."""
     k, width = p.k, p.width
@@ -350,26 +155,26 @@ def _table(p, m):
     p.least[m] = math.exp(least - peak)
 
 
-@_kernel
+@vec.kernel
 def _tables(p, first, stop):
     for m in range(first, stop):
         _table(p, m)
 
 
-@_inlined
+@vec.inlined
 def _at(p, s, t):
     """Which table leads from frame t to t + 1."""
     return (s // p.shared) * p.steps + (t if p.varying else 0)
 
 
-@_inlined
+@vec.inlined
 def _placed(p, s):
     """Where the first table of a sequence begins, and how far it is from one step's to the next."""
     size = p.width * p.width
     return _at(p, s, 0) * size, size if p.varying else 0
 
 
-@_inlined
+@vec.inlined
 def _dense(p, s):
     m = (s // p.shared) * p.steps
     for i in range(p.steps):
@@ -378,7 +183,7 @@ def _dense(p, s):
     return True
 
 
-@_inlined
+@vec.inlined
 def _scale(p, s):
     """What the potentials of a sequence were lessened by, save those of emissions."""
     m, count = (s // p.shared) * p.steps, p.lengths[s] - 1
@@ -393,7 +198,7 @@ def _scale(p, s):
 # ---- passes over blocks of frames -----------------------------------------------------------------------------------
 
 
-@_compiled
+@vec.compiled
 def _emissions(p, s, start, stop, b, shift):
     """b_t = exp(e_t − max e_t), row t − shift; returns the sum of the maxima."""
     k, width, emission, peaks = p.k, p.width, p.emission, 0.0
@@ -406,52 +211,52 @@ def _emissions(p, s, start, stop, b, shift):
     return peaks
 
 
-@_inlined
+@vec.inlined
 def _from_left(table, m, u, place, out, target, width):
     """out = u A: sixteen columns at a time, then four."""
-    zero = _splat(0.0)
+    zero = vec.splat(0.0)
     j = 0
-    while j + 4 * _LANES <= width:
+    while j + 4 * vec.LANES <= width:
         y0, y1, y2, y3 = zero, zero, zero, zero
         for i in range(width):
-            x, q = _splat(u[place + i]), m + i * width + j
-            y0 = _fused(x, _load(table, q), y0)
-            y1 = _fused(x, _load(table, q + _LANES), y1)
-            y2 = _fused(x, _load(table, q + 2 * _LANES), y2)
-            y3 = _fused(x, _load(table, q + 3 * _LANES), y3)
-        _store(out, target + j, y0)
-        _store(out, target + j + _LANES, y1)
-        _store(out, target + j + 2 * _LANES, y2)
-        _store(out, target + j + 3 * _LANES, y3)
-        j += 4 * _LANES
+            x, q = vec.splat(u[place + i]), m + i * width + j
+            y0 = vec.fused(x, vec.load(table, q), y0)
+            y1 = vec.fused(x, vec.load(table, q + vec.LANES), y1)
+            y2 = vec.fused(x, vec.load(table, q + 2 * vec.LANES), y2)
+            y3 = vec.fused(x, vec.load(table, q + 3 * vec.LANES), y3)
+        vec.store(out, target + j, y0)
+        vec.store(out, target + j + vec.LANES, y1)
+        vec.store(out, target + j + 2 * vec.LANES, y2)
+        vec.store(out, target + j + 3 * vec.LANES, y3)
+        j += 4 * vec.LANES
     while j < width:
         y0, y1, y2, y3 = zero, zero, zero, zero
         for i in range(0, width, 4):
             q = m + i * width + j
-            y0 = _fused(_splat(u[place + i]), _load(table, q), y0)
-            y1 = _fused(_splat(u[place + i + 1]), _load(table, q + width), y1)
-            y2 = _fused(_splat(u[place + i + 2]), _load(table, q + 2 * width), y2)
-            y3 = _fused(_splat(u[place + i + 3]), _load(table, q + 3 * width), y3)
-        _store(out, target + j, _plus(_plus(y0, y1), _plus(y2, y3)))
-        j += _LANES
+            y0 = vec.fused(vec.splat(u[place + i]), vec.load(table, q), y0)
+            y1 = vec.fused(vec.splat(u[place + i + 1]), vec.load(table, q + width), y1)
+            y2 = vec.fused(vec.splat(u[place + i + 2]), vec.load(table, q + 2 * width), y2)
+            y3 = vec.fused(vec.splat(u[place + i + 3]), vec.load(table, q + 3 * width), y3)
+        vec.store(out, target + j, vec.plus(vec.plus(y0, y1), vec.plus(y2, y3)))
+        j += vec.LANES
 
 
-@_inlined
+@vec.inlined
 def _from_right(table, m, v, scale, out, target, width):
     """out = scale · A v: four rows at a time."""
-    factor = _splat(scale)
-    for i in range(0, width, _LANES):
-        y0, y1, y2, y3 = _splat(0.0), _splat(0.0), _splat(0.0), _splat(0.0)
-        for j in range(0, width, _LANES):
-            x, q = _load(v, j), m + i * width + j
-            y0 = _fused(x, _load(table, q), y0)
-            y1 = _fused(x, _load(table, q + width), y1)
-            y2 = _fused(x, _load(table, q + 2 * width), y2)
-            y3 = _fused(x, _load(table, q + 3 * width), y3)
-        _store(out, target + i, _times(factor, _sums(y0, y1, y2, y3)))
+    factor = vec.splat(scale)
+    for i in range(0, width, vec.LANES):
+        y0, y1, y2, y3 = vec.splat(0.0), vec.splat(0.0), vec.splat(0.0), vec.splat(0.0)
+        for j in range(0, width, vec.LANES):
+            x, q = vec.load(v, j), m + i * width + j
+            y0 = vec.fused(x, vec.load(table, q), y0)
+            y1 = vec.fused(x, vec.load(table, q + width), y1)
+            y2 = vec.fused(x, vec.load(table, q + 2 * width), y2)
+            y3 = vec.fused(x, vec.load(table, q + 3 * width), y3)
+        vec.store(out, target + i, vec.times(factor, vec.sums(y0, y1, y2, y3)))
 
 
-@_compiled
+@vec.compiled
 def _first(p, s, out, place):
     """exp(initial − max), padded by ones; returns the maximum."""
     peak = _padded(p.initial, (s // p.starts) * p.k, p.k, out, place, p.width)
@@ -460,7 +265,7 @@ def _first(p, s, out, place):
     return peak
 
 
-@_inlined
+@vec.inlined
 def _reached(start, step, emission, place, t, k, varying, reach):
     """Which states can be reached at frame t: from k numbers on in ``reach``, and with its emission the first k.
 
@@ -490,7 +295,7 @@ def _reached(start, step, emission, place, t, k, varying, reach):
     reach[3 * k + 1] = t
 
 
-@_inlined
+@vec.inlined
 def _raised(u, row, excess, width, k, reach):
     """Raise the mass of each state that can be reached to `_SAFE`, and add that to the excess; True if any was low."""
     raised = False
@@ -502,18 +307,18 @@ def _raised(u, row, excess, width, k, reach):
     return raised
 
 
-@_inlined
+@vec.inlined
 def _scaled(u, place, scale, b, b_place, out, target, width):
     """out = scale · u ∘ b, and its sum."""
-    factor, low, total = _splat(scale), _splat(_SAFE), _splat(0.0)
-    for j in range(0, width, _LANES):
-        x = _times(_unless_below(_load(u, place + j), low), _times(factor, _load(b, b_place + j)))
-        _store(out, target + j, x)
-        total = _plus(total, x)
-    return _total(total)
+    factor, low, total = vec.splat(scale), vec.splat(_SAFE), vec.splat(0.0)
+    for j in range(0, width, vec.LANES):
+        x = vec.times(vec.unless_below(vec.load(u, place + j), low), vec.times(factor, vec.load(b, b_place + j)))
+        vec.store(out, target + j, x)
+        total = vec.plus(total, x)
+    return vec.total(total)
 
 
-@_compiled
+@vec.compiled
 def _forward(p, s, start, stop, space, b_shift, u_shift, dense):
     """u_t for some frames, row t − u_shift; the row before the first is read.
 
@@ -537,10 +342,10 @@ def _forward(p, s, start, stop, space, b_shift, u_shift, dense):
                 _from_left(table, first + (t - 1) * step, excess, 0, excess, width, width)
             else:
                 excess[width : 2 * width] = 0.0
-            low = _load(u, row)
-            for j in range(_LANES, width, _LANES):
-                low = _smaller(_load(u, row + j), low)
-            if _smallest(low) < _SAFE:
+            low = vec.load(u, row)
+            for j in range(vec.LANES, width, vec.LANES):
+                low = vec.smaller(vec.load(u, row + j), low)
+            if vec.smallest(low) < _SAFE:
                 here = p.transition[_at(p, s, max(t - 1, 0)) * k * k :]
                 _reached(p.initial[(s // p.starts) * k :], here, emission, begin + t * k, t, k, p.varying, reach)
                 doubtful = _raised(u, row, excess, width, k, reach) or doubtful
@@ -558,7 +363,7 @@ def _forward(p, s, start, stop, space, b_shift, u_shift, dense):
     return log + math.log(product)
 
 
-@_compiled
+@vec.compiled
 def _backward(p, s, start, stop, space, shift):
     """β_t for some frames from the right, row t − shift; v is carried over."""
     k, width, table, first, step = p.k, p.width, p.table, *_placed(p, s)
@@ -570,55 +375,61 @@ def _backward(p, s, start, stop, space, shift):
             beta[row + k : row + width] = 0.0
         else:
             _from_right(table, first + t * step, v, v[width], beta, row, width)
-        total = _splat(0.0)
-        for j in range(0, width, _LANES):
-            x = _unless_below(_load(beta, row + j), _splat(_FLUSH))
-            _store(beta, row + j, x)
-            _store(v, j, _unless_below(_times(x, _load(b, t * width + j)), _splat(_FLUSH)))
-            total = _plus(total, x)
-        mass = _total(total)
+        total = vec.splat(0.0)
+        for j in range(0, width, vec.LANES):
+            x = vec.unless_below(vec.load(beta, row + j), vec.splat(vec.FLUSH))
+            vec.store(beta, row + j, x)
+            vec.store(v, j, vec.unless_below(vec.times(x, vec.load(b, t * width + j)), vec.splat(vec.FLUSH)))
+            total = vec.plus(total, x)
+        mass = vec.total(total)
         v[width] = 1.0 / mass if mass > 0 else 0.0
 
 
-@_inlined
+@vec.inlined
 def _written(source, row, scale, out, place, k):
     """Write a row of probabilities times a scale; those close to denormal numbers, which are slow, become zero."""
     tiny = 1e-30 if out.itemsize == 4 else 1e-200
-    whole = k - k % _LANES
-    for j in range(0, whole, _LANES):
-        _store(out, place + j, _times(_splat(scale), _unless_below(_load(source, row + j), _splat(tiny))))
+    whole = k - k % vec.LANES
+    for j in range(0, whole, vec.LANES):
+        vec.store(
+            out, place + j, vec.times(vec.splat(scale), vec.unless_below(vec.load(source, row + j), vec.splat(tiny)))
+        )
     for j in range(whole, k):
         x = source[row + j]
         out[place + j] = 0.0 if x < tiny else scale * x
 
 
-@_compiled
+@vec.compiled
 def _combine(p, s, start, stop, space, u_shift, beta_shift, weight, gamma):
     """γ_t and w_t, which takes the place of b_t; False where the sequence must be done again."""
     k, width, b, u, beta, inverse = p.k, p.width, space.b, space.u, space.beta, space.inverse
-    begin, tiny, sign = s * p.frames * k, _splat(1e-150), _splat(math.copysign(1.0, weight))
+    begin, tiny, sign = s * p.frames * k, vec.splat(1e-150), vec.splat(math.copysign(1.0, weight))
     for t in range(start, stop):
         u_row, row, w_row = (t - u_shift) * width, (t - beta_shift) * width, t * width
-        total = _splat(0.0)
-        for j in range(0, width, _LANES):
-            x = _unless_below(_load(u, u_row + j), tiny)
-            y = _unless_below(_load(beta, row + j), tiny)
-            total = _fused(x, y, total)
-        overlap = _total(total)
+        total = vec.splat(0.0)
+        for j in range(0, width, vec.LANES):
+            x = vec.unless_below(vec.load(u, u_row + j), tiny)
+            y = vec.unless_below(vec.load(beta, row + j), tiny)
+            total = vec.fused(x, y, total)
+        overlap = vec.total(total)
         if not overlap >= _SAFE:
             return False
-        factor = _splat(1.0 / overlap)
+        factor = vec.splat(1.0 / overlap)
         # A gradient's weight may be negative; what is cut off is small in size.
-        after = _splat(abs(weight) / overlap * inverse[t - 1 - u_shift] if t else 0.0)
-        for j in range(0, width, _LANES):
-            x = _unless_below(_load(beta, row + j), tiny)
-            _store(b, w_row + j, _times(sign, _unless_below(_times(after, _times(x, _load(b, w_row + j))), tiny)))
-            _store(beta, row + j, _times(x, _times(factor, _unless_below(_load(u, u_row + j), tiny))))
+        after = vec.splat(abs(weight) / overlap * inverse[t - 1 - u_shift] if t else 0.0)
+        for j in range(0, width, vec.LANES):
+            x = vec.unless_below(vec.load(beta, row + j), tiny)
+            vec.store(
+                b,
+                w_row + j,
+                vec.times(sign, vec.unless_below(vec.times(after, vec.times(x, vec.load(b, w_row + j))), tiny)),
+            )
+            vec.store(beta, row + j, vec.times(x, vec.times(factor, vec.unless_below(vec.load(u, u_row + j), tiny))))
         _written(beta, row, weight, gamma, begin + t * k, k)
     return True
 
 
-@_compiled
+@vec.compiled
 def _accumulate(p, s, start, stop, space, u_shift):
     """Σ u_{t−1} ⊗ w_t over frames of one transition, or each by itself, times its table, where transitions vary."""
     k, width, u, w, pairs = p.k, p.width, space.u, space.b, space.pairs
@@ -635,43 +446,48 @@ def _accumulate(p, s, start, stop, space, u_shift):
     begin, end = start * width, stop * width
     for i in range(0, width, 4):
         j = 0
-        while j + 2 * _LANES <= width:
+        while j + 2 * vec.LANES <= width:
             q = i * width + j
-            y0, z0 = _load(pairs, q), _load(pairs, q + _LANES)
-            y1, z1 = _load(pairs, q + width), _load(pairs, q + width + _LANES)
-            y2, z2 = _load(pairs, q + 2 * width), _load(pairs, q + 2 * width + _LANES)
-            y3, z3 = _load(pairs, q + 3 * width), _load(pairs, q + 3 * width + _LANES)
+            y0, z0 = vec.load(pairs, q), vec.load(pairs, q + vec.LANES)
+            y1, z1 = vec.load(pairs, q + width), vec.load(pairs, q + width + vec.LANES)
+            y2, z2 = vec.load(pairs, q + 2 * width), vec.load(pairs, q + 2 * width + vec.LANES)
+            y3, z3 = vec.load(pairs, q + 3 * width), vec.load(pairs, q + 3 * width + vec.LANES)
             for t in range(begin, end, width):
-                y, z, place = _load(w, t + j), _load(w, t + j + _LANES), before + t + i
-                x0, x1, x2, x3 = _splat(u[place]), _splat(u[place + 1]), _splat(u[place + 2]), _splat(u[place + 3])
-                y0, z0 = _fused(x0, y, y0), _fused(x0, z, z0)
-                y1, z1 = _fused(x1, y, y1), _fused(x1, z, z1)
-                y2, z2 = _fused(x2, y, y2), _fused(x2, z, z2)
-                y3, z3 = _fused(x3, y, y3), _fused(x3, z, z3)
-            _store(pairs, q, y0)
-            _store(pairs, q + _LANES, z0)
-            _store(pairs, q + width, y1)
-            _store(pairs, q + width + _LANES, z1)
-            _store(pairs, q + 2 * width, y2)
-            _store(pairs, q + 2 * width + _LANES, z2)
-            _store(pairs, q + 3 * width, y3)
-            _store(pairs, q + 3 * width + _LANES, z3)
-            j += 2 * _LANES
+                y, z, place = vec.load(w, t + j), vec.load(w, t + j + vec.LANES), before + t + i
+                x0, x1, x2, x3 = (
+                    vec.splat(u[place]),
+                    vec.splat(u[place + 1]),
+                    vec.splat(u[place + 2]),
+                    vec.splat(u[place + 3]),
+                )
+                y0, z0 = vec.fused(x0, y, y0), vec.fused(x0, z, z0)
+                y1, z1 = vec.fused(x1, y, y1), vec.fused(x1, z, z1)
+                y2, z2 = vec.fused(x2, y, y2), vec.fused(x2, z, z2)
+                y3, z3 = vec.fused(x3, y, y3), vec.fused(x3, z, z3)
+            vec.store(pairs, q, y0)
+            vec.store(pairs, q + vec.LANES, z0)
+            vec.store(pairs, q + width, y1)
+            vec.store(pairs, q + width + vec.LANES, z1)
+            vec.store(pairs, q + 2 * width, y2)
+            vec.store(pairs, q + 2 * width + vec.LANES, z2)
+            vec.store(pairs, q + 3 * width, y3)
+            vec.store(pairs, q + 3 * width + vec.LANES, z3)
+            j += 2 * vec.LANES
         if j < width:
             q = i * width + j
-            y0, y1 = _load(pairs, q), _load(pairs, q + width)
-            y2, y3 = _load(pairs, q + 2 * width), _load(pairs, q + 3 * width)
+            y0, y1 = vec.load(pairs, q), vec.load(pairs, q + width)
+            y2, y3 = vec.load(pairs, q + 2 * width), vec.load(pairs, q + 3 * width)
             for t in range(begin, end, width):
-                y, place = _load(w, t + j), before + t + i
-                y0, y1 = _fused(_splat(u[place]), y, y0), _fused(_splat(u[place + 1]), y, y1)
-                y2, y3 = _fused(_splat(u[place + 2]), y, y2), _fused(_splat(u[place + 3]), y, y3)
-            _store(pairs, q, y0)
-            _store(pairs, q + width, y1)
-            _store(pairs, q + 2 * width, y2)
-            _store(pairs, q + 3 * width, y3)
+                y, place = vec.load(w, t + j), before + t + i
+                y0, y1 = vec.fused(vec.splat(u[place]), y, y0), vec.fused(vec.splat(u[place + 1]), y, y1)
+                y2, y3 = vec.fused(vec.splat(u[place + 2]), y, y2), vec.fused(vec.splat(u[place + 3]), y, y3)
+            vec.store(pairs, q, y0)
+            vec.store(pairs, q + width, y1)
+            vec.store(pairs, q + 2 * width, y2)
+            vec.store(pairs, q + 3 * width, y3)
 
 
-@_inlined
+@vec.inlined
 def _carry(p, space, t, row):
     """Move what the forward pass left at frame t − 1 to the row before those of a block; returns the block's shift.
 
@@ -694,7 +510,7 @@ _POWER = 2.0 ** np.arange(64.0, -257.0, -1.0)
 _LOG2_FINE = float.fromhex("0x0.B1721p0"), float.fromhex("0x0.7F7D1p-20"), float.fromhex("0x0.CF79ABC9E3B398p-40")
 
 
-@_inlined
+@vec.inlined
 def _parts(x):
     """exp x as m · 2^e with 1 ≤ m < 2 and e a whole number, or m = 0 and e = −inf."""
     e = np.floor(x * (1 / math.log(2)))
@@ -713,14 +529,14 @@ class _Steps(NamedTuple):
     e: np.ndarray  # [2, K · K]
 
 
-@_compiled
+@vec.compiled
 def _steps(k):
     return _Steps(
         np.zeros((2, k + 1), np.int64), np.empty((2, k * k), np.int64), np.empty((2, k * k)), np.empty((2, k * k))
     )
 
 
-@_compiled
+@vec.compiled
 def _list_steps(p, m, steps):
     k = p.k
     for side in range(2):
@@ -735,13 +551,13 @@ def _list_steps(p, m, steps):
             steps.start[side, here + 1] = q
 
 
-@_inlined
+@vec.inlined
 def _power(gap):
     """2^−gap; gap is negative where one of two equal numbers has been renormalised."""
     return _POWER[max(int(gap) + 64, 0)] if gap <= 256 else 0.0
 
 
-@_compiled
+@vec.compiled
 def _summed(steps, side, m, e, out_m, out_e):
     """out_j = Σ over the transitions of state j, to it (side 0) or from it (side 1)."""
     for j in range(len(out_m)):
@@ -756,7 +572,7 @@ def _summed(steps, side, m, e, out_m, out_e):
         out_m[j], out_e[j] = total, top
 
 
-@_compiled
+@vec.compiled
 def _met(p, s, t, m, e):
     """Multiply by the exponentials of frame t."""
     for j in range(p.k):
@@ -768,7 +584,7 @@ def _met(p, s, t, m, e):
             e[j] += 32
 
 
-@_compiled
+@vec.compiled
 def _weighed(m, e, n, d, out):
     """Products over their largest power of two; returns its exponent, and their sum."""
     top, total = -np.inf, 0.0
@@ -780,7 +596,7 @@ def _weighed(m, e, n, d, out):
     return top, total
 
 
-@_compiled
+@vec.compiled
 def _undefined(p, s):
     """Whether a potential of the sequence is NaN, or infinite so that sums are."""
     k, length = p.k, p.lengths[s]
@@ -799,7 +615,7 @@ def _undefined(p, s):
     return False
 
 
-@_compiled
+@vec.compiled
 def _exact_forward(p, s, steps, m, e):
     """Messages ``[length, K]`` as m · 2^e, in no other scale; returns log Z."""
     k = p.k
@@ -817,7 +633,7 @@ def _exact_forward(p, s, steps, m, e):
     return math.log(total) + top * math.log(2) if top > -np.inf else -np.inf
 
 
-@_compiled
+@vec.compiled
 def _exact_smooth(p, s, weight, gamma, pairs, out):
     """`smooth` for one sequence, whose steps are added to ``pairs``; returns log Z."""
     k, length = p.k, p.lengths[s]
@@ -855,7 +671,7 @@ def _exact_smooth(p, s, weight, gamma, pairs, out):
 # ---- smoothing ------------------------------------------------------------------------------------------------------
 
 
-@_inlined
+@vec.inlined
 def _from_start(p, s, middle, space, dense):
     """Forward to the middle; returns the logarithm of the scale."""
     log = 0.0
@@ -868,7 +684,7 @@ def _from_start(p, s, middle, space, dense):
     return log
 
 
-@_inlined
+@vec.inlined
 def _from_end(p, s, middle, space):
     """Backward to the middle; returns the sum of the maxima of emissions."""
     log = 0.0
@@ -879,7 +695,7 @@ def _from_end(p, s, middle, space):
     return log
 
 
-@_inlined
+@vec.inlined
 def _to_end(p, s, middle, space, dense, weight, gamma):
     """Forward from the middle, through what the backward pass left."""
     log = 0.0
@@ -893,7 +709,7 @@ def _to_end(p, s, middle, space, dense, weight, gamma):
     return log
 
 
-@_inlined
+@vec.inlined
 def _to_start(p, s, middle, space, weight, gamma):
     """Backward from the middle, through what the forward pass left; inf where the sequence must be done again."""
     for stop in range(middle, 0, -p.block):
@@ -906,7 +722,7 @@ def _to_start(p, s, middle, space, weight, gamma):
     return 0.0
 
 
-@_inlined
+@vec.inlined
 def _collect(p, s, steps, pairs, out):
     """Add what was accumulated for one sequence to the steps of its transition."""
     k, width = p.k, p.width
@@ -920,32 +736,53 @@ def _collect(p, s, steps, pairs, out):
             pairs[out + i * k + j] += p.table[m + i * width + j] * steps[i * width + j]
 
 
-@_kernel
-def _smooth_many(p, weight, parts, first, stop, log_z, gamma, pairs):
-    """Some parts of the sequences, one after the other; the steps of each part are summed."""
-    k, size = p.k, p.steps * p.k * p.k
-    longest = 0
-    for s in range(parts[first], parts[stop]):
-        longest = max(longest, p.lengths[s])
+@vec.kernel
+def _smooth_many(p, weight, order, parts, first, stop, log_z, gamma, pairs):
+    """Some parts of the sequences, one after the other or four abreast; the steps of each part are summed."""
+    k, size, longest = p.k, p.steps * p.k * p.k, 0
+    for i in range(parts[first], parts[stop]):
+        longest = max(longest, p.lengths[order[i]])
     space = _space(p, longest, longest, size if p.varying else p.width * p.width)
+    together = _abreast(p, longest)
+    lanes = abreast.make_space(longest if together else 0, p.width)
     for part in range(first, stop):
         out = part * size
         pairs[out : out + size] = 0.0
-        for s in range(parts[part], parts[part + 1]):
-            length = p.lengths[s]
-            space.pairs[: 0 if p.varying else p.width * p.width] = 0.0
-            log = _from_start(p, s, length, space, _dense(p, s))
-            if log < np.inf:
-                log += _to_start(p, s, length, space, weight[s], gamma)
-            if log < np.inf:
-                _collect(p, s, space.pairs, pairs, out)
-                log_z[s] = log + _scale(p, s)
-            else:
-                log_z[s] = _exact_smooth(p, s, weight[s], gamma, pairs, out)
-            gamma[(s * p.frames + length) * k : (s + 1) * p.frames * k] = 0.0
+        for i in range(parts[part], parts[part + 1], 4):
+            end = min(i + 4, parts[part + 1])
+            lanes.log[:] = np.nan
+            if together and end - i > 1 and p.lengths[order[end - 1]] > 0 and _dense(p, order[i]):
+                abreast.smooth(p, weight, order, i, end, lanes, gamma, pairs, out)
+            for lane in range(end - i):
+                s = order[i + lane]
+                if math.isnan(lanes.log[lane]):
+                    log_z[s] = _smoothed(p, s, weight[s], space, gamma, pairs, out)
+                else:
+                    log_z[s] = lanes.log[lane] + _scale(p, s)
+                gamma[(s * p.frames + p.lengths[s]) * k : (s + 1) * p.frames * k] = 0.0
 
 
-@_kernel
+@vec.compiled
+def _smoothed(p, s, weight, space, gamma, pairs, out):
+    """One sequence; returns its log-normaliser."""
+    length = p.lengths[s]
+    space.pairs[: 0 if p.varying else p.width * p.width] = 0.0
+    log = _from_start(p, s, length, space, _dense(p, s))
+    if log < np.inf:
+        log += _to_start(p, s, length, space, weight, gamma)
+    if not log < np.inf:
+        return _exact_smooth(p, s, weight, gamma, pairs, out)
+    _collect(p, s, space.pairs, pairs, out)
+    return log + _scale(p, s)
+
+
+@vec.inlined
+def _abreast(p, longest):
+    """Whether sequences are taken four at a time: few states, and frames that the cache holds."""
+    return not p.varying and p.k <= _STATES and longest * p.width <= _FRAMES
+
+
+@vec.kernel
 def _smooth_half(p, weight, s, middle, space, gamma, stage):
     """One of the four passes over a long sequence."""
     if stage == 0:
@@ -957,7 +794,7 @@ def _smooth_half(p, weight, s, middle, space, gamma, stage):
     return _to_start(p, s, middle, space, weight[s], gamma)
 
 
-@_kernel
+@vec.kernel
 def _smooth_end(p, weight, s, log, left, right, log_z, gamma, pairs, out):
     """Put the halves of a long sequence together."""
     k = p.k
@@ -974,7 +811,7 @@ def _smooth_end(p, weight, s, log, left, right, log_z, gamma, pairs, out):
 # ---- filtering, sampling, the best path -----------------------------------------------------------------------------
 
 
-@_kernel
+@vec.kernel
 def _filter_many(p, first, stop, log_z, alpha):
     """log Z of some sequences and, where there is room for them, the filtered posteriors."""
     k, wanted = p.k, len(alpha) > 0
@@ -999,7 +836,7 @@ def _filter_many(p, first, stop, log_z, alpha):
         log_z[s] = log
 
 
-@_compiled
+@vec.compiled
 def _exact_filter(p, s, alpha):
     k, length = p.k, p.lengths[s]
     begin, end = s * p.frames * k, (s * p.frames + length) * k
@@ -1019,7 +856,7 @@ def _exact_filter(p, s, alpha):
     return log_z
 
 
-@_compiled
+@vec.compiled
 def _drawn(share, u):
     """The first state whose cumulative share exceeds a uniform number, never one of share zero; −1 if all are."""
     total, state = 0.0, -1
@@ -1035,7 +872,7 @@ def _drawn(share, u):
     return state
 
 
-@_kernel
+@vec.kernel
 def _sample_many(p, first, stop, uniforms, path):
     """Paths by forward filtering and backward sampling."""
     k, width = p.k, p.width
@@ -1068,7 +905,7 @@ def _sample_many(p, first, stop, uniforms, path):
                 break
 
 
-@_compiled
+@vec.compiled
 def _exact_sample(p, s, uniforms, path):
     k, length, begin = p.k, p.lengths[s], s * p.frames
     m, e, steps = np.empty((length, k)), np.empty((length, k)), _steps(k)
@@ -1089,73 +926,73 @@ def _exact_sample(p, s, uniforms, path):
         path[begin + t] = _drawn(share, uniforms[begin + t])
 
 
-@_inlined
+@vec.inlined
 def _best(table, before, after, row, width, bad):
     """max_i of what is ``before`` a frame's transition plus A_ij, then with what is in ``after``."""
-    none = _splat(-np.inf)
+    none = vec.splat(-np.inf)
     here = row - width
     j = 0
-    while j + 4 * _LANES <= width:
+    while j + 4 * vec.LANES <= width:
         y0, y1, y2, y3 = none, none, none, none
         for i in range(width):
-            x, q = _splat(after[here + i]), i * width + j
-            y0 = _larger(_plus(x, _load(table, q)), y0)
-            y1 = _larger(_plus(x, _load(table, q + _LANES)), y1)
-            y2 = _larger(_plus(x, _load(table, q + 2 * _LANES)), y2)
-            y3 = _larger(_plus(x, _load(table, q + 3 * _LANES)), y3)
+            x, q = vec.splat(after[here + i]), i * width + j
+            y0 = vec.larger(vec.plus(x, vec.load(table, q)), y0)
+            y1 = vec.larger(vec.plus(x, vec.load(table, q + vec.LANES)), y1)
+            y2 = vec.larger(vec.plus(x, vec.load(table, q + 2 * vec.LANES)), y2)
+            y3 = vec.larger(vec.plus(x, vec.load(table, q + 3 * vec.LANES)), y3)
         bad = _scored(before, after, row + j, y0, bad)
-        bad = _scored(before, after, row + j + _LANES, y1, bad)
-        bad = _scored(before, after, row + j + 2 * _LANES, y2, bad)
-        bad = _scored(before, after, row + j + 3 * _LANES, y3, bad)
-        j += 4 * _LANES
+        bad = _scored(before, after, row + j + vec.LANES, y1, bad)
+        bad = _scored(before, after, row + j + 2 * vec.LANES, y2, bad)
+        bad = _scored(before, after, row + j + 3 * vec.LANES, y3, bad)
+        j += 4 * vec.LANES
     while j < width:
         y0, y1, y2, y3 = none, none, none, none
         for i in range(0, width, 4):
             q = i * width + j
-            y0 = _larger(_plus(_splat(after[here + i]), _load(table, q)), y0)
-            y1 = _larger(_plus(_splat(after[here + i + 1]), _load(table, q + width)), y1)
-            y2 = _larger(_plus(_splat(after[here + i + 2]), _load(table, q + 2 * width)), y2)
-            y3 = _larger(_plus(_splat(after[here + i + 3]), _load(table, q + 3 * width)), y3)
-        bad = _scored(before, after, row + j, _larger(_larger(y0, y1), _larger(y2, y3)), bad)
-        j += _LANES
+            y0 = vec.larger(vec.plus(vec.splat(after[here + i]), vec.load(table, q)), y0)
+            y1 = vec.larger(vec.plus(vec.splat(after[here + i + 1]), vec.load(table, q + width)), y1)
+            y2 = vec.larger(vec.plus(vec.splat(after[here + i + 2]), vec.load(table, q + 2 * width)), y2)
+            y3 = vec.larger(vec.plus(vec.splat(after[here + i + 3]), vec.load(table, q + 3 * width)), y3)
+        bad = _scored(before, after, row + j, vec.larger(vec.larger(y0, y1), vec.larger(y2, y3)), bad)
+        j += vec.LANES
     return bad
 
 
-@_inlined
+@vec.inlined
 def _scored(before, after, place, score, bad):
-    _store(before, place, score)
-    score = _plus(score, _load(after, place))
-    _store(after, place, score)
-    return _tainted(bad, score)
+    vec.store(before, place, score)
+    score = vec.plus(score, vec.load(after, place))
+    vec.store(after, place, score)
+    return vec.tainted(bad, score)
 
 
-@_inlined
+@vec.inlined
 def _before(after, here, column, c, target, width):
     """The lowest state from which a column of transitions leads to a score."""
-    wanted = _splat(target)
+    wanted = vec.splat(target)
     for start in range(0, width, 64):
         found = 0
-        for j in range(start, min(start + 64, width), _LANES):
-            found |= _equal(_plus(_load(after, here + j), _load(column, c + j)), wanted) << (j - start)
+        for j in range(start, min(start + 64, width), vec.LANES):
+            found |= vec.equal(vec.plus(vec.load(after, here + j), vec.load(column, c + j)), wanted) << (j - start)
         if found:
-            return start + _lowest(found)
+            return start + vec.lowest(found)
     return 0
 
 
-@_compiled
+@vec.compiled
 def _list_scores(p, m, table, columns):
     """Transition m and its transpose, padded by −inf; returns zero, or NaN where an entry is."""
-    k, width, bad = p.k, p.width, _splat(0.0)
+    k, width, bad = p.k, p.width, vec.splat(0.0)
     for i in range(k):
         _padded(p.transition, (m * k + i) * k, k, table, i * width, width)
-        for j in range(0, width, _LANES):
-            bad = _tainted(bad, _load(table, i * width + j))
+        for j in range(0, width, vec.LANES):
+            bad = vec.tainted(bad, vec.load(table, i * width + j))
         for j in range(k):
             columns[j * width + i] = table[i * width + j]
-    return _total(bad)
+    return vec.total(bad)
 
 
-@_kernel
+@vec.kernel
 def _viterbi_many(p, first, stop, score, path):
     """Best paths of some sequences, traced back through scores before and after each frame's emission."""
     k, width, emission, step = p.k, p.width, p.emission, 1 if p.varying else 0
@@ -1167,15 +1004,15 @@ def _viterbi_many(p, first, stop, score, path):
     listed, doubt = -1, 0.0
     for s in range(first, stop):
         length, begin, place = p.lengths[s], s * p.frames, _at(p, s, 0)
-        bad = _splat(0.0)
+        bad = vec.splat(0.0)
         if step:
             listed, doubt = -1, 0.0
         for t in range(length):
             _padded(emission, (begin + t) * k, k, after, t * width, width)
             if t == 0:
                 _padded(p.initial, (s // p.starts) * k, k, before, 0, width)
-                for j in range(0, width, _LANES):
-                    bad = _scored(before, after, j, _load(before, j), bad)
+                for j in range(0, width, vec.LANES):
+                    bad = _scored(before, after, j, vec.load(before, j), bad)
                 continue
             m = place + (t - 1) * step
             if m != listed:
@@ -1186,7 +1023,7 @@ def _viterbi_many(p, first, stop, score, path):
         for j in range(1, k):
             if after[last + j] > after[last + state]:
                 state = j
-        score[s] = after[last + state] + _total(bad) + (doubt if length > 1 else 0.0)
+        score[s] = after[last + state] + vec.total(bad) + (doubt if length > 1 else 0.0)
         path[begin : begin + p.frames] = -1
         if score[s] > -np.inf:
             path[begin + length - 1] = state
@@ -1258,7 +1095,7 @@ def _problem(
     s, t, k = emission.shape
     varying = transition.dim() == 4
     count = len(transition) * (transition.shape[1] if varying else 1)
-    width = -(-k // _LANES) * _LANES
+    width = -(-k // vec.LANES) * vec.LANES
     ends = np.full(s, t, dtype=np.int64) if lengths is None else _flat(lengths.to(torch.int64))
     made = count if tables else 0
     p = _Problem(
@@ -1331,12 +1168,16 @@ def smooth(
 
 
 def _smooth_short(p: _Problem, weight: np.ndarray, log_z: np.ndarray, gamma: np.ndarray) -> np.ndarray:
-    """Sequences one by one; how they are parted, and so how steps are summed, depends on shapes alone."""
+    """Sequences of their own kind; how they are parted, and so how steps are summed, depends on shapes alone."""
     work, groups = 2 * _work(p), len(log_z) // p.shared
     many = 1 if p.varying else min(p.shared, max(1, min(64, work // _TASK, len(gamma) // p.width**2) // groups))
     parts = np.array([g * p.shared + p.shared * i // many for g in range(groups) for i in range(many)] + [len(log_z)])
     pairs = np.empty((groups, many, p.steps * p.k * p.k))
-    tasks = [(p, weight, parts, *r, log_z, gamma, pairs.reshape(-1)) for r in _ranges(len(parts) - 1, work)]
+    order = np.arange(len(log_z))
+    if p.lengths.min() < p.lengths.max():
+        # Neighbours are of like lengths, the longest first.
+        order = np.lexsort((-p.lengths, np.searchsorted(parts, order, side="right")))
+    tasks = [(p, weight, order, parts, *r, log_z, gamma, pairs.reshape(-1)) for r in _ranges(len(parts) - 1, work)]
     _run(_smooth_many, tasks, work)
     return pairs.sum(1) if many > 1 else pairs
 

@@ -1,0 +1,260 @@
+"""Vectors of numbers inside compiled loops, and how such loops are compiled.
+
+What a compiler makes of plain loops over a few states is several times slower than vectors, and may sum in another
+order from one loop to the next; this way results are the same to the bit. Kernels that call what stands here are kept
+on disk by the time stamp of their own file: whoever edits this one removes ``__pycache__``.
+"""
+
+import math
+from collections.abc import Callable
+from inspect import unwrap
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic, models, register_model
+
+#: Numbers of a vector. Four doubles fill a register of AVX2; narrower ones are ganged, wider ones are rarely faster.
+LANES = 4
+#: Exponentials below this become zero, so that products of messages are never denormal.
+FLUSH = 1e-160
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """A function for kernels to call."""
+    # What checks annotations at run time wraps functions; numba reads the bytecode of the one inside.
+    return numba.njit(nogil=True, error_model="numpy", **options)(unwrap(function))
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function that becomes part of each kernel that calls it."""
+    return compiled(function, forceinline=True)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile at the first call, once per machine where there is a place to keep the result."""
+    try:
+        return compiled(function, cache=True)
+    except RuntimeError:  # no directory for it can be written to
+        return compiled(function)
+
+
+def operation(function: Callable[..., Any]) -> Any:
+    """What kernels call and the function emits instructions for."""
+    return intrinsic(unwrap(function))
+
+
+class _LanesType(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"lanes{LANES}")
+
+
+lanes = _LanesType()
+_FLOATS = ir.VectorType(ir.DoubleType(), LANES)
+_INTEGERS = ir.VectorType(ir.IntType(64), LANES)
+_INDEX = ir.IntType(32)
+
+
+@register_model(_LanesType)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any):
+        super().__init__(manager, kind, _FLOATS)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_FLOATS, [value] * LANES)
+
+
+def _shuffled(builder: Any, a: Any, b: Any, *places: int) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INDEX, len(places)), list(places)))
+
+
+def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any, width: int) -> tuple[Any, Any]:
+    """A pointer to ``width`` numbers of a flat array, and their type."""
+    data = builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+    numbers = ir.VectorType(context.get_value_type(kind.dtype), width)
+    return builder.bitcast(data, numbers.as_pointer()), numbers
+
+
+def _pointwise(build: Callable[..., Any], operands: int) -> Any:
+    """An operation on vectors from what emits it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return build(builder, *arguments)
+
+    if operands == 1:
+        return operation(lambda typing, a: (lanes(lanes), generate))
+    if operands == 2:
+        return operation(lambda typing, a, b: (lanes(lanes, lanes), generate))
+    if operands == 3:
+        return operation(lambda typing, a, b, c: (lanes(lanes, lanes, lanes), generate))
+    return operation(lambda typing, a, b, c, d: (lanes(lanes, lanes, lanes, lanes), generate))
+
+
+def _emit_fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    # "contract" lets the two become one instruction where there is one; nothing else may be reordered.
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def _emit_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    ab = builder.fadd(_shuffled(builder, a, b, 0, 4, 2, 6), _shuffled(builder, a, b, 1, 5, 3, 7))
+    cd = builder.fadd(_shuffled(builder, c, d, 0, 4, 2, 6), _shuffled(builder, c, d, 1, 5, 3, 7))
+    return builder.fadd(_shuffled(builder, ab, cd, 0, 1, 4, 5), _shuffled(builder, ab, cd, 2, 3, 6, 7))
+
+
+def _emit_lane(lane: int) -> Callable[..., Any]:
+    """The numbers of one lane of four vectors; what two lanes share the compiler finds."""
+    one, two = ((0, 4, 2, 6), (1, 5, 3, 7))[lane % 2], ((0, 1, 4, 5), (2, 3, 6, 7))[lane // 2]
+
+    def build(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return _shuffled(builder, _shuffled(builder, a, b, *one), _shuffled(builder, c, d, *one), *two)
+
+    return build
+
+
+#: High part of log 2, of few digits so that its multiples are exact, and the rest.
+_LOG2 = float.fromhex("0x0.B17217F7Dp0"), float.fromhex("0x0.1CF79ABC9E3B398p-36")
+#: Added to a number, 1.5 · 2^52 leaves the nearest integer in the lowest digits of the sum.
+_ROUND = 1.5 * 2.0**52
+
+
+def _emit_exponential(builder: Any, x: Any) -> Any:
+    # x = n log 2 + r with |r| ≤ log 2 / 2, so that exp x = 2^n · (Taylor's polynomial of degree 12 at r, to 2e-16).
+    rounded = _emit_fused(builder, x, _constant(1 / math.log(2)), _constant(_ROUND))
+    n = builder.fsub(rounded, _constant(_ROUND))
+    rest = _emit_fused(builder, n, _constant(-_LOG2[0]), x)
+    rest = _emit_fused(builder, n, _constant(-_LOG2[1]), rest)
+    value = _constant(1 / math.factorial(12))
+    for degree in range(11, -1, -1):
+        value = _emit_fused(builder, value, rest, _constant(1 / math.factorial(degree)))
+    power = builder.shl(builder.bitcast(rounded, _INTEGERS), ir.Constant(_INTEGERS, [52] * LANES))
+    value = builder.bitcast(builder.add(builder.bitcast(value, _INTEGERS), power), _FLOATS)
+    small = builder.fcmp_ordered("<", x, _constant(math.log(FLUSH)))
+    value = builder.select(small, _constant(0.0), value)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
+
+
+plus = _pointwise(lambda builder, a, b: builder.fadd(a, b), 2)
+minus = _pointwise(lambda builder, a, b: builder.fsub(a, b), 2)
+times = _pointwise(lambda builder, a, b: builder.fmul(a, b), 2)
+over = _pointwise(lambda builder, a, b: builder.fdiv(a, b), 2)
+fused = _pointwise(_emit_fused, 3)  # a b + c
+where_less = _pointwise(  # c where a < b, else d
+    lambda builder, a, b, c, d: builder.select(builder.fcmp_ordered("<", a, b), c, d), 4
+)
+larger = _pointwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), 2)
+smaller = _pointwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), 2)
+unless_below = _pointwise(  # a, or zero where a < b
+    lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), _constant(0.0), a), 2
+)
+tainted = _pointwise(  # b where it is NaN, else a
+    lambda builder, a, b: builder.select(builder.fcmp_unordered("uno", b, b), b, a), 2
+)
+exponential = _pointwise(_emit_exponential, 1)  # of what is not positive
+lane0, lane1, lane2, lane3 = (_pointwise(_emit_lane(lane), 4) for lane in range(4))  # rows of four columns
+sums = _pointwise(_emit_sums, 4)  # the total of each of four vectors
+
+
+@operation
+def load(typing, array, index):
+    """A vector of consecutive numbers, as doubles."""
+
+    def generate(context, builder, signature, arguments):
+        address, numbers = _address(context, builder, array, arguments[0], arguments[1], LANES)
+        value = builder.load(address, align=array.dtype.bitwidth // 8)
+        return value if numbers == _FLOATS else builder.fpext(value, _FLOATS)
+
+    return lanes(array, types.intp), generate
+
+
+@operation
+def store(typing, array, index, value):
+    """Write a vector to consecutive places, in the array's type."""
+
+    def generate(context, builder, signature, arguments):
+        address, numbers = _address(context, builder, array, arguments[0], arguments[1], LANES)
+        new = arguments[2] if numbers == _FLOATS else builder.fptrunc(arguments[2], numbers)
+        builder.store(new, address, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, lanes), generate
+
+
+@operation
+def splat(typing, value):
+    """A vector of one number."""
+
+    def generate(context, builder, signature, arguments):
+        empty = ir.Constant(_FLOATS, ir.Undefined)
+        return _shuffled(builder, builder.insert_element(empty, arguments[0], _INDEX(0)), empty, *[0] * LANES)
+
+    return lanes(types.float64), generate
+
+
+@operation
+def gather(typing, array, a, b, c, d):
+    """A vector of the numbers at four places, as doubles."""
+
+    def generate(context, builder, signature, arguments):
+        value = ir.Constant(_FLOATS, ir.Undefined)
+        for lane in range(LANES):
+            address, _ = _address(context, builder, array, arguments[0], arguments[1 + lane], 1)
+            address = builder.bitcast(address, context.get_value_type(array.dtype).as_pointer())
+            number = builder.load(address)
+            number = number if number.type == ir.DoubleType() else builder.fpext(number, ir.DoubleType())
+            value = builder.insert_element(value, number, _INDEX(lane))
+        return value
+
+    return lanes(array, types.intp, types.intp, types.intp, types.intp), generate
+
+
+@operation
+def less(typing, a, b):
+    """A bit for each number of one vector that is less than that of another."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(builder.fcmp_ordered("<", *arguments), ir.IntType(LANES))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(lanes, lanes), generate
+
+
+@operation
+def equal(typing, a, b):
+    """A bit for each pair of equal numbers."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(builder.fcmp_ordered("==", *arguments), ir.IntType(LANES))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(lanes, lanes), generate
+
+
+@operation
+def lowest(typing, bits):
+    """The place of the lowest bit that is set."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+def _folded(combine: Callable[..., Any]) -> Any:
+    """A number from a vector by halving it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,), width = arguments, LANES
+        while width > 1:
+            width //= 2
+            low = _shuffled(builder, value, value, *range(width))
+            value = combine(builder, low, _shuffled(builder, value, value, *range(width, 2 * width)))
+        return builder.extract_element(value, _INDEX(0))
+
+    return operation(lambda typing, a: (types.float64(lanes), generate))
+
+
+total = _folded(lambda builder, a, b: builder.fadd(a, b))
+largest = _folded(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+smallest = _folded(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
