@@ -14,7 +14,7 @@ from tests.laws import cases
 from tests.laws.cases import close
 from torchem.batch import Batch
 from torchem.factor import Factor, Prior
-from torchem.factors import Bernoulli, Categorical, Gaussian, LinearGaussian, Poisson
+from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson
 from torchem.priors import (
     Beta,
     Dirichlet,
@@ -165,6 +165,7 @@ def families(k: int) -> dict[str, Callable[[], tuple[Factor, Prior, Batch]]]:
     found: dict[str, Callable[[], tuple[Factor, Prior, Batch]]] = {
         "Bernoulli": lambda: (Bernoulli(k, 2).double(), Beta([2.0, 1.5], 3.0), Batch((x > 1).double())),
         "Poisson": lambda: (Poisson(k, 2).double(), Gamma([2.0, 1.5], 3.0), Batch(counts)),
+        "Exponential": lambda: (Exponential(k, 2).double(), Gamma([2.0, 1.5], 3.0), Batch(x.abs())),
     }
     for kind in KINDS:
         found[f"Gaussian-{kind}"] = lambda kind=kind: (cases.gaussian(k, 2, kind), normal(kind), Batch(x))
@@ -227,6 +228,10 @@ def test_priors_of_probabilities_and_rates_are_their_densities() -> None:
     b.probs, p.rates = [[0.2, 0.7], [0.4, 0.0]], [[1.0, 2.5], [0.0, 4.0]]
     b.prior, p.prior = Beta([2.0, 1.5], 3.0), Gamma([2.0, 1.5], 3.0)
     # What the user fixed is no parameter.
+    e = Exponential(1, 2).double()
+    e.rates, e.prior = [[0.4, 2.0]], Gamma([2.0, 1.5], 3.0)
+    times = stats.gamma([2.0, 1.5], scale=1 / 3).logpdf([0.4, 2.0]).sum()
+    close(log_prior(e), torch.tensor(times, dtype=torch.float64))
     coins = stats.beta([2.0, 1.5, 2.0], 3.0).logpdf([0.2, 0.7, 0.4]).sum()
     rates = stats.gamma([2.0, 1.5, 1.5], scale=1 / 3).logpdf([1.0, 2.5, 4.0]).sum()
     close(log_prior(b), torch.tensor(coins, dtype=torch.float64))
@@ -290,6 +295,7 @@ def test_fits_climb_the_log_posterior(build, tmp_path) -> None:
         (lambda: cases.gaussian(2, 2, "full"), NormalInverseWishart, cases.randn(40, 2, seed=3)),
         (lambda: cases.gaussian(2, 2, "diag"), NormalInverseGamma, cases.randn(40, 2, seed=3)),
         (lambda: Poisson(2, 2).double(), Gamma, torch.poisson(cases.rand(40, 2) * 5, generator=cases.rng(1))),
+        (lambda: Exponential(2, 2).double(), Gamma, cases.rand(40, 2, seed=1)),
     ],
 )
 def test_what_is_left_open_comes_from_the_data(factor, prior, data: torch.Tensor) -> None:
@@ -300,7 +306,8 @@ def test_what_is_left_open_comes_from_the_data(factor, prior, data: torch.Tensor
         found = model.component.prior
         if isinstance(found, Gamma):
             assert found.rate is not None
-            close(found.shape / found.rate, (data * scale).mean(0))
+            rate = found.shape / found.rate
+            close(1 / rate if isinstance(model.component, Exponential) else rate, (data * scale).mean(0))
         else:
             assert isinstance(found, (NormalInverseWishart, NormalInverseGamma))
             assert found.mean is not None

@@ -18,7 +18,7 @@ from tests.laws import cases
 from tests.laws.cases import close
 from torchem import Variational, factors, priors
 from torchem.batch import Batch
-from torchem.factors import Bernoulli, Categorical, Gaussian, LinearGaussian, Poisson, Product
+from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson, Product
 from torchem.model import LatentModel
 
 #: Untyped: what its stubs say of laws is not so.
@@ -60,6 +60,7 @@ def families(k: int) -> dict[str, Callable[[], tuple[Variational, Batch]]]:
         "Bernoulli": lambda: seen(Bernoulli(k, 2), priors.Beta([0.5, 2.0], 1.5), Batch(ones)),
         "Bernoulli-missing": lambda: seen(Bernoulli(k, 2), priors.Beta(0.5, 0.7), Batch(holes(ones))),
         "Poisson": lambda: seen(Poisson(k, 2), priors.Gamma([0.5, 2.0], 0.7), Batch(counts)),
+        "Exponential-missing": lambda: seen(Exponential(k, 2), priors.Gamma(1.5, 0.7), Batch(holes(counts + 0.5))),
         "Poisson-missing": lambda: seen(Poisson(k, 2), priors.Gamma(1.5, 0.7), Batch(holes(counts))),
     }
     for kind in KINDS:

@@ -12,7 +12,7 @@ from tests.laws import cases
 from tests.laws.cases import FactorCase, close, close_dict, close_stats, every_factor
 from torchem.batch import Batch
 from torchem.factor import Conjugate, Factor
-from torchem.factors import Categorical, Gaussian
+from torchem.factors import Categorical, Exponential, Gaussian
 from torchem.stats import Stats
 
 
@@ -160,6 +160,11 @@ def support(factor: Factor, batch: Batch) -> tuple[Batch, Tensor] | None:
         return None
     if isinstance(factor, Gaussian):
         return _normal_grid(factor, d)
+    if isinstance(factor, Exponential):
+        # Midpoints in t = log x, whose volume element is x.
+        t = torch.linspace(-25, 6, 1500, dtype=torch.float64)
+        points = torch.cartesian_prod(*[t.exp()] * d).reshape(-1, d)
+        return Batch(points), points.log().sum(-1) + d * (t[1] - t[0]).log()
     axis = torch.arange(80.0, dtype=torch.float64)
     return Batch(torch.cartesian_prod(*[axis] * d).reshape(-1, d)), torch.zeros(80**d)
 

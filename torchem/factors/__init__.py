@@ -3,6 +3,7 @@
 from torchem.factors.autoregressive import Autoregressive
 from torchem.factors.bernoulli import Bernoulli
 from torchem.factors.categorical import Categorical
+from torchem.factors.exponential import Exponential
 from torchem.factors.gaussian import Gaussian
 from torchem.factors.linear_gaussian import LinearGaussian
 from torchem.factors.mean_adjusted import MeanAdjustedAutoregression
@@ -15,6 +16,7 @@ __all__ = [
     "Autoregressive",
     "Bernoulli",
     "Categorical",
+    "Exponential",
     "Gaussian",
     "LinearGaussian",
     "MeanAdjustedAutoregression",

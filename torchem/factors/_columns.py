@@ -38,6 +38,8 @@ class Columns(Factor, Conjugate):
     default_init: ClassVar[str] = "kmeans"
     #: Name of the one parameter, ``[K, D]``.
     parameter: ClassVar[str]
+    #: For rates: which of the statistics they are multiplied by, and a gamma prior's rate is added to.
+    exposure: ClassVar[str] = "count"
 
     support: Tensor
 

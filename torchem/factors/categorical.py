@@ -314,13 +314,14 @@ class _ExpectedPass(StreamedPass):
 
     def __init__(self, factor: Categorical, logs: Tensor):
         super().__init__(factor)
+        self.family = factor
         self.table, self.logs = factor._forbidding(logs).to(factor.dtype), logs
 
     def log_potential(self, batch: Batch) -> Tensor:
-        return self.factor._looked_up(self.table, batch)
+        return self.family._looked_up(self.table, batch)
 
     def inner(self) -> Tensor:
-        return self.factor._inner(self.stats(), self.logs)
+        return self.family._inner(self.stats(), self.logs)
 
 
 def _apart(counts: Tensor) -> Tensor:

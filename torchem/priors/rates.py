@@ -23,13 +23,13 @@ class _Cells(Prior, ABC):
         """``count`` and ``total`` of the prior ``[K, D]``, as if they had been observed."""
 
     @abstractmethod
-    def surplus(self) -> tuple[float, float]:
+    def surplus(self, factor: Factor) -> tuple[float, float]:
         """What these exceed the exponents of the density by: ``count`` and ``total`` of no observation."""
 
     def _cells(self, factor: Factor, name: str, value: Tensor) -> Tensor:
         parameter = getattr(factor, getattr(factor, "parameter", ""), None)
         if parameter is None or self.view not in factor.views:
-            family = {"probs": "Bernoulli", "rates": "Poisson"}[self.view]
+            family = {"probs": "Bernoulli", "rates": "Poisson or Exponential"}[self.view]
             raise invalid("prior", f"{family} columns to stand over", type(factor).__name__, "use its own prior")
         return expand(name, value, tuple(parameter.shape[len(factor.replicas) :]), parameter)
 
@@ -38,7 +38,7 @@ class _Cells(Prior, ABC):
         return Stats(count=count, total=total)
 
     def mode_stats(self, factor: Factor) -> Stats:
-        (count, total), (more, ones) = self.pseudo(factor), self.surplus()
+        (count, total), (more, ones) = self.pseudo(factor), self.surplus(factor)
         return Stats(count=count - more, total=total - ones)
 
     def log_prob(self, factor: Factor) -> Tensor:
@@ -79,7 +79,7 @@ class Beta(_Cells):
         a, b = self._cells(factor, "a", self.a), self._cells(factor, "b", self.b)
         return a + b, a
 
-    def surplus(self) -> tuple[float, float]:
+    def surplus(self, factor: Factor) -> tuple[float, float]:
         return 2.0, 1.0
 
     def check(self, factor: Factor) -> None:
@@ -96,11 +96,12 @@ class Beta(_Cells):
 
 
 class Gamma(_Cells):
-    """Rates of a `Poisson` a priori Gamma: p(λ) ∝ λ^{shape − 1} exp(−rate · λ).
+    """Rates of a `Poisson` or an `Exponential` a priori Gamma: p(λ) ∝ λ^{shape − 1} exp(−rate · λ).
 
     Args:
         shape: One number or a tensor that broadcasts to ``[K, D]``; at least 1 for a mode inside.
-        rate: Likewise, in observations; None for the one under which rates are a priori as the data's mean.
+        rate: Likewise, in observations (of waiting times, in their units); None for the one under which the law has a
+            priori the mean of the data.
 
     Raises:
         InvalidArgument: If an entry is not positive.
@@ -129,16 +130,23 @@ class Gamma(_Cells):
             return self
         mean = moments.mean.to(torch.float64)
         # A column of zeros has no scale of its own.
-        out = Gamma(self.shape, self.shape / torch.where(mean > 0, mean, 1.0))
+        mean = torch.where(mean > 0, mean, 1.0)
+        out = Gamma(self.shape, self.shape * mean if self._times(factor) else self.shape / mean)
         out._open = True
         return out
 
+    @staticmethod
+    def _times(factor: Factor) -> bool:
+        """Whether rates are multiplied by times observed, and counted by observations; else it is the other way."""
+        return getattr(factor, "exposure", "count") == "total"
+
     def pseudo(self, factor: Factor) -> tuple[Tensor, Tensor]:
         rate = self.shape if self.rate is None else self.rate
-        return self._cells(factor, "rate", rate), self._cells(factor, "shape", self.shape)
+        exposure, events = self._cells(factor, "rate", rate), self._cells(factor, "shape", self.shape)
+        return (events, exposure) if self._times(factor) else (exposure, events)
 
-    def surplus(self) -> tuple[float, float]:
-        return 0.0, 1.0
+    def surplus(self, factor: Factor) -> tuple[float, float]:
+        return (1.0, 0.0) if self._times(factor) else (0.0, 1.0)
 
     def check(self, factor: Factor) -> None:
         self.pseudo(factor)

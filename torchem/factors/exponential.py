@@ -1,0 +1,179 @@
+"""Independent columns of waiting times."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch, as_tensor, values_known
+from torchem.errors import invalid
+from torchem.factor import Factor, Moments
+from torchem.factors._columns import Columns
+from torchem.priors import Gamma
+from torchem.stats import Stats
+
+
+class Exponential(Columns):
+    """Independent exponential columns given the state.
+
+    log p(x | k) = Σ_d log λ_kd − λ_kd x_d, over the entries observed (NaN is missing).
+
+    It starts at rates of one. A component that saw nothing but zeros would have an infinite likelihood: means stay
+    above ``mean_floor`` times the mean of the data, which is the exact maximum under that bound.
+
+    Args:
+        n_components: K, the number of states.
+        n_features: D, the number of columns.
+        mean_floor: Least mean, relative to that of the column in the data.
+
+    Raises:
+        InvalidArgument: For sizes below one or a floor that is not positive.
+
+    Source: G. J. McLachlan, D. Peel (2000), section 5.4.
+
+    Example:
+        >>> e = Exponential(2, 1)
+        >>> e.rates = [[1.0], [0.5]]
+        >>> e.log_prob(Batch(torch.tensor([[2.0]])))
+        tensor([[-2.0000, -1.6931]], grad_fn=<...>)
+    """
+
+    views: ClassVar = {"rates": "log_rate"}
+    parameter: ClassVar[str] = "log_rate"
+    exposure: ClassVar[str] = "total"
+
+    log_rate: Tensor
+    unit: Tensor
+
+    def __init__(self, n_components: int, n_features: int, mean_floor: float = 1e-6):
+        super().__init__(n_components, n_features)
+        if not 0 < mean_floor < 1:
+            raise invalid("mean_floor", "a number between 0 and 1", mean_floor, "the default is 1e-6")
+        self.mean_floor = mean_floor
+        #: Mean of each column in the data; zero before any was seen.
+        self.new_buffer("unit", torch.zeros(n_components, n_features))
+
+    @property
+    def rates(self) -> Tensor:
+        """Rates ``[*r, K, D]``: reciprocals of the means; assignable."""
+        return self.log_rate.exp()
+
+    @rates.setter
+    def rates(self, value: Any) -> None:
+        rates = as_tensor(value, "rates").to(self.device, torch.float64)
+        if rates.shape != self.log_rate.shape:
+            raise invalid(
+                "rates", f"shape {list(self.log_rate.shape)}", list(rates.shape), "give one row per component"
+            )
+        if not bool(((rates > 0) & rates.isfinite()).all()):
+            raise invalid("rates", "finite positive numbers", "another entry", "correct it")
+        with torch.no_grad():
+            self.log_rate.copy_(rates.log())
+
+    def refresh(self) -> None:
+        """No cell is ever fixed at a bound."""
+
+    def check(self, batch: Batch) -> None:
+        super().check(batch)
+        x = batch.x.detach()
+        if values_known() and bool((bad := x < 0).any()):
+            raise invalid(
+                "data", "numbers of at least zero", f"{x[bad][0].item():g}",
+                "correct that entry, or set it to NaN if it is missing",
+            )  # fmt: skip
+
+    # ---- the family -------------------------------------------------------------------------------------------
+
+    def natural(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return -value.exp(), -value
+
+    def estimate(self, count: Tensor, total: Tensor) -> Tensor:
+        return -torch.maximum(total / count, self._least()).log()
+
+    def _least(self) -> Tensor:
+        return (self.mean_floor * self.unit.to(torch.float64)).clamp(min=torch.finfo(self.dtype).tiny)
+
+    def expectation(self, value: Tensor) -> Tensor:
+        return (-value).exp()
+
+    def mean_variance(self) -> tuple[Tensor, Tensor]:
+        mean = (-self.log_rate).exp()
+        return mean, mean.square()
+
+    def free(self) -> Tensor:
+        return torch.ones_like(self.log_rate, dtype=torch.bool)
+
+    def forbidden(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self.log_rate), torch.zeros_like(self.log_rate)
+
+    # ---- the floor --------------------------------------------------------------------------------------------
+
+    def prepare(self, moments: Moments) -> None:
+        super().prepare(moments)
+        if moments.mean.shape == (self.n_features,):
+            self.unit.copy_(moments.mean)
+
+    def project(self) -> None:
+        self.log_rate.data = torch.minimum(self.log_rate.data, -self._least().log().to(self.dtype))
+
+    def degenerate(self) -> Tensor:
+        mean = (-self.log_rate.detach().to(torch.float64)).exp()
+        return (mean <= self._least() * (1 + 1e-5)).any(-1)
+
+    # ---- conjugate prior: gamma -------------------------------------------------------------------------------
+
+    def log_normalizer(self, posterior: Stats) -> Tensor:
+        """Gamma: Σ log Γ(count) − count log total."""
+        count, total = posterior["count"], posterior["total"]
+        return (count.lgamma() - count * total.log()).sum((-2, -1))
+
+    def expected_natural(self, posterior: Stats) -> Stats:
+        """E log λ for each count and −E λ for each total."""
+        count, total = posterior["count"], posterior["total"]
+        return Stats(count=count.digamma() - total.log(), total=-count / total)
+
+    def weak_prior(self) -> Gamma:
+        """A shape of one, and the mean of the data."""
+        return Gamma(1.0)
+
+    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
+        """Lomax: an exponential time whose rate is gamma (N. L. Johnson et al. 1994, section 20.1)."""
+        count, total = (value.unsqueeze(-3) for value in (posterior["count"], posterior["total"]))
+        x = batch.x.to(torch.float64).reshape(-1, 1, self.n_features)
+        seen = ~x.isnan()
+        x = torch.where(seen, x, 0.0)
+        value = count.log() - total.log() - (count + 1) * (x / total).log1p()
+        value = torch.where(seen, value, 0.0).sum(-1).to(self.dtype)
+        return value.unflatten(-2, batch.x.shape[:-1])
+
+    def draw_predictive(
+        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
+    ) -> Tensor:
+        count, total = posterior["count"], posterior["total"]
+        rates = torch._standard_gamma(count[z], generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        return self._drawn(rates / total[z], generator)
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        return self._drawn(self.rates.detach()[z], generator)
+
+    def _drawn(self, rates: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (torch.empty_like(rates).exponential_(generator=generator) / rates).to(self.dtype)
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        return cls.examples()[0]
+
+    @classmethod
+    def examples(cls) -> list[tuple[Factor, Batch]]:
+        """Complete rows, and rows with missing entries."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.empty(30, 2, dtype=torch.float64).exponential_(generator=generator)
+        holes = torch.rand(30, 2, generator=generator) < 0.2
+        found: list[tuple[Factor, Batch]] = []
+        for data in (x, x.masked_fill(holes, torch.nan)):
+            family = cls(3, 2).double()
+            family.rates = torch.rand(3, 2, generator=generator, dtype=torch.float64) * 3 + 0.2
+            found.append((family, Batch(data)))
+        return found
