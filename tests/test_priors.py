@@ -77,7 +77,8 @@ def test_a_prior_leaves_structural_zeros_alone() -> None:
     assert value is not None
     # Each row is Dirichlet over what it may reach; a row with one successor has density one.
     rows = [([5.0, 2.0], [0.5, 0.5]), ([5.0, 2.0], [0.5, 0.5])]
-    close(value, sum(Reference(torch.tensor(a).double()).log_prob(torch.tensor(p).double()) for a, p in rows))
+    laws = [Reference(torch.tensor(a).double()).log_prob(torch.tensor(p).double()) for a, p in rows]
+    close(value, torch.stack(laws).sum())
     stats = factor.penalized(torchem.Stats(counts=torch.zeros(3, 3, dtype=torch.float64)))
     new = Categorical(3, 3).double()
     new.support, new.restricted = factor.support, True

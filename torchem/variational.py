@@ -382,7 +382,7 @@ def _check(factor: Factor) -> None:
     parts = _parts(factor)
     for part in parts.values():
         _check(part)
-    if not parts:
+    if not parts or next(factor.parameters(recurse=False), None) is not None:  # parameters besides those of its parts
         conjugate(factor)
 
 

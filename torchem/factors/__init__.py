@@ -11,6 +11,7 @@ from torchem.factors.mixture import Mixture
 from torchem.factors.poisson import Poisson
 from torchem.factors.product import Product
 from torchem.factors.softmax_regression import SoftmaxRegression
+from torchem.factors.student_t import StudentT
 
 __all__ = [
     "Autoregressive",
@@ -24,4 +25,5 @@ __all__ = [
     "Poisson",
     "Product",
     "SoftmaxRegression",
+    "StudentT",
 ]

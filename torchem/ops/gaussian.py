@@ -154,8 +154,12 @@ class Structure(ABC):
         return self.divided(scatter, self.mass(self.counts(dof, d)))
 
     @abstractmethod
+    def traces(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        """tr(Σ⁻¹ · scatter) of each covariance that is estimated by itself, ``[*r, K or 1]``."""
+
     def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
-        """Σ tr(Σ⁻¹ · scatter) over components, ``[*r]``."""
+        """The sum of `traces`, ``[*r]``."""
+        return self.traces(raw, scatter).sum(-1)
 
     @abstractmethod
     def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
@@ -329,8 +333,8 @@ class Full(Structure):
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
         return _shift(second, first, count, delta)
 
-    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
-        return (_precision(raw) * scatter).sum((-3, -2, -1))
+    def traces(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return (_precision(raw) * scatter).sum((-2, -1))
 
     def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
         scale = unit.sqrt()
@@ -423,8 +427,8 @@ class Tied(Structure):
     def mass(self, dof: Tensor) -> Tensor:
         return dof.sum(-1)
 
-    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
-        return (_precision(raw) * scatter).sum((-2, -1))
+    def traces(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return (_precision(raw) * scatter).sum((-2, -1)).unsqueeze(-1)
 
     clip = Full.clip
 
@@ -561,8 +565,8 @@ class Diag(Entrywise):
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
         return second - 2 * first * delta + count * delta.square()
 
-    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
-        return ((-2 * raw).exp() * scatter).sum((-2, -1))
+    def traces(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return ((-2 * raw).exp() * scatter).sum(-1)
 
     def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
         return torch.maximum(covariances, floor * unit)
@@ -653,8 +657,8 @@ class Spherical(Entrywise):
     def mass(self, dof: Tensor) -> Tensor:
         return dof.sum(-1)
 
-    def trace(self, raw: Tensor, scatter: Tensor) -> Tensor:
-        return ((-2 * raw).exp() * scatter).sum(-1)
+    def traces(self, raw: Tensor, scatter: Tensor) -> Tensor:
+        return (-2 * raw).exp() * scatter
 
     def clip(self, covariances: Tensor, unit: Tensor, floor: float) -> Tensor:
         return torch.maximum(covariances, floor * unit.amax(-1))

@@ -332,17 +332,22 @@ class CompletedPass(DirectPass):
         for group, covariance in self.left:
             yield group, _inverse(group.block(self.precision))[0] if covariance is None else covariance
 
-    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
-        """Add completed moments under weights ``[*r, K, n]``."""
-        weight = weight if self.order is None else weight.index_select(-1, self.order)
-        weight = torch.where(self.seen, weight.to(self.mean.dtype), 0.0)
+    def collect(self, weight: Float[Tensor, "*r k n"], left: Float[Tensor, "*r k n"] | None = None) -> None:
+        """Add completed moments under weights ``[*r, K, n]``; covariances of what is missing under ``left``."""
+        weight, mass = self._arranged(weight), None if left is None else self._arranged(left)
         gap = (self.mean - self.origin).unsqueeze(-1)
         self._add(weight, torch.addcmul(gap, self.difference, self.unit).mT)
         tied, d = bool(self.structure.shared), self.precision.shape[-1]
-        each = weight.sum(-2, keepdim=True) if tied else weight
-        left = sum(group.total(each[..., group.rows], covariance, d) for group, covariance in self._covariances())
-        left = (left * self.unit * self.unit.mT).to(torch.float64)
-        self.second = self.second + (left.squeeze(-3) if tied else left)
+        each = weight if mass is None else mass
+        each = each.sum(-2, keepdim=True) if tied else each
+        rest = sum(group.total(each[..., group.rows], covariance, d) for group, covariance in self._covariances())
+        rest = (rest * self.unit * self.unit.mT).to(torch.float64)
+        self.second = self.second + (rest.squeeze(-3) if tied else rest)
+
+    def _arranged(self, weight: Tensor) -> Tensor:
+        """Weights in the order of the rows, zero where nothing was seen."""
+        weight = weight if self.order is None else weight.index_select(-1, self.order)
+        return torch.where(self.seen, weight.to(self.mean.dtype), 0.0)
 
     def conditional(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
         """Means and variances ``[*r, K, n, D]`` of all entries given those observed."""
@@ -466,14 +471,22 @@ class Pass:
             return CompletedPass(self.structure, *arguments)
         return (EntryPass if direct else EntryFeaturesPass)(self.structure, *arguments)
 
-    def collect(self, weight: Float[Tensor, "*r k n"]) -> None:
-        """Add the moments of the rows last given to `log_prob`, under weights ``[*r, K, n]``."""
+    def collect(self, weight: Float[Tensor, "*r k n"], left: Float[Tensor, "*r k n"] | None = None) -> None:
+        """Add the moments of the rows last given to `log_prob`, under weights ``[*r, K, n]``.
+
+        With ``left`` the covariances of what is missing have weights of their own: where observations have scales, what
+        is missing shares them, and its expected square does not depend on them.
+        """
         if self.rows is None:
             self.complete.collect(weight)
             return
         assert self.incomplete is not None
         self.complete.collect(weight.index_select(-1, self.rows[0]))
-        self.incomplete.collect(weight.index_select(-1, self.rows[1]))
+        some = weight.index_select(-1, self.rows[1])
+        if left is not None and isinstance(self.incomplete, CompletedPass):
+            self.incomplete.collect(some, left.index_select(-1, self.rows[1]))
+        else:
+            self.incomplete.collect(some)
 
     def inner(self) -> Tensor:
         """Q of all that was collected, ``[*r]``."""
