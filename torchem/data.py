@@ -293,6 +293,9 @@ class Moments:
         self.weight: Tensor = torch.zeros((), dtype=torch.float64)
         self._mean: Tensor = torch.zeros((), dtype=torch.float64)
         self.scatter: Tensor = torch.zeros((), dtype=torch.float64)
+        #: ``[D]`` least and greatest entry of each column, of rows that have a weight.
+        self.low: Tensor = torch.full((), torch.inf, dtype=torch.float64)
+        self.high: Tensor = torch.full((), -torch.inf, dtype=torch.float64)
 
     @property
     def mean(self) -> Tensor:
@@ -318,10 +321,15 @@ class Moments:
             x = x.masked_fill(missing, 0.0)
         mean = (weight @ x) / total.clamp(min=_TINY)
         gap = x - mean
-        self._merge(total, mean, weight @ (gap.masked_fill(missing, 0.0) if some else gap).square())
+        absent = missing if batch.weight is None else missing | (weight <= 0).unsqueeze(-1)
+        hidden = some or batch.weight is not None
+        low, high = ((x.masked_fill(absent, end) if hidden else x) for end in (torch.inf, -torch.inf))
+        scatter = weight @ (gap.masked_fill(missing, 0.0) if some else gap).square()
+        self._merge(total, mean, scatter, low.amin(0), high.amax(0))
 
-    def _merge(self, weight: Tensor, mean: Tensor, scatter: Tensor) -> None:
-        weight, mean, scatter = (t.to("cpu") for t in (weight, mean, scatter))
+    def _merge(self, weight: Tensor, mean: Tensor, scatter: Tensor, low: Tensor, high: Tensor) -> None:
+        weight, mean, scatter, low, high = (t.to("cpu") for t in (weight, mean, scatter, low, high))
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         total = self.weight + weight
         share = weight / total.clamp(min=_TINY)
         gap = mean - self._mean
@@ -335,7 +343,7 @@ class Moments:
         out = cls()
         for part in parts:
             if part.weight.dim():
-                out._merge(part.weight, part.mean, part.scatter)
+                out._merge(part.weight, part.mean, part.scatter, part.low, part.high)
         return out
 
 

@@ -98,7 +98,7 @@ class Adjustment:
 
 @runtime_checkable
 class Moments(Protocol):
-    """What a data source tells a factor before the first E-step: weighted mean and variance of each column."""
+    """What a data source tells a factor before the first E-step about each column."""
 
     @property
     def mean(self) -> Tensor:
@@ -108,6 +108,16 @@ class Moments(Protocol):
     @property
     def variance(self) -> Tensor:
         """Weighted variance of each column, ``[D]``."""
+        ...
+
+    @property
+    def low(self) -> Tensor:
+        """Least entry of each column, ``[D]``."""
+        ...
+
+    @property
+    def high(self) -> Tensor:
+        """Greatest entry of each column, ``[D]``."""
         ...
 
 
@@ -203,9 +213,9 @@ class Factor(nn.Module, ABC):
     @property
     def replicas(self) -> tuple[int, ...]:
         """``()`` for one model, ``(R,)`` when a leading axis holds R replicas."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                return tuple(parameter.shape[: parameter.dim() - self._rank[name]])
+        for name, rank in self._rank.items():
+            tensor = getattr(self, name)
+            return tuple(tensor.shape[: tensor.dim() - rank])
         return ()
 
     def _first(self) -> Tensor:
@@ -213,7 +223,7 @@ class Factor(nn.Module, ABC):
         for parameter in self._parameters.values():
             if parameter is not None:
                 return parameter
-        return next(iter(self.parameters()))
+        return next(self.parameters(), None) or next(self.buffers())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -670,6 +670,7 @@ def test_a_start_forgets_what_rows_were_first_completed_by(kind: str) -> None:
 class _Moments:
     def __init__(self, mean: Tensor, variance: Tensor):
         self.mean, self.variance = mean, variance
+        self.low = self.high = mean
 
 
 @every_kind

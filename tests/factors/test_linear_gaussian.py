@@ -167,6 +167,7 @@ def test_floor_is_relative_to_the_data() -> None:
 
     class Moments:
         mean, variance = batch.x.mean(0), batch.x.var(0, unbiased=False)
+        low, high = batch.x.amin(0), batch.x.amax(0)
 
     factor.prepare(Moments())
     best = test_factor.maximized(factor, factor.stats(batch, torch.ones(30, 1, dtype=torch.float64)))

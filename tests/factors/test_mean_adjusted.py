@@ -137,6 +137,7 @@ def test_variance_floor() -> None:
 
     class Moments:
         mean, variance = x.mean(0, keepdim=True), x.var(0, keepdim=True)
+        low, high = x.min().unsqueeze(0), x.max().unsqueeze(0)
 
     factor.prepare(Moments())
     best = test_factor.maximized(factor, factor.stats(rows, torch.ones(19, 1, dtype=torch.float64)))

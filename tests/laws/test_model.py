@@ -141,6 +141,7 @@ def test_bound_never_falls_from_hard_starts(kind: str, data: str, rows: int, dev
 class _Moments:
     def __init__(self, mean: Tensor, variance: Tensor):
         self.mean, self.variance = mean, variance
+        self.low = self.high = mean
 
 
 @every_model()

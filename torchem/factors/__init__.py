@@ -11,7 +11,9 @@ from torchem.factors.mixture import Mixture
 from torchem.factors.poisson import Poisson
 from torchem.factors.product import Product
 from torchem.factors.softmax_regression import SoftmaxRegression
+from torchem.factors.stacked import Stacked
 from torchem.factors.student_t import StudentT
+from torchem.factors.uniform import Uniform
 
 __all__ = [
     "Autoregressive",
@@ -25,5 +27,7 @@ __all__ = [
     "Poisson",
     "Product",
     "SoftmaxRegression",
+    "Stacked",
     "StudentT",
+    "Uniform",
 ]

@@ -1,7 +1,7 @@
 """What factors made of other factors have in common: everything but the density goes to the parts."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -191,3 +191,13 @@ def reads_sequences(factor: Factor) -> bool:
     if isinstance(factor, Composite):
         return any(map(reads_sequences, factor.parts().values()))
     return type(factor).context is not Factor.context
+
+
+def reshaped(stats: Stats, shape: Callable[[Tensor], Tensor]) -> Stats:
+    """Statistics with the component axis of every leaf that has one in another shape."""
+    return stats.like(
+        {
+            name: reshaped(leaf, shape) if isinstance(leaf, Stats) else leaf if name in stats.shared else shape(leaf)
+            for name, leaf in stats.items()
+        }
+    )

@@ -1,14 +1,12 @@
 """A mixture inside each state: emissions of any shape from simple parts."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor, Kernel
-from torchem.factors._composite import Composite
+from torchem.factors._composite import Composite, reshaped
 from torchem.ops import kmeans, reduce
 from torchem.stats import Stats
 
@@ -99,12 +97,12 @@ class Mixture(Composite):
 
     def opened(self, stats: Stats) -> dict[str, Stats]:
         lead = len(self.replicas)
-        component = _reshaped(stats["component"], lambda leaf: leaf.flatten(lead, lead + 1))
+        component = reshaped(stats["component"], lambda leaf: leaf.flatten(lead, lead + 1))
         return {"mixing": stats["mixing"], "component": component}
 
     def closed(self, parts: dict[str, Stats]) -> Stats:
         lead, sizes = len(self.replicas), (self._k, self._m)
-        component = _reshaped(parts["component"], lambda leaf: leaf.unflatten(lead, sizes))
+        component = reshaped(parts["component"], lambda leaf: leaf.unflatten(lead, sizes))
         return Stats(mixing=parts["mixing"], component=component)
 
     def components_of(self, path: str, states: Tensor) -> Tensor:
@@ -269,16 +267,6 @@ class _MixtureKernel(Kernel):
     def inner(self) -> Tensor:
         assert self.mixing is not None
         return self.mixture.mixing.expected_log_prob(self.mixing) + self.kernel.inner()
-
-
-def _reshaped(stats: Stats, shape: Callable[[Tensor], Tensor]) -> Stats:
-    """Statistics with the component axis of every leaf that has one in another shape."""
-    return stats.like(
-        {
-            name: _reshaped(leaf, shape) if isinstance(leaf, Stats) else leaf if name in stats.shared else shape(leaf)
-            for name, leaf in stats.items()
-        }
-    )
 
 
 def _standardized(x: Tensor) -> Tensor:

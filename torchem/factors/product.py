@@ -181,7 +181,7 @@ class Product(Composite):
         if moments.mean.shape != (self.n_features,):
             return
         for factor, columns in zip(self._factors(), self.columns, strict=True):
-            factor.prepare(_Columns(moments.mean[columns], moments.variance[columns]))
+            factor.prepare(_Columns(moments, columns))
 
     def select(self, keep: Tensor) -> "Product":
         return Product([factor.select(keep) for factor in self._factors()], self.columns)
@@ -261,12 +261,12 @@ class _Read:
         return expected if self.seen is None else torch.where(self.seen, expected, 0.0)
 
 
-@dataclass(frozen=True)
 class _Columns:
     """Moments of some columns."""
 
-    mean: Tensor
-    variance: Tensor
+    def __init__(self, moments: Moments, columns: list[int]):
+        self.mean, self.variance = moments.mean[columns], moments.variance[columns]
+        self.low, self.high = moments.low[columns], moments.high[columns]
 
 
 def _summed(values: list[Tensor], reads: list[_Read]) -> Tensor:
