@@ -9,7 +9,7 @@ import copy
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -87,8 +87,13 @@ class LatentModel(nn.Module, ABC):
         """Validate data for this model."""
         build = as_sequences if self.sequential else as_batch
         if fields.get("labels") is not None:
-            fields.setdefault("n_states", getattr(self, "n_components", None))
+            fields.setdefault("n_states", self.labelled)
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
+
+    @property
+    def labelled(self) -> int | tuple[int, ...] | None:
+        """How many states labels count: K, or those of each chain where a label names a state of each."""
+        return getattr(self, "n_components", None)
 
     @property
     def handles_missing(self) -> bool:
@@ -187,6 +192,14 @@ class LatentModel(nn.Module, ABC):
         return total
 
     # ---- starts -----------------------------------------------------------------------------------------------
+
+    def visit(self, key: Hashable) -> None:
+        """Told in a fit which batch the next E-step is on, for models that set out from where the last one ended.
+
+        Args:
+            key: Its place in a fixed partition of the data; None where there is none.
+        """
+        return
 
     def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
         """Called before a fit starts, for models that draw: the fit's own generators, one per replica.
@@ -411,7 +424,7 @@ class DiscreteModel(LatentModel):
             uniforms: Gives the uniform numbers of the draws; those of torch's global generator when left out.
         """
         if kind == "sample":
-            source = _global_uniforms if uniforms is None else uniforms
+            source = global_uniforms if uniforms is None else uniforms
             infer = functools.partial(self.infer_sample, uniforms=source)
         else:
             infer = self.infer if kind == "soft" else self.infer_hard
@@ -457,7 +470,8 @@ class DiscreteModel(LatentModel):
         return self._each(data, self.log_partition, score=True)
 
 
-def _global_uniforms(shape: torch.Size) -> Tensor:
+def global_uniforms(shape: torch.Size) -> Tensor:
+    """Uniform numbers from torch's own generator."""
     return torch.rand(shape, dtype=torch.float64)
 
 

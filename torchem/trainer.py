@@ -21,7 +21,7 @@ from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
-from torchem.model import DiscreteModel, EStep, LatentModel
+from torchem.model import EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
@@ -509,6 +509,7 @@ class _Loop:
         """Those of each batch, as many on each process: one with fewer batches ends on empty ones."""
         given, stats = 0, None
         for key, batch in self.source:
+            self.twin.visit(None if self.source.held is not None or self.source.shuffled else key)
             stats, given = self._e_step(batch), given + 1
             yield key, stats
         for missing in range(given, self.source.batches):
@@ -527,8 +528,8 @@ class _Loop:
         # A model of one's own need not know of kinds and temperatures.
         if beta == 1 and kind != "sample":
             return self.twin.e_step(batch) if kind == "soft" else self.twin.e_step(batch, kind)
-        assert isinstance(self.twin, DiscreteModel)
-        return self.twin.e_step(batch, kind, beta, self._uniforms)
+        e_step: Any = self.twin.e_step
+        return e_step(batch, kind, beta, self._uniforms)
 
     def _uniforms(self, shape: torch.Size) -> Tensor:
         """Uniform numbers of a shape, each restart's from its own generator."""
@@ -655,7 +656,8 @@ class _Loop:
     def _impossible_row(self, model: LatentModel) -> int | None:
         start = 0
         for _, batch in self.source:
-            bad = model.log_prob(batch) == -math.inf
+            # The bound of an approximate posterior is −inf where the density is, and takes no list of all states.
+            bad = getattr(model, "elbo", model.log_prob)(batch) == -math.inf
             if batch.weight is not None:
                 bad = bad & (batch.weight > 0).to(bad.device)
             if bool(bad.any()):
