@@ -523,6 +523,22 @@ def test_components_that_nobody_needs_are_no_symmetry() -> None:
         torchem.fit(equal, x, init=None, max_iter=2, tol=1.0, progress=False)
 
 
+def test_states_that_no_frame_needs_are_no_symmetry() -> None:
+    """As components; a pair with mass is still named."""
+    truth = torchem.GaussianHMM(2, 2).double()
+    truth.means, truth.transition_matrix = [[-4.0, 0.0], [4.0, 1.0]], [[0.9, 0.1], [0.2, 0.8]]
+    x = truth.sample(6, 15, generator=cases.rng(0))
+    model: Any = torchem.variational(torchem.GaussianHMM(4, 2, "full").double())
+    result = torchem.fit(model, x, seed=0, init="random", max_iter=150, tol=1e-6, progress=False)
+    assert len(result.dead) == 2
+    assert result.redundant == []
+    torchem.fit(model, x, init=None, max_iter=3, tol=1e-3, progress=False)
+    equal: Any = torchem.variational(torchem.GaussianHMM(2, 2).double())
+    with pytest.warns(torchem.errors.SymmetryWarning):
+        found = torchem.fit(equal, x, init=None, max_iter=2, tol=1.0, progress=False)
+    assert found.redundant == [(0, 1)]
+
+
 def test_float32_follows_float64() -> None:
     x = cases.blobs(300, 3, 3, seed=4) + 100.0
     fine: Any = torchem.variational(torchem.GaussianMixture(3, 3).double())

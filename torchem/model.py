@@ -10,7 +10,7 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -429,7 +429,7 @@ class DiscreteModel(LatentModel):
         else:
             infer = self.infer if kind == "soft" else self.infer_hard
         with declared_precision(self.device):
-            return self._e_step(batch, infer if beta == 1 else _tempered(infer, beta))
+            return self._e_step(batch, infer if beta == 1 else Tempered(infer, beta))
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
         """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
@@ -475,16 +475,18 @@ def global_uniforms(shape: torch.Size) -> Tensor:
     return torch.rand(shape, dtype=torch.float64)
 
 
-def _tempered(infer: Callable[..., tuple[Tensor, dict[str, Tensor]]], beta: float) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Tempered:
     """Inference with the joint density to the power β: expectations under it, and log Z_β / β."""
 
-    def run(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if batch.evidence is not None:
-            batch = replace(batch, evidence=batch.evidence * beta)
-        log_z, expected = infer({slot: value * beta for slot, value in potentials.items()}, batch)
-        return log_z / beta, expected
+    infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    beta: float
 
-    return run
+    def __call__(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.evidence is not None:
+            batch = replace(batch, evidence=batch.evidence * self.beta)
+        log_z, expected = self.infer({slot: value * self.beta for slot, value in potentials.items()}, batch)
+        return log_z / self.beta, expected
 
 
 def weighted(log_z: Tensor, batch: Batch) -> Tensor:
