@@ -92,8 +92,6 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
 
 #: All that is refused, with a word of the sentence that says why.
 REFUSED = {
-    ("amortized model", "stochastic"): "batch_size",
-    ("amortized model", "incremental"): "batch_size",
     ("amortized model", "hard"): "configurations",
     ("amortized model", "sampled"): "configurations",
     ("amortized model", "annealed"): "temperature",

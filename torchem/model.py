@@ -172,6 +172,15 @@ class LatentModel(nn.Module, ABC):
         """
         self.m_step(stats)
 
+    def learn(self, stats: Stats, batch: Batch | None) -> None:
+        """One M-step within a pass, after a batch: that of online and incremental EM.
+
+        Args:
+            stats: What a rule has gathered.
+            batch: The one that came last; None where other processes have more of them.
+        """
+        self.m_step(stats)
+
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """Σ_f Q_f(θ; S): the part of the bound that parameters move."""
         return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
