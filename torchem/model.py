@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
-from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments
+from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments, refuse_misspelt
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
 from torchem.sequences import as_sequences
@@ -48,6 +48,10 @@ class LatentModel(nn.Module, ABC):
     accelerates: ClassVar[bool] = True
     #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
     memory_budget: int | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_misspelt(self, name, value)
+        super().__setattr__(name, value)
 
     @abstractmethod
     def slots(self) -> tuple[tuple[str, Factor], ...]:
