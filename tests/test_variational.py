@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,92 @@ def test_one_component_is_exact(build) -> None:
         cases.assign(q, q.maximize(q.stats(batch, before)))
         total = total + q.log_prob(batch[i : i + 1]).sum()
     close(bound, total, rtol=1e-9)
+
+
+#: What may be kept of each family, by its views: whole, or the first component (of tables: cells).
+KEPT: dict[str, list[tuple[str, ...]]] = {
+    "Gaussian": [("means",), ("covariances",), ("means", "covariances")],
+    "LinearGaussian": [("weight", "covariances")],
+    "Categorical": [("probs",)],
+    "Bernoulli": [("probs",)],
+    "Poisson": [("rates",)],
+}
+
+
+def partly_frozen(k: int, masked: bool) -> Iterator[Any]:
+    for name, build in families(k).items():
+        family, *rest = name.split("-")
+        for views in KEPT[family]:
+            shared = family == "LinearGaussian" or ("tied" in rest and "covariances" in views)
+            if masked and shared:
+                continue
+
+            def frozen(build=build, views=views, family=family) -> tuple[Variational, Batch]:
+                q, batch = build()
+                for view in views:
+                    mask = torch.tensor([True, *[False] * (k - 1)]) if masked else None
+                    if family == "Categorical":
+                        mask = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])[:k]
+                    q.freeze(view, mask=mask)
+                return q, batch
+
+            yield pytest.param(frozen, id="-".join([name, *views, *["first"] * masked]))
+
+
+@pytest.mark.parametrize("build", [*partly_frozen(1, False)])
+def test_one_component_of_which_a_part_is_known_is_exact(build) -> None:
+    """The bound is log p(x | what is kept), and so the product of predictive densities given it."""
+    test_one_component_is_exact(build)
+
+
+@pytest.mark.parametrize("build", [*partly_frozen(3, False), *partly_frozen(3, True)])
+def test_what_is_kept_stays_and_the_rest_maximises_the_bound(build) -> None:
+    q, batch = build()
+    before = {name: value.detach().clone() for name, value in q.named_parameters()}
+    stats = q.stats(batch, cases.soft(len(batch), 3, seed=5) * 2)
+    values = q.maximize(stats)
+    for view, name in q.views.items():
+        mask = q.frozen(name)
+        if mask is not None and view != "probs":
+            rows = mask.expand(3) if q.get_parameter(name).shape[0] == 3 else slice(None)
+            close(values[name][rows], before[name][rows], rtol=0, atol=0)
+    if isinstance(q.factor, Categorical):
+        mask = q.factor.frozen("logits")
+        close(values["factor.logits"].exp()[mask], q.factor.probs[mask], rtol=1e-12)
+    cases.assign(q, values)
+    free = [p for n, p in q.named_parameters() if not (q.frozen(n) is not None and bool(q.frozen(n).all()))]  # pyright: ignore
+    bound = q.expected_log_prob(stats) - q.divergence()
+    slopes = torch.autograd.grad(bound, free, allow_unused=True) if free and bound.requires_grad else ()
+    for name, slope in zip([n for n, p in q.named_parameters() if any(p is f for f in free)], slopes, strict=False):
+        mask = q.frozen(name)
+        if slope is None or (mask is not None and mask.dim() and name != "factor.logits"):
+            slope = torch.zeros(1) if slope is None else slope[~mask]
+        if name != "factor.logits":  # a cell that is kept is none of the maximiser's
+            close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)
+    # At no data the posterior is the prior, given what is kept.
+    cases.assign(q, q.maximize(stats * 0.0))
+    close(q.divergence(), torch.zeros(()), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kept", ["means", "covariances", "probs"])
+def test_a_fit_with_a_part_that_is_known(kept: str) -> None:
+    x = cases.blobs(90, 2, 3)
+    model: Any = torchem.variational(torchem.GaussianMixture(3, 2).double())
+    torchem.fit(model, x, seed=0, max_iter=3, tol=0, progress=False)
+    mask = torch.tensor([True, False, False])
+    if kept == "probs":
+        model.mixing.freeze("probs", mask=mask)
+        known = model.weights[0].detach().clone()
+    else:
+        model.component.freeze(kept, mask=mask)
+        known = getattr(model, kept)[0].detach().clone()
+    result = torchem.fit(model, x + 0.3, init=None, max_iter=15, tol=0, progress=False)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
+    close((model.weights if kept == "probs" else getattr(model, kept))[0], known, rtol=1e-12)
+    model.component.unfreeze()
+    model.mixing.unfreeze()
+    assert torchem.fit(model, x + 0.3, init=None, max_iter=15, tol=0, progress=False).n_iter == 15
+    assert not torch.equal((model.weights if kept == "probs" else getattr(model, kept))[0], known)
 
 
 def test_a_divergence_of_torch() -> None:
@@ -582,10 +668,7 @@ def test_a_factor_keeps_its_prior_and_one_posterior_serves_two_slots() -> None:
     assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
 
 
-def frozen() -> Gaussian:
-    g = Gaussian(2, 1)
-    g.freeze("means")
-    return g
+FIRST = torch.tensor([True, False])
 
 
 def fitted_with_stationary() -> None:
@@ -600,8 +683,8 @@ def fitted_with_stationary() -> None:
         (lambda: Variational(factors.SoftmaxRegression(2, 2)), "conjugate prior"),
         (lambda: Variational(Product([Gaussian(2, 1), Poisson(2, 1)])), "conjugate prior"),
         (lambda: Variational(Variational(Gaussian(2, 1))), "conjugate prior"),
-        (lambda: Variational(frozen()), "frozen"),
-        (lambda: Variational(Gaussian(2, 1)).freeze("means"), "posterior"),
+        (lambda: Variational(LinearGaussian(2, 1, 1)).freeze("weight"), "freeze the rest"),
+        (lambda: Variational(Categorical(2), priors.StickBreaking()).freeze("probs", mask=FIRST), "Dirichlet"),
         (lambda: Variational(Gaussian(2, 1), priors.Dirichlet(1.0)), "table of probabilities"),
         (lambda: Variational(Gaussian(2, 1), priors.NormalInverseGamma()), "diag or spherical"),
         (lambda: Variational(Gaussian(2, 2), priors.NormalInverseWishart(scale=[[1.0, 2.0], [2.0, 1.0]])), "proper"),

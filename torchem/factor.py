@@ -664,6 +664,14 @@ class Conjugate(ABC):
     def expected_natural(self, posterior: Stats) -> Stats:
         """Expected coefficients of each statistic under the posterior: what potentials are built from."""
 
+    #: Views of which a part may be frozen while the rest has a posterior: the prior of the rest, given what is kept,
+    #: is then of a form whose expectations are known.
+    splits: ClassVar[frozenset[str]] = frozenset()
+
+    def log_normalizer_given(self, posterior: Stats) -> Tensor:
+        """`log_normalizer` over what is not frozen, given what is; terms linear in the posterior may be left out."""
+        return self.log_normalizer(posterior)
+
     @abstractmethod
     def weak_prior(self) -> Prior:
         """The prior that `Variational` takes by default."""

@@ -159,8 +159,7 @@ class StickBreaking(Prior):
     Raises:
         InvalidArgument: If γ is not positive and finite.
 
-    Source: J. Sethuraman (1994); D. M. Blei, M. I. Jordan (2006); for the truncation K. Kurihara, M. Welling, N. Vlassis
-        (2007).
+    Source: J. Sethuraman (1994); D. M. Blei, M. I. Jordan (2006); K. Kurihara, M. Welling, N. Vlassis (2007).
 
     Example:
         >>> import torchem
