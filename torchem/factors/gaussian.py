@@ -26,8 +26,6 @@ _REACH = 30.0
 _SMALL = 1 << 16
 #: Mass below which a component keeps its parameters.
 _EMPTY = 1e-30
-#: Degrees of freedom of a covariance that is known: what they blur is below rounding.
-_CERTAIN = 1e18
 #: M-steps of a start from rows with missing entries: what they were first completed by is then forgotten.
 _START = 4
 
@@ -446,7 +444,7 @@ class Gaussian(Factor, Conjugate):
         if held is not None:
             fixed = held if self.structure.shared else self._held("scale", freedom)
             assert fixed is not None
-            freedom = torch.where(fixed, _CERTAIN, freedom)
+            freedom = torch.where(fixed, ops.CERTAIN, freedom)
         return count, freedom
 
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
@@ -505,9 +503,9 @@ class Gaussian(Factor, Conjugate):
             spread = torch.where(seen.unsqueeze(-2), variance.unsqueeze(-3).log(), 0.0)
             size = seen.to(distance).unsqueeze(-2)
             if freedom.dim() == count.dim():  # a variance for each entry
-                value = _density(distance, spread, size, freedom.unsqueeze(-3)).sum(-1)
+                value = ops.student_or_normal(distance, spread, size, freedom.unsqueeze(-3)).sum(-1)
             else:
-                value = _density(distance.sum(-1), spread.sum(-1), size.sum(-1), freedom.unsqueeze(-2))
+                value = ops.student_or_normal(distance.sum(-1), spread.sum(-1), size.sum(-1), freedom.unsqueeze(-2))
         else:
             # Two normal densities of what was observed tell its distance and its determinant apart.
             wide = self.structure.raw(2 * self.structure.covariances(raw))
@@ -520,7 +518,7 @@ class Gaussian(Factor, Conjugate):
             spread = -2 * one - distance - seen * ops.LOG_2PI
             degrees = self.structure.per_component(freedom - self._d + 1)
             wider = ((1 + 1 / count) * self.structure.per_component(freedom) / degrees).unsqueeze(-2)
-            value = _density(distance / wider, spread + seen * wider.log(), seen, degrees.unsqueeze(-2))
+            value = ops.student_or_normal(distance / wider, spread + seen * wider.log(), seen, degrees.unsqueeze(-2))
         return value.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
 
     def draw_predictive(
@@ -591,13 +589,6 @@ def _example(covariance_type: CovarianceType) -> tuple[Gaussian, Batch]:
     with torch.no_grad():
         g.scale.copy_(0.3 * torch.randn(g.scale.shape, generator=generator, dtype=torch.float64).tril())
     return g, Batch(torch.randn(20, 2, generator=generator, dtype=torch.float64))
-
-
-def _density(distance: Tensor, log_det: Tensor, size: Tensor, freedom: Tensor) -> Tensor:
-    """Student's t, normal where it has next to infinitely many degrees of freedom."""
-    certain = freedom > _CERTAIN / 2
-    value = ops.student(distance, log_det, size, torch.where(certain, 1.0, freedom))
-    return torch.where(certain, -0.5 * (size * ops.LOG_2PI + log_det + distance), value)
 
 
 def _observed(batch: Batch) -> Tensor:
