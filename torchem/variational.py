@@ -31,6 +31,10 @@ class Variational(Factor):
     them. `log_prob` is the posterior predictive: Student's t for normal families, negative binomial for counts. Of the
     frames of a sequence it takes the product, as if each knew nothing of the others but their states.
 
+    What is frozen is known: the posterior is that of the rest given it, and the bound is on log p(x | what is frozen).
+    Given its mean a precision is Wishart, given its covariance a mean is normal, and given some of its cells the others
+    of a row are Dirichlet in what these leave; see `freeze`.
+
     Where scikit-learn's ``BayesianGaussianMixture`` agrees: with ``"full"`` covariances, its ``covariance_prior`` as
     ``scale`` and the same responsibilities all posteriors are the same (its default scale is the data's covariance
     matrix, here its diagonal). Its ``lower_bound_`` is that after an M-step less what no iteration moves:

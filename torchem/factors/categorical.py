@@ -243,11 +243,8 @@ class Categorical(Factor, Conjugate):
         total = torch.where(free, posterior["counts"], 0.0).sum(-1)
         some = free.any(-1)
         rows = torch.where(free, alpha.lgamma(), 0.0).sum(-1) - torch.where(some, total, 1.0).lgamma()
-        return (
-            torch.where(some, rows, 0.0).flatten(len(self.replicas)).sum(-1)
-            if rows.dim() > len(self.replicas)
-            else rows
-        )
+        rows, lead = torch.where(some, rows, 0.0), len(self.replicas)
+        return rows.flatten(lead).sum(-1) if rows.dim() > lead else rows
 
     def _free(self) -> Tensor:
         """Cells that may move."""
@@ -358,13 +355,14 @@ class _ExpectedPass(StreamedPass):
 
     def __init__(self, factor: Categorical, logs: Tensor):
         super().__init__(factor)
+        self.categories = factor
         self.table, self.logs = factor._forbidding(logs).to(factor.dtype), logs
 
     def log_potential(self, batch: Batch) -> Tensor:
-        return self.factor._looked_up(self.table, batch)
+        return self.categories._looked_up(self.table, batch)
 
     def inner(self) -> Tensor:
-        return self.factor._inner(self.stats(), self.logs)
+        return self.categories._inner(self.stats(), self.logs)
 
 
 def _apart(counts: Tensor) -> Tensor:
