@@ -606,6 +606,8 @@ class _Loop:
         dead, floored = self._sick(stats, total)
         if dead is None:
             return
+        if floored is not None and floored.shape != dead.shape and self.options.dead != "raise":
+            floored = None  # what all states have in common is mended in none of them
         sick = dead if floored is None else dead | floored
         if not bool(sick.any()):
             return

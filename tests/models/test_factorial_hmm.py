@@ -810,6 +810,63 @@ def test_samples_follow_the_chains() -> None:
     assert (model.most_likely(x[:20]) == z[:20]).double().mean() > 0.97
 
 
+@pytest.mark.parametrize("q", FORMS)
+def test_states_without_mass_are_named_reseeded_or_taken_out(q) -> None:
+    truth = told_apart()
+    x = truth.sample(10, 30, generator=rng(0))
+
+    def start() -> FactorialHMM:
+        model = FactorialHMM.gaussian([2, 4], 3, q=q).double()
+        model.contributions = [
+            truth.contributions[0].detach(),
+            torch.cat([truth.contributions[1], 90 * torch.ones(1, 3)]),
+        ]
+        model.covariance = truth.covariance.detach()
+        return model
+
+    options: dict[str, Any] = {"init": None, "max_iter": 15, "tol": 0.0, "progress": False}
+    model = start()
+    result = torchem.fit(model, x, **options)
+    assert result.dead == [5]
+    pruned = start()
+    pruned.transitions[1].prior = priors.Dirichlet(1.0)
+    found = torchem.fit(pruned, x, dead="prune", **options)
+    assert found.pruned == [5]
+    assert pruned.n_states == (2, 3)
+    assert pruned.transitions[1].prior is not None
+    for m in range(2):
+        close(pruned.contributions[m], model.contributions[m][:3], rtol=1e-3, atol=1e-3)
+    again = torchem.fit(pruned, x, init=None, max_iter=1, tol=0, progress=False)
+    # The row that went had a density of its own, Γ(3).
+    assert again.history[0] == pytest.approx(found.bound - math.log(2), abs=1e-6)
+    few = start()
+    reseeded = torchem.fit(few, x, dead="respawn", **options)
+    assert not reseeded.dead
+    assert reseeded.bound > result.bound
+    with pytest.raises(torchem.errors.DegenerateComponent, match="component 5"):
+        torchem.fit(start(), x, dead="raise", **options)
+
+
+def test_tables_that_chains_share_are_not_pruned() -> None:
+    model = model_of((2, 2))
+    tied = FactorialHMM(model.initials, [model.transitions[0]] * 2, model.emission)
+    with pytest.raises(InvalidArgument, match="where chains share tables"):
+        tied.forbid(torch.tensor([True, False, False, False]))
+
+
+def test_a_reseeded_state_adds_what_the_others_leave() -> None:
+    """With few enough states to try all: the frame's mean is then the frame itself."""
+    model = told_apart()
+    frames = Batch(torch.randn(20, 3, generator=rng(3), dtype=torch.float64))
+    with torch.no_grad():
+        surprise, exact = model.surprise(frames), told_apart(q="exact").surprise(frames)
+        assert bool((surprise >= exact - 1e-9).all())
+        shares = [g[7, 0] @ w for g, w in zip(model._alone(frames).marginals, model.contributions, strict=True)]
+        model.respawn(frames, torch.arange(5) == 3, torch.full((5,), 7))
+    close(model.contributions[1][1] + shares[0], frames.x[7], rtol=1e-12)
+    close(model.contributions[1][[0, 2]], told_apart().contributions[1][[0, 2]], rtol=0, atol=0)
+
+
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 

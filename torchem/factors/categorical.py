@@ -331,6 +331,17 @@ class Categorical(Factor, Conjugate):
             small.register_buffer("frozen_logits", mask.index_select(axis, index) if mask.dim() else mask)
         return small
 
+    def among(self, index: Tensor) -> "Categorical":
+        """A transition matrix among some of its states; rows are renormalised, or even where nothing is left."""
+        probs = self.probs.detach().to(torch.float64)[index][:, index]
+        small = Categorical(len(index), len(index)).to(self.device, self.dtype)
+        total = probs.sum(-1, keepdim=True)
+        small.probs = torch.where(total > 0, probs / total.clamp(min=1e-300), 1.0 / len(index))
+        mask = self.frozen("logits")
+        if mask is not None:
+            small.register_buffer("frozen_logits", mask[index][:, index] if mask.dim() else mask)
+        return small
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         return torch.multinomial(self.probs[z], 1, generator=generator)
 

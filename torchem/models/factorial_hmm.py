@@ -536,8 +536,76 @@ class FactorialHMM(LatentModel):
         values["coefficient"] = emission.keep_frozen("coefficient", weight.to(self.dtype))
         self.assign({f"emission.{name}": value for name, value in values.items()})
 
+    def occupancy(self, stats: Stats) -> Tensor:
+        """Expected number of frames in each state of each chain in turn, ``[*r, ΣK_m]``."""
+        pairs = [(stats[f"initials.{m}"], stats[f"transitions.{m}"]) for m in range(len(self.n_states))]
+        return torch.cat([first["counts"] + step["counts"].sum(-2) for first, step in pairs], -1)
+
+    def _alone(self, rows: Batch) -> "_Posterior":
+        """q of single frames ``[n, D]``, about whose states nothing else is known."""
+        problem = self._problem(Batch(rows.x.unsqueeze(1)))
+        problem = replace(problem, initial=[torch.zeros_like(first) for first in problem.initial])
+        if self.q == "exact":
+            return problem.product("soft", None, None)
+        return self._ascend(problem, problem.smooth, problem.start(problem.smooth), None, self.tolerance)
+
     def surprise(self, rows: Batch) -> Tensor:
-        raise NotImplementedError("states of factorial models have no observations of their own")
+        return -self._alone(rows).value
+
+    def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
+        """Let the states ``which [*r, ΣK_m]`` add what the others leave of the frames at ``index [*r, ΣK_m]``.
+
+        Each is then entered, and left, as often as the others.
+        """
+        marginals = self._alone(batch).marginals
+        shares = [(g @ part.unsqueeze(-3)).squeeze(-2) for g, part in zip(marginals, self.contributions, strict=True)]
+        total, parts = torch.stack(shares).sum(0), []
+        for share, place in zip(shares, index.split(self.n_states, -1), strict=True):
+            rest = (total - share).gather(-2, place.unsqueeze(-1).expand(*place.shape, total.shape[-1]))
+            parts.append(batch.x.to(rest)[place] - rest)
+        old = self.emission.weight
+        new = torch.where(which.unsqueeze(-1), torch.cat(parts, -2), old.squeeze(-3).mT).mT.unsqueeze(-3)
+        values = {"emission.coefficient": self.emission.keep_frozen("coefficient", new.to(self.dtype))}
+        for m, (k, part) in enumerate(zip(self.n_states, which.split(self.n_states, -1), strict=True)):
+            entered = torch.where(part, 1 / k, self.initials[m].probs.to(torch.float64))
+            stepped = torch.where(part.unsqueeze(-2), 1 / k, self.transitions[m].probs.to(torch.float64))
+            stepped = torch.where(part.unsqueeze(-1), 1 / k, stepped)
+            for name, table, share in (
+                ("initials", self.initials[m], entered), ("transitions", self.transitions[m], stepped),
+            ):  # fmt: skip
+                values |= {f"{name}.{m}.{key}": new for key, new in table.maximize(Stats(counts=share)).items()}
+        self.assign(values)
+
+    def forbid(self, which: Tensor) -> None:
+        """Take states ``which [*r, ΣK_m]`` out of their chains, in place; never the last successor of another."""
+        if len(self.factors()) < len(self.slots()) or self.emission.prior is not None:
+            raise invalid(
+                "dead", "'floor', 'raise' or 'respawn' where chains share tables, or contributions have a prior",
+                "'prune'", "give each chain tables of its own, and leave that prior out",
+            )  # fmt: skip
+        for first, step, part in zip(self.initials, self.transitions, which.split(self.n_states, -1), strict=True):
+            first.forbid(part)
+            step.forbid(part.unsqueeze(-2))
+
+    def prune(self, keep: Tensor) -> None:
+        """Keep only some states of each chain, by their number among all, in place; tables are renormalised."""
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        kept = torch.zeros(self.n_components, dtype=torch.bool, device=self.device)
+        kept[index.to(self.device)] = True
+        old, weight = self.emission, self.emission.weight.detach()
+        firsts, moves = [], []
+        for first, step, part in zip(self.initials, self.transitions, kept.split(self.n_states), strict=True):
+            states = part.nonzero()[:, 0]
+            for table, small, found in ((first, first.select(states), firsts), (step, step.among(states), moves)):
+                small.prior = None if table.prior is None else table.prior.selected(table, states)
+                found.append(small)
+        new = type(old)(**{**old.config(), "n_inputs": int(kept.sum())}).to(self.device, self.dtype)
+        new.weight, new.scale.data = weight[..., kept], old.scale.detach().clone()
+        for name, value in old.named_buffers():
+            new.register_buffer(name, value)
+        self.initials = cast(Sequence[Categorical], nn.ModuleList(firsts))
+        self.transitions = cast(Sequence[Categorical], nn.ModuleList(moves))
+        self.emission = new
 
     def degenerate(self) -> Tensor | None:
         return self.emission.degenerate()

@@ -666,13 +666,7 @@ class HMM(DiscreteModel):
         if not isinstance(self.initial, Stationary):
             self.initial = self.initial.select(index)
         table = self._table("transition")
-        probs = table.probs.detach().to(torch.float64)[index][:, index]
-        small = Categorical(len(index), len(index)).to(self.device, self.dtype)
-        total = probs.sum(-1, keepdim=True)
-        small.probs = torch.where(total > 0, probs / total.clamp(min=1e-300), 1.0 / len(index))
-        frozen = table.frozen("logits")
-        if frozen is not None:
-            small.register_buffer("frozen_logits", frozen[index][:, index] if frozen.dim() else frozen)
+        small = table.unwrapped.among(index)
         self.transition, self.emission = table.rewrap(small, index), self.emission.select(index)
         if isinstance(self.initial, Stationary):
             self.initial = Stationary(small)
