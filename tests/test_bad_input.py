@@ -3,6 +3,7 @@ came, and what to do. Types are checked as users meet them, without the checks o
 
 import copy
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import torchem
 from tests.regressions.common import COVARIANCE_TYPES, as_users_run_it, blobs, mixture, same, started
+from torchem import factors
 from torchem.errors import (
     DegenerateComponent,
     InvalidArgument,
@@ -24,7 +26,7 @@ from torchem.errors import (
     one_of,
     require,
 )
-from torchem.factors import Categorical, Gaussian
+from torchem.factors import Categorical, Gaussian, Poisson
 
 #: ``argument: expected …, got …; remedy.``
 FORM = re.compile(r"(?s)^([^:\n]+): expected (.+), got (.+); (.+)[.?]$")
@@ -387,3 +389,71 @@ def test_a_missing_extra_names_the_command() -> None:
 def test_a_name_that_torchem_does_not_have(name: str) -> None:
     with pytest.raises(AttributeError, match=name):
         getattr(torchem, name)
+
+
+# ---- misspelt names -------------------------------------------------------------------------------------------------
+
+
+def wrapped() -> torchem.GaussianMixture:
+    return torchem.variational(torchem.GaussianMixture(2, 1, "diag"))
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "meant"),
+    [
+        (lambda: Gaussian(2, 1, "diag"), "variances", "covariances"),
+        (lambda: Poisson(2, 1), "rate", "rates"),
+        (lambda: Categorical(2), "prob", "probs"),
+        (lambda: factors.Autoregressive.gaussian(2, 1, 1), "weights", "weight"),
+        (lambda: torchem.GaussianMixture(2, 1), "mean", "means"),
+        (lambda: torchem.GaussianMixture(2, 1), "weight", "weights"),
+        (lambda: torchem.GaussianHMM(2, 1), "transition_matrx", "transition_matrix"),
+        (lambda: torchem.GaussianHMM(2, 1), "initial_prob", "initial_probs"),
+        (lambda: torchem.FactorialHMM.gaussian([2], 1), "contribution", "contributions"),
+        (wrapped, "covariance", "covariances"),
+        (lambda: wrapped().component, "mean_s", "means"),
+    ],
+)
+def test_a_misspelt_name_is_refused(build: Any, name: str, meant: str) -> None:
+    thing = build()
+    for value in (torch.ones(2, 1), [[1.0], [1.0]], 1.0):
+        with pytest.raises(InvalidArgument, match=rf"{name}: .* did you mean {meant}\?"):
+            setattr(thing, name, value)
+    assert not hasattr(thing, name)
+
+
+def test_misspelt_slots_and_priors_are_refused() -> None:
+    hmm: Any = torchem.GaussianHMM(2, 1)
+    with pytest.raises(InvalidArgument, match="did you mean emission"):
+        hmm.emision = Gaussian(2, 1)
+    with pytest.raises(InvalidArgument, match="did you mean prior"):
+        hmm.transition.priors = torchem.priors.Dirichlet(2.0)
+
+
+class Own(Gaussian):
+    """What users write: attributes of its own, set where it likes."""
+
+    def __init__(self) -> None:
+        self.early = [1, 2]
+        super().__init__(2, 1)
+        self.mean_start = self.variances = torch.zeros(2)
+        self.covariance = 1.0
+
+    def remember(self) -> None:
+        self.covarianes = torch.ones(1)
+
+
+def test_names_of_ones_own_are_free() -> None:
+    own: Any = Own()
+    own.remember()
+    own.covariance, own.variances = 2.0, torch.ones(2)  # there already
+    own.scaler, own.title, own.weighted, own._mean = torch.ones(1), "means", True, 1.0
+    own.means_are = "known"
+    own.register_buffer("averages_seen", torch.ones(2))
+    copied: Any = pickle.loads(pickle.dumps(copy.deepcopy(own)))
+    assert copied.covarianes == 1
+    assert copied.title == "means"
+    model: Any = torchem.GaussianMixture(2, 1)
+    model.note, model.threshold, model.columns = "a", 0.5, ["x"]
+    model.component = Gaussian(2, 1)
+    model.helper = torch.nn.Linear(1, 1)

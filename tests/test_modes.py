@@ -92,10 +92,6 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
 
 #: All that is refused, with a word of the sentence that says why.
 REFUSED = {
-    ("factorial HMM", "sampled"): "configurations",
-    ("factorial HMM", "annealed"): "temperature",
-    ("amortized model", "stochastic"): "batch_size",
-    ("amortized model", "incremental"): "batch_size",
     ("amortized model", "hard"): "configurations",
     ("amortized model", "sampled"): "configurations",
     ("amortized model", "annealed"): "temperature",
@@ -170,7 +166,9 @@ def test_all_ways_lead_to_one_optimum(model: str) -> None:
     ],
     ids=["annealed-accelerated", "SAEM", "annealed-incremental", "incremental-hard", "online-respawn", "SEM-annealed"],
 )  # fmt: skip
-@pytest.mark.parametrize("model", ["Gaussian mixture", "MAP", "variational mixture", "Poisson mixture"])
+@pytest.mark.parametrize(
+    "model", ["Gaussian mixture", "MAP", "variational mixture", "Poisson mixture", "factorial HMM"]
+)  # fmt: skip
 def test_modes_compose(model: str, options: dict[str, Any]) -> None:
     result, given = run(model, "full batch", **options)
     assert result.status in ("max_iter", "converged")

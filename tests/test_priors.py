@@ -22,6 +22,7 @@ from torchem.priors import (
     MatrixNormalInverseWishart,
     NormalInverseGamma,
     NormalInverseWishart,
+    StickBreaking,
     StickyDirichlet,
 )
 
@@ -67,6 +68,49 @@ def test_the_mode_maximises_likelihood_times_prior(prior: torchem.priors.Dirichl
     for seed in range(20):
         other = (logits + 0.1 * cases.randn(3, 3, seed=seed)).softmax(-1)
         assert objective(other) <= top + 1e-12
+
+
+@pytest.mark.parametrize("gamma", [1.0, 3.5])
+@pytest.mark.parametrize("support", [[True] * 4, [True, False, True, False]])
+def test_the_mode_of_sticks(gamma: float, support: list[bool]) -> None:
+    """The density is that of Beta(1, γ) sticks, of which the last takes the rest; the mode is theirs."""
+    weights = Categorical(4).double()
+    kept = torch.tensor(support)
+    share = torch.where(kept, cases.rand(4, seed=4) + 0.1, 0.0)
+    weights.probs = share / share.sum()
+    weights.prior = StickBreaking(gamma)
+    counts = torch.tensor([3.0, 0.0, 5.0, 1.5], dtype=torch.float64)
+
+    def broken(probs: torch.Tensor) -> torch.Tensor:
+        pi = probs[kept]
+        return (pi / pi.flip(0).cumsum(0).flip(0))[:-1]
+
+    def objective(v: torch.Tensor) -> torch.Tensor:
+        pi = torch.cat([v, v.new_ones(1)]) * torch.cat([v.new_ones(1), (1 - v).cumprod(0)])
+        likelihood = (counts[kept] * pi.log()).sum()
+        return likelihood + torch.distributions.Beta(torch.ones_like(v), torch.full_like(v, gamma)).log_prob(v).sum()
+
+    value = weights.log_prior()
+    assert value is not None
+    at = broken(weights.probs.detach())
+    close(value + (counts[kept] * weights.probs[kept].log()).sum(), objective(at))
+    new = weights.maximize(weights.penalized(torchem.Stats(counts=counts)))["logits"]
+    mode = torch.where(kept, new.exp(), 0.0)
+    best = broken(mode / mode.sum())
+    if all(support):
+        # A component without mass has a stick at the bound zero.
+        close(best, torch.stack([n / (n + gamma - 1 + r) for n, r in zip(counts[:3], (6.5, 6.5, 1.5), strict=True)]))
+        return
+    assert all(objective((best + d).clamp(1e-6, 1 - 1e-6)) < objective(best) for d in (-0.01, 0.01))
+
+
+def test_a_fit_under_a_prior_of_sticks_climbs() -> None:
+    x = cases.blobs(120, 2, 3)
+    model = torchem.GaussianMixture(4, 2).double()
+    model.mixing.prior = StickBreaking(2.0)
+    result = torchem.fit(model, x, seed=0, max_iter=25, tol=0, progress=False)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in zip(result.history, result.history[1:], strict=False))
+    close(torch.tensor(result.bound, dtype=torch.float64), model.log_prob(x).sum() + model.log_prior())
 
 
 def test_a_prior_leaves_structural_zeros_alone() -> None:

@@ -162,6 +162,121 @@ def test_one_component_is_exact(build) -> None:
     close(bound, total, rtol=1e-9)
 
 
+#: What may be kept of each family, by its views.
+KEPT: dict[str, list[tuple[str, ...]]] = {
+    "Gaussian": [("means",), ("covariances",), ("means", "covariances")],
+    "LinearGaussian": [("weight",), ("covariances",), ("weight", "covariances")],
+    "Categorical": [("probs",)],
+    "Bernoulli": [("probs",)],
+    "Poisson": [("rates",)],
+}
+CELLS = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])
+
+
+def partly_frozen(k: int) -> pytest.MarkDecorator:
+    """Every family with the first component of each set of views frozen, or what all share; cells of a table."""
+    found = []
+    for name, build in families(k).items():
+        family, *rest = name.split("-")
+        for views in KEPT[family] if "spherical-missing" not in name else []:
+
+            def frozen(build=build, views=views, family=family, tied="tied" in rest) -> tuple[Variational, Batch]:
+                q, batch = build()
+                for view in views:
+                    first = None if tied and view == "covariances" else torch.arange(k) == 0
+                    q.freeze(view, mask=CELLS[:k] if family == "Categorical" else first)
+                return q, batch
+
+            found.append(pytest.param(frozen, id="-".join([name, *views])))
+    return pytest.mark.parametrize("build", found)
+
+
+@partly_frozen(1)
+def test_one_component_of_which_a_part_is_known_is_exact(build) -> None:
+    """The bound is log p(x | what is kept), and so the product of predictive densities given it."""
+    test_one_component_is_exact(build)
+
+
+@partly_frozen(3)
+def test_what_is_kept_stays_and_the_rest_maximises_the_bound(build) -> None:
+    q, batch = build()
+    before = {name: value.detach().clone() for name, value in q.named_parameters()}
+    stats = q.stats(batch, cases.soft(len(batch), 3, seed=5) * 2)
+    values = q.maximize(stats)
+    cases.assign(q, values)
+    slopes = torch.autograd.grad(q.expected_log_prob(stats) - q.divergence(), [*q.parameters()], allow_unused=True)
+    for (name, value), slope in zip(q.named_parameters(), slopes, strict=True):
+        mask = q.frozen(name)
+        if isinstance(q.factor, Categorical) and name == "factor.logits":
+            assert mask is not None
+            close(value.exp()[mask], before[name].exp()[mask], rtol=1e-12)
+            close(value.exp().sum(-1), torch.ones(3), rtol=1e-12)
+            continue
+        rows = value.shape[0] if value.dim() else ()
+        free = torch.tensor(True).expand(rows) if mask is None else ~mask.expand(rows)
+        close(value[~free], before[name][~free], rtol=0, atol=0)
+        if slope is not None:
+            if name == "log_freedom" and isinstance(q.factor, LinearGaussian) and slope.dim() == 2:
+                slope = slope.sum(-1)  # columns of a regression count the same rows
+            close(slope[free], torch.zeros_like(slope[free]), rtol=0, atol=1e-6)
+    # At no data the posterior is the prior, given what is kept.
+    cases.assign(q, q.maximize(stats * 0.0))
+    close(q.divergence(), torch.zeros(()), rtol=0, atol=1e-8)
+
+
+def test_a_table_of_which_cells_are_known() -> None:
+    """A Dirichlet law is neutral: the free cells of a row share what is left as their own Dirichlet law says."""
+    from torch.distributions import Dirichlet, kl_divergence
+
+    alpha = torch.tensor([0.5, 1.0, 2.0, 0.3], dtype=torch.float64)
+    q: Any = Variational(Categorical(4).double(), priors.Dirichlet(alpha))
+    q.probs = [0.1, 0.3, 0.2, 0.4]
+    q.freeze("probs", mask=CELLS[0])
+    counts = torch.tensor([3.0, 4.0, 1.5, 7.0], dtype=torch.float64)
+    cases.assign(q, q.maximize(torchem.Stats(counts=counts)))
+    law = Dirichlet((alpha + counts)[1:3])
+    close(q.probs, torch.cat([torch.tensor([0.1]), 0.5 * law.mean, torch.tensor([0.4])]), rtol=1e-7, atol=1e-7)
+    close(q.divergence(), kl_divergence(law, Dirichlet(alpha[1:3])))
+    expected = (law.concentration.digamma() - law.concentration.sum().digamma()) + math.log(0.5)
+    found = q.table_potential(Batch(torch.zeros(1, 1)))[0]
+    close(found[1:3], expected, rtol=1e-7)
+    close(found[[0, 3]], torch.tensor([0.1, 0.4]).log(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_family_that_says_nothing_of_it_keeps_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gaussian, "splits", frozenset())
+    q = Variational(Gaussian(2, 1))
+    with pytest.raises(torchem.errors.InvalidArgument, match=r"or none.*freeze the rest"):
+        q.freeze("means")
+    assert q.factor.frozen("mean") is None
+    q.freeze()
+    batch = Batch(torch.randn(5, 1))
+    close(q.log_potential(batch), q.factor.log_prob(batch))
+    close(q.log_prob(batch), q.factor.log_prob(batch))
+    assert float(q.divergence()) == 0
+
+
+@pytest.mark.parametrize("kept", ["means", "covariances", "probs"])
+def test_a_fit_with_a_part_that_is_known(kept: str) -> None:
+    x = cases.blobs(90, 2, 3)
+    model: Any = torchem.variational(torchem.GaussianMixture(3, 2).double())
+    torchem.fit(model, x, seed=0, max_iter=3, tol=0, progress=False)
+    mask = torch.tensor([True, False, False])
+    if kept == "probs":
+        model.mixing.freeze("probs", mask=mask)
+        known = model.weights[0].detach().clone()
+    else:
+        model.component.freeze(kept, mask=mask)
+        known = getattr(model, kept)[0].detach().clone()
+    result = torchem.fit(model, x + 0.3, init=None, max_iter=15, tol=0, progress=False)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
+    close((model.weights if kept == "probs" else getattr(model, kept))[0], known, rtol=1e-12)
+    model.component.unfreeze()
+    model.mixing.unfreeze()
+    assert torchem.fit(model, x + 0.3, init=None, max_iter=15, tol=0, progress=False).n_iter == 15
+    assert not torch.equal((model.weights if kept == "probs" else getattr(model, kept))[0], known)
+
+
 def test_a_divergence_of_torch() -> None:
     q, _ = families(3)["Categorical"]()
     from torch.distributions import Dirichlet, kl_divergence
@@ -524,6 +639,22 @@ def test_components_that_nobody_needs_are_no_symmetry() -> None:
         torchem.fit(equal, x, init=None, max_iter=2, tol=1.0, progress=False)
 
 
+def test_states_that_no_frame_needs_are_no_symmetry() -> None:
+    """As components; a pair with mass is still named."""
+    truth = torchem.GaussianHMM(2, 2).double()
+    truth.means, truth.transition_matrix = [[-4.0, 0.0], [4.0, 1.0]], [[0.9, 0.1], [0.2, 0.8]]
+    x = truth.sample(6, 15, generator=cases.rng(0))
+    model: Any = torchem.variational(torchem.GaussianHMM(4, 2, "full").double())
+    result = torchem.fit(model, x, seed=0, init="random", max_iter=150, tol=1e-6, progress=False)
+    assert len(result.dead) == 2
+    assert result.redundant == []
+    torchem.fit(model, x, init=None, max_iter=3, tol=1e-3, progress=False)
+    equal: Any = torchem.variational(torchem.GaussianHMM(2, 2).double())
+    with pytest.warns(torchem.errors.SymmetryWarning):
+        found = torchem.fit(equal, x, init=None, max_iter=2, tol=1.0, progress=False)
+    assert found.redundant == [(0, 1)]
+
+
 def test_float32_follows_float64() -> None:
     x = cases.blobs(300, 3, 3, seed=4) + 100.0
     fine: Any = torchem.variational(torchem.GaussianMixture(3, 3).double())
@@ -567,10 +698,7 @@ def test_a_factor_keeps_its_prior_and_one_posterior_serves_two_slots() -> None:
     assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
 
 
-def frozen() -> Gaussian:
-    g = Gaussian(2, 1)
-    g.freeze("means")
-    return g
+FIRST = torch.tensor([True, False])
 
 
 def fitted_with_stationary() -> None:
@@ -585,14 +713,14 @@ def fitted_with_stationary() -> None:
         (lambda: Variational(factors.SoftmaxRegression(2, 2)), "conjugate prior"),
         (lambda: Variational(Product([Gaussian(2, 1), Poisson(2, 1)])), "conjugate prior"),
         (lambda: Variational(Variational(Gaussian(2, 1))), "conjugate prior"),
-        (lambda: Variational(frozen()), "frozen"),
-        (lambda: Variational(Gaussian(2, 1)).freeze("means"), "posterior"),
+        (lambda: Variational(Categorical(2), priors.StickBreaking()).freeze("probs", mask=FIRST), "Dirichlet"),
         (lambda: Variational(Gaussian(2, 1), priors.Dirichlet(1.0)), "table of probabilities"),
         (lambda: Variational(Gaussian(2, 1), priors.NormalInverseGamma()), "diag or spherical"),
         (lambda: Variational(Gaussian(2, 2), priors.NormalInverseWishart(scale=[[1.0, 2.0], [2.0, 1.0]])), "proper"),
         (lambda: Variational(Gaussian(2, 2), priors.NormalInverseWishart(dof=1.0)), "degrees of freedom"),
         (lambda: Variational(Categorical(2, 2), priors.StickBreaking()), "mixing weights"),
-        (lambda: setattr(Categorical(2), "prior", priors.StickBreaking()), "Variational"),
+        (lambda: setattr(Categorical(2), "prior", priors.StickBreaking(0.9)), "no mode.*Variational"),
+        (lambda: setattr(Categorical(2, 2), "prior", priors.StickBreaking()), "mixing weights"),
         (lambda: priors.StickBreaking(0.0), "concentration"),
         (lambda: torchem.variational(torchem.GaussianMixture(2, 1), weights=priors.Dirichlet(1.0)), "slots"),
         (lambda: torchem.variational(torchem.HMM("stationary", Categorical(2, 2), Gaussian(2, 1))), "Stationary"),

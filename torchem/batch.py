@@ -251,7 +251,7 @@ def as_batch(
     u: Any = None,
     evidence: Any = None,
     labels: Any = None,
-    n_states: int | None = None,
+    n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> Batch:
@@ -310,7 +310,7 @@ def check_rows(
     batch: Batch,
     *,
     labels: Any = None,
-    n_states: int | None = None,
+    n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_missing_rows: bool = False,
     place: Place = row_place,
@@ -422,7 +422,7 @@ def check_weight(weight: Tensor | None, size: int, unit: str) -> Tensor | None:
 
 
 def evidence_from_labels(
-    labels: Any, n_states: int | None, shape: Sequence[int], *, place: Place | None = None
+    labels: Any, n_states: int | tuple[int, ...] | None, shape: Sequence[int], *, place: Place | None = None
 ) -> Tensor:
     """Log-potentials ``[*n, K]`` on the latent states, from what is known of them.
 
@@ -433,7 +433,8 @@ def evidence_from_labels(
         labels: One of three kinds. Whole numbers ``[*n]``: the state, −1 (or NaN) where it is unknown. Booleans
             ``[*n, K]``: the states that are possible. Non-negative numbers ``[*n, K]``: how well each state agrees with
             what was seen, up to a factor.
-        n_states: K; may be None for tables, which have K columns.
+        n_states: K; may be None for tables, which have K columns. A tuple where an observation has a state of each of
+            several chains: labels are then ``[*n, M]``, one of each, or tables ``[*n, ΣK_m]`` of all chains in turn.
         shape: ``*n``: ``[N]`` for rows, ``[N, T]`` for sequences.
         place: Says where an observation lies, from its number, for messages.
 
@@ -448,6 +449,8 @@ def evidence_from_labels(
     value = as_tensor(labels, "labels")
     axes = tuple(shape)
     place = _placed(axes) if place is None else place
+    if isinstance(n_states, tuple):
+        return _of_chains(value, n_states, axes, place)
     if value.shape == axes and value.dtype != torch.bool:
         evidence = _from_states(value.reshape(-1), n_states, place)
     elif value.dim() == len(axes) + 1 and value.shape[:-1] == axes:
@@ -460,6 +463,24 @@ def evidence_from_labels(
             "give one label, −1 where it is unknown, or one row per observation",
         )  # fmt: skip
     return evidence.reshape(*axes, evidence.shape[-1])
+
+
+def _of_chains(value: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...], place: Place) -> Tensor:
+    """Evidence on the states of several chains, ``[*n, ΣK_m]``."""
+    states = value.shape == (*axes, len(sizes)) and value.dtype != torch.bool
+    if not states and value.shape != (*axes, sum(sizes)):
+        dims = ", ".join(map(str, axes))
+        raise invalid(
+            "labels", f"whole numbers [{dims}, {len(sizes)}], or a table [{dims}, {sum(sizes)}]",
+            f"shape {list(value.shape)}", "give the state of each chain, −1 where unknown, or a column per state",
+        )  # fmt: skip
+    parts = value.unbind(-1) if states else value.split(sizes, -1)
+
+    def of(m: int) -> Place:
+        return lambda index: f"{place(index)}, chain {m}"
+
+    chains = enumerate(zip(parts, sizes, strict=True))
+    return torch.cat([evidence_from_labels(part, k, axes, place=of(m)) for m, (part, k) in chains], -1)
 
 
 def _placed(axes: tuple[int, ...]) -> Place:

@@ -123,7 +123,7 @@ class Source:
         if self.sequential:
             fields |= {
                 "allow_missing": self.model.handles_missing,
-                "n_states": getattr(self.model, "n_components", None),
+                "n_states": self.model.labelled,
             }
             found = [(number, self.model.check(batch)) for number, batch in as_buckets(data, **fields)]
         else:

@@ -7,14 +7,17 @@ Shapes: ``*n`` observation axes, ``K`` latent states, and an optional leading re
 statistics and everything computed from them, through which many restarts run as one.
 """
 
+import difflib
 import functools
 import inspect
 import operator
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -197,6 +200,10 @@ class Factor(nn.Module, ABC):
         super().__init__()
         self._rank: dict[str, int] = {}
         self._prior: Prior | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_misspelt(self, name, value)
+        super().__setattr__(name, value)
 
     # ---- parameters -------------------------------------------------------------------------------------------
 
@@ -529,6 +536,49 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
+#: How alike a name must be to a known one to be taken for it: "variances" and "covariances" are to 0.9.
+_ALIKE = 0.72
+
+
+def refuse_misspelt(module: nn.Module, name: str, value: Any) -> None:
+    """Refuse to set what a module has not and its user cannot mean, which Python would keep in silence.
+
+    That is a public name, new to the module and its class, close to one of its assignable views, slots or its prior,
+    and a value such as these take, assigned from without: methods of the module set what they like.
+
+    Raises:
+        InvalidArgument: With the name that was meant.
+    """
+    if name.startswith("_") or not isinstance(value, (Tensor, np.ndarray, list, tuple, int, float, nn.Module, Prior)):
+        return
+    own = vars(module)
+    groups = [own.get(group) or {} for group in ("_parameters", "_buffers", "_modules")]
+    if isinstance(value, bool) or name in own or hasattr(type(module), name) or any(name in group for group in groups):
+        return
+    if _within(module):
+        return
+    assignable = {key for kind in type(module).__mro__ for key, got in vars(kind).items() if getattr(got, "fset", None)}
+    known = assignable | {*groups[-1]} | {*getattr(module, "views", ())}
+    close = difflib.get_close_matches(name, sorted(known), 1, _ALIKE)
+    if close:
+        raise invalid(
+            name, f"an attribute of {type(module).__name__}", "a name that it has not",
+            f"did you mean {close[0]}? (start the name of one of your own with an underscore)",
+        )  # fmt: skip
+
+
+def _within(module: nn.Module) -> bool:
+    """Whether a method of the module itself is under way."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        method = code.co_argcount > 0 and code.co_varnames[0] == "self" and code.co_name != "__setattr__"
+        if method and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def outside(weights: Tensor, x: Tensor) -> Tensor:
     """``Σ_n weights[…, n, k] x[n, f]`` as ``[…, K, F]``: one matrix product for all replicas."""
     return weights.mT @ x
@@ -623,6 +673,14 @@ class Conjugate(ABC):
     @abstractmethod
     def expected_natural(self, posterior: Stats) -> Stats:
         """Expected coefficients of each statistic under the posterior: what potentials are built from."""
+
+    #: Views of which a part may be frozen while the rest has a posterior: the prior of the rest, given what is kept,
+    #: is then of a form whose expectations are known.
+    splits: ClassVar[frozenset[str]] = frozenset()
+
+    def log_normalizer_given(self, posterior: Stats) -> Tensor:
+        """`log_normalizer` over what is not frozen, given what is; terms linear in the posterior may be left out."""
+        return self.log_normalizer(posterior)
 
     @abstractmethod
     def weak_prior(self) -> Prior:

@@ -9,8 +9,8 @@ import copy
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
-from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments
+from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments, refuse_misspelt
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
 from torchem.sequences import as_sequences
@@ -48,6 +48,10 @@ class LatentModel(nn.Module, ABC):
     accelerates: ClassVar[bool] = True
     #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
     memory_budget: int | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_misspelt(self, name, value)
+        super().__setattr__(name, value)
 
     @abstractmethod
     def slots(self) -> tuple[tuple[str, Factor], ...]:
@@ -87,8 +91,13 @@ class LatentModel(nn.Module, ABC):
         """Validate data for this model."""
         build = as_sequences if self.sequential else as_batch
         if fields.get("labels") is not None:
-            fields.setdefault("n_states", getattr(self, "n_components", None))
+            fields.setdefault("n_states", self.labelled)
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
+
+    @property
+    def labelled(self) -> int | tuple[int, ...] | None:
+        """How many states labels count: K, or those of each chain where a label names a state of each."""
+        return getattr(self, "n_components", None)
 
     @property
     def handles_missing(self) -> bool:
@@ -167,6 +176,15 @@ class LatentModel(nn.Module, ABC):
         """
         self.m_step(stats)
 
+    def learn(self, stats: Stats, batch: Batch | None) -> None:
+        """One M-step within a pass, after a batch: that of online and incremental EM.
+
+        Args:
+            stats: What a rule has gathered.
+            batch: The one that came last; None where other processes have more of them.
+        """
+        self.m_step(stats)
+
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """Σ_f Q_f(θ; S): the part of the bound that parameters move."""
         return functools.reduce(operator.add, (f.expected_log_prob(stats[slot]) for slot, f in self.slots()))
@@ -187,6 +205,14 @@ class LatentModel(nn.Module, ABC):
         return total
 
     # ---- starts -----------------------------------------------------------------------------------------------
+
+    def visit(self, key: Hashable) -> None:
+        """Told in a fit which batch the next E-step is on, for models that set out from where the last one ended.
+
+        Args:
+            key: Its place in a fixed partition of the data; None where there is none.
+        """
+        return
 
     def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
         """Called before a fit starts, for models that draw: the fit's own generators, one per replica.
@@ -411,12 +437,12 @@ class DiscreteModel(LatentModel):
             uniforms: Gives the uniform numbers of the draws; those of torch's global generator when left out.
         """
         if kind == "sample":
-            source = _global_uniforms if uniforms is None else uniforms
+            source = global_uniforms if uniforms is None else uniforms
             infer = functools.partial(self.infer_sample, uniforms=source)
         else:
             infer = self.infer if kind == "soft" else self.infer_hard
         with declared_precision(self.device):
-            return self._e_step(batch, infer if beta == 1 else _tempered(infer, beta))
+            return self._e_step(batch, infer if beta == 1 else Tempered(infer, beta))
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
         """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
@@ -457,20 +483,23 @@ class DiscreteModel(LatentModel):
         return self._each(data, self.log_partition, score=True)
 
 
-def _global_uniforms(shape: torch.Size) -> Tensor:
+def global_uniforms(shape: torch.Size) -> Tensor:
+    """Uniform numbers from torch's own generator."""
     return torch.rand(shape, dtype=torch.float64)
 
 
-def _tempered(infer: Callable[..., tuple[Tensor, dict[str, Tensor]]], beta: float) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Tempered:
     """Inference with the joint density to the power β: expectations under it, and log Z_β / β."""
 
-    def run(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if batch.evidence is not None:
-            batch = replace(batch, evidence=batch.evidence * beta)
-        log_z, expected = infer({slot: value * beta for slot, value in potentials.items()}, batch)
-        return log_z / beta, expected
+    infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    beta: float
 
-    return run
+    def __call__(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.evidence is not None:
+            batch = replace(batch, evidence=batch.evidence * self.beta)
+        log_z, expected = self.infer({slot: value * self.beta for slot, value in potentials.items()}, batch)
+        return log_z / self.beta, expected
 
 
 def weighted(log_z: Tensor, batch: Batch) -> Tensor:

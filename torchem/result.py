@@ -35,7 +35,7 @@ class Result:
         statuses: Status of each restart.
         dead: Components with next to no mass, by index.
         floored: Components whose covariance stands at the floor, by index.
-        redundant: Pairs of components that ended as nearly the same distribution: too many of them, or a saddle.
+        redundant: Pairs of components with mass that ended as nearly the same distribution: too many, or a saddle.
         pruned: Components that were taken out, by their index at the start.
         remaining: Aitken's estimate of the rise still to come, in nats; None where the tail is not linear.
         alignment: For each restart, its component that corresponds to each of the best one's.
@@ -117,7 +117,8 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
         keep = [k for k in range(n_states) if k not in chosen.forbidden]
         model.prune(torch.tensor(keep, device=model.device))  # pyright: ignore[reportCallIssue]
         dead, floored = ([keep.index(k) for k in group if k in keep] for group in (dead, floored))
-    redundant = model.twins(survey.sample[:_GLANCE], _ALIKE)
+    # What has no mass is unused, and named as dead: it takes nothing from another.
+    redundant = [pair for pair in model.twins(survey.sample[:_GLANCE], _ALIKE) if not {*pair} & {*dead}]
     return Result(
         model=model, status=chosen.status, history=list(chosen.history), bound=chosen.bound, n_iter=chosen.n_iter,
         restarts=[run.bound for run in runs], histories=[run.history for run in runs],

@@ -34,7 +34,7 @@ def as_sequences(
     u: Any = None,
     evidence: Any = None,
     labels: Any = None,
-    n_states: int | None = None,
+    n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> Batch:
@@ -172,7 +172,7 @@ def _read(
     u: Any = None,
     evidence: Any = None,
     labels: Any = None,
-    n_states: int | None = None,
+    n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> _Frames:

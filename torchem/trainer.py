@@ -21,7 +21,7 @@ from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
-from torchem.model import DiscreteModel, EStep, LatentModel
+from torchem.model import EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
@@ -177,6 +177,16 @@ class Trainer:
             raise invalid(
                 "accelerate", f"None for {name}", repr(self.accelerate),
                 "leave it out: its M-step is a walk of an optimiser, not a map to extrapolate",
+            )  # fmt: skip
+        if getattr(self.accumulate, "average", False) and not model.accelerates:
+            raise invalid(
+                "average", f"False for {name}", True,
+                "leave it out: its M-step is a walk of an optimiser, which no statistics that could be averaged decide",
+            )  # fmt: skip
+        if self.dead in ("respawn", "prune") and not hasattr(model, self.dead):
+            raise invalid(
+                "dead", f"'floor' or 'raise' for {name}", repr(self.dead),
+                "leave it out: this model has no components that could be put elsewhere or taken out",
             )  # fmt: skip
         if self.device is not None:
             model.to(self.device)
@@ -479,13 +489,14 @@ class _Loop:
         try:
             if self.stopping:
                 raise KeyboardInterrupt
-            for key, stats in self._statistics():
+            for key, batch, stats in self._statistics():
                 ready = self.rule.push(key, stats)
                 score, total = score + stats["log_likelihood"], total + stats["count"]
                 if ready is not None:
                     last, eager = self._reduce(ready), True
-                    if update:
-                        twin.m_step(last)
+                    # Where an M-step is no map of statistics it makes one for the batch, or waits for the whole pass.
+                    if update and (self.noisy or twin.accelerates):
+                        twin.learn(last, batch)
                         self._tune_within()
             ready = self.rule.flush()
             if ready is None and last is None:
@@ -505,15 +516,16 @@ class _Loop:
         objective = seen["score"] + twin.log_prior() if self.noisy or not update else twin.bound(last)
         return last, objective, float(seen["total"].reshape(-1)[0])
 
-    def _statistics(self) -> Iterator[tuple[Hashable, Stats]]:
+    def _statistics(self) -> Iterator[tuple[Hashable, Batch | None, Stats]]:
         """Those of each batch, as many on each process: one with fewer batches ends on empty ones."""
         given, stats = 0, None
         for key, batch in self.source:
+            self.twin.visit(None if self.source.held is not None or self.source.shuffled else key)
             stats, given = self._e_step(batch), given + 1
-            yield key, stats
+            yield key, batch, stats
         for missing in range(given, self.source.batches):
             assert stats is not None
-            yield ("missing", missing), stats * 0.0
+            yield ("missing", missing), None, stats * 0.0
 
     def _tune_within(self) -> None:
         """Let numerics follow the parameters between two batches of a pass."""
@@ -527,8 +539,8 @@ class _Loop:
         # A model of one's own need not know of kinds and temperatures.
         if beta == 1 and kind != "sample":
             return self.twin.e_step(batch) if kind == "soft" else self.twin.e_step(batch, kind)
-        assert isinstance(self.twin, DiscreteModel)
-        return self.twin.e_step(batch, kind, beta, self._uniforms)
+        e_step: Any = self.twin.e_step
+        return e_step(batch, kind, beta, self._uniforms)
 
     def _uniforms(self, shape: torch.Size) -> Tensor:
         """Uniform numbers of a shape, each restart's from its own generator."""
@@ -594,6 +606,8 @@ class _Loop:
         dead, floored = self._sick(stats, total)
         if dead is None:
             return
+        if floored is not None and floored.shape != dead.shape and self.options.dead != "raise":
+            floored = None  # what all states have in common is mended in none of them
         sick = dead if floored is None else dead | floored
         if not bool(sick.any()):
             return
@@ -655,7 +669,8 @@ class _Loop:
     def _impossible_row(self, model: LatentModel) -> int | None:
         start = 0
         for _, batch in self.source:
-            bad = model.log_prob(batch) == -math.inf
+            # The bound of an approximate posterior is −inf where the density is, and takes no list of all states.
+            bad = getattr(model, "elbo", model.log_prob)(batch) == -math.inf
             if batch.weight is not None:
                 bad = bad & (batch.weight > 0).to(bad.device)
             if bool(bad.any()):
@@ -816,7 +831,7 @@ def partial_fit(
             score, total = score + found, total + float(stats["count"])
             ready = rule.push(key, stats)
             if ready is not None:
-                model.m_step(ready)
+                model.learn(ready, batch)
                 adjustment = model.tune(max(survey.rows, int(rule.seen)))
                 if adjustment is not None and adjustment.move is not None:
                     rule.translate(adjustment.move)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch
-from torchem.errors import invalid, wrong_type
+from torchem.errors import InvalidArgument, invalid, wrong_type
 from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior, conjugate
 from torchem.model import LatentModel
 from torchem.ops.missing import any_missing
@@ -31,6 +31,10 @@ class Variational(Factor):
     them. `log_prob` is the posterior predictive: Student's t for normal families, negative binomial for counts. Of the
     frames of a sequence it takes the product, as if each knew nothing of the others but their states.
 
+    What is frozen is known: the posterior is that of the rest given it, and the bound is on log p(x | what is frozen).
+    Given its mean a precision is Wishart, given its covariance a mean is normal, and given some of its cells the others
+    of a row are Dirichlet in what these leave; see `freeze`.
+
     Where scikit-learn's ``BayesianGaussianMixture`` agrees: with ``"full"`` covariances, its ``covariance_prior`` as
     ``scale`` and the same responsibilities all posteriors are the same (its default scale is the data's covariance
     matrix, here its diagonal). Its ``lower_bound_`` is that after an M-step less what no iteration moves:
@@ -45,7 +49,8 @@ class Variational(Factor):
 
     Raises:
         InvalidType: If it is no factor.
-        InvalidArgument: If it has no conjugate prior, parts of it are frozen, or the prior is another family's.
+        InvalidArgument: If it has no conjugate prior, the prior is another family's, or parts of it are frozen that
+            leave a posterior of another form; see `freeze`.
 
     Source: H. Attias (2000); C. M. Bishop (2006), section 10.2; M. D. Hoffman et al. (2013) for natural coordinates.
 
@@ -69,16 +74,11 @@ class Variational(Factor):
         if not isinstance(factor, Factor):
             raise wrong_type("factor", "a torchem factor", factor, "pass for example model.component")
         family = conjugate(factor)
-        frozen = [view for view, name in factor.views.items() if factor.frozen(name) is not None]
-        if frozen:
-            raise invalid(
-                "factor", "one with nothing frozen (a posterior has no values to keep)", f"frozen {frozen}",
-                "unfreeze it, or leave it out of variational Bayes",
-            )  # fmt: skip
         if factor.replicas:
             raise invalid("factor", "one without replicas", f"{factor.replicas[0]} of them", "wrap it before")
         given = prior if prior is not None else factor.prior
         self.factor = factor
+        self._check_frozen(given)
         self._prior = self._accepted(family.weak_prior() if given is None else given)
         factor.prior = None
         # Whatever its parameters are now, they begin with one observation more than the prior.
@@ -184,14 +184,34 @@ class Variational(Factor):
         return self._family.posterior({name: getattr(self, name) for name in self._rank})
 
     def divergence(self) -> Tensor:
-        """KL(q ‖ prior) ``[*r]``, in nats: ⟨E η, q − prior⟩ − A(q) + A(prior)."""
+        """KL(q ‖ prior) ``[*r]``, in nats: ⟨E η, q − prior⟩ − A(q) + A(prior), with E η the gradient of A at q.
+
+        Of what is not frozen, against its prior given what is.
+        """
         posterior = self.posterior()
+        if self._some_frozen:
+            return self._divergence_given(posterior)
         natural = self._given.expected_natural(self.factor, posterior)
         prior, lead = self._given.posterior_stats(self.factor), len(self.replicas)
         parts = natural.map(lambda eta, q, p: (eta * (q - p)).flatten(lead).sum(-1), posterior, prior)
         total = torch.stack(parts.leaves()).sum(0)
         norm = self._given.log_normalizer(self.factor, posterior)
         return total - norm + self._given.log_normalizer(self.factor, prior)
+
+    def _divergence_given(self, posterior: Stats) -> Tensor:
+        prior = self._given.posterior_stats(self.factor)
+        if self._still:
+            return torch.zeros(self.replicas, dtype=torch.float64, device=self.device)
+        names = [name for name, leaf in posterior.items() if isinstance(leaf, Tensor)]
+
+        def norm(values: dict[str, Tensor]) -> Tensor:
+            return self._family.log_normalizer_given(posterior.like({**posterior, **values}))
+
+        norm_q, pull, *_ = torch.func.vjp(norm, {name: posterior[name] for name in names})
+        slopes = pull(torch.ones_like(norm_q))[0]
+        lead = len(self.replicas)
+        terms = [(slopes[name] * (posterior[name] - prior[name])).flatten(lead).sum(-1) for name in names]
+        return torch.stack(terms).sum(0) - norm_q + norm({name: prior[name] for name in names})
 
     def penalized(self, stats: Stats) -> Stats:
         """Statistics alone: `maximize` adds the prior."""
@@ -204,13 +224,16 @@ class Variational(Factor):
     @property
     def probs(self) -> Tensor:
         """Posterior means of probabilities; assignable."""
-        means = self._given.means(self.factor, self.posterior()) if hasattr(self.factor, "logits") else None
+        table = hasattr(self.factor, "logits") and not self._still
+        means = self._given.means(self.factor, self.posterior()) if table else None
         return getattr(self.factor, "probs") if means is None else means.to(self.dtype)  # noqa: B009
 
     # ---- the distribution -------------------------------------------------------------------------------------
 
     def log_prob(self, batch: Batch) -> Tensor:
         """Log of the posterior predictive ``[*r, *n, K]``."""
+        if self._still:
+            return self.factor.log_prob(batch)
         return self._family.predictive(self.posterior(), batch)
 
     def log_potential(self, batch: Batch) -> Tensor:
@@ -219,6 +242,8 @@ class Variational(Factor):
 
     def log_table(self, batch: Batch) -> Tensor:
         """Log of the posterior predictive: posterior means."""
+        if self._still:
+            return self.factor.log_table(batch)
         means = self._given.means(self.factor, self.posterior())
         if means is None:
             return self.factor.log_table(batch)
@@ -226,9 +251,13 @@ class Variational(Factor):
 
     def table_potential(self, batch: Batch) -> Tensor:
         """Expected log-probabilities under the posterior."""
+        if self._still:
+            return self.factor.table_potential(batch)
         return self._family.expected_table(self.posterior(), self._given)
 
     def kernel(self) -> Kernel:
+        if self._still:
+            return self.factor.kernel()
         return self._family.expected_kernel(self.posterior(), self._given)
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -237,6 +266,8 @@ class Variational(Factor):
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One observation from the posterior predictive for each state in ``z [n]``."""
+        if self._still:
+            return self.factor.sample(z, batch, generator)
         drawn = self._family.draw_predictive(self.posterior(), z, batch, generator)
         return self.factor.sample(z, batch, generator) if drawn is None else drawn
 
@@ -251,10 +282,14 @@ class Variational(Factor):
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """The posterior prior + S, as means and strengths: the maximiser of the bound over all q."""
         posterior = self._given.posterior_stats(self.factor) + stats
+        if self._still:
+            return {f"factor.{name}": value for name, value in self.factor.maximize(stats).items()}
         values = {f"factor.{name}": value for name, value in self._family.settle(posterior).items()}
         return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
+        if self._still:
+            return self.factor.expected_log_prob(stats)
         return self._family.expected_inner(self.posterior(), self._given, stats)
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
@@ -297,18 +332,57 @@ class Variational(Factor):
     # ---- freezing, bookkeeping --------------------------------------------------------------------------------
 
     def freeze(self, *names: str, mask: Tensor | None = None) -> "Variational":
-        """Refused: a posterior has no values to keep.
+        """Keep values, or parts of them, as if they were known: the rest has a posterior given these.
+
+        The bound is then that on log p(x | what is kept); see `Factor.freeze`. Of tables single cells may be kept, of
+        normal components means or covariances, of Bernoulli and Poisson ones whole components.
 
         Raises:
-            InvalidArgument: Always.
+            InvalidArgument: Where the posterior of the rest has no form of the family's own.
         """
-        raise invalid(
-            "freeze", "a factor with values to keep", "a posterior of them",
-            "leave that factor out of variational Bayes, or give it a sharp prior",
-        )  # fmt: skip
+        before = dict(self.factor._buffers)
+        self.factor.freeze(*names, mask=mask)
+        try:
+            self._check_frozen(self._prior)
+        except InvalidArgument:
+            self.factor._buffers.clear()
+            self.factor._buffers.update(before)
+            raise
+        return self
 
     def unfreeze(self, *names: str) -> "Variational":
+        self.factor.unfreeze(*names)
         return self
+
+    def frozen(self, parameter: str) -> Tensor | None:
+        return self.factor.frozen(parameter.removeprefix("factor."))
+
+    @property
+    def _some_frozen(self) -> bool:
+        return any(self.factor.frozen(name) is not None for name in self.factor.views.values())
+
+    @property
+    def _still(self) -> bool:
+        """Whether all is frozen: a factor as any other."""
+        masks = [self.factor.frozen(name) for name in self.factor.views.values()]
+        return all(mask is not None and bool(mask.all()) for mask in masks)
+
+    def _check_frozen(self, prior: Prior | None) -> None:
+        """Refuse to keep what leaves a posterior of another form."""
+        kept = [view for view, name in self.factor.views.items() if self.factor.frozen(name) is not None]
+        if not kept or self._still:
+            return
+        name = type(self.factor).__name__
+        if not set(kept) <= self._family.splits:
+            raise invalid(
+                "freeze", f"all of {list(self.factor.views)} of a posterior of {name}, or none", kept,
+                "freeze the rest as well, or leave that factor out of variational Bayes",
+            )  # fmt: skip
+        if prior is not None and type(prior).log_normalizer is not Prior.log_normalizer:
+            raise invalid(
+                "freeze", f"all of a table under {type(prior).__name__}, or nothing (what is left of its sticks when "
+                "some weights are known is not broken off like them)", kept, "use priors.Dirichlet",
+            )  # fmt: skip
 
     def n_parameters(self) -> int:
         return self.factor.n_parameters()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import torchem
 from tests.laws.cases import close, close_stats, randn, rng, state, unchanged
-from torchem.accumulate import FullBatch
 from torchem.batch import Batch
 from torchem.errors import ConvergenceWarning, InvalidArgument, InvalidFile
 from torchem.models import AmortizedModel
@@ -298,6 +298,73 @@ def test_a_fit_that_is_interrupted_returns_whole_iterations() -> None:
     close(model.elbo(x).sum(), torch.tensor(result.history[-1], dtype=torch.float64))
 
 
+# ---- batch by batch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["alternate", "joint"])
+def test_steps_on_batches_reach_probabilistic_pca(update) -> None:
+    """From a loader that shuffles, with weights: near the optimum, nearly three nats above the start."""
+    x = factors_and_noise()
+    x = x - x.mean(0)
+    best = principal(x)[0]
+    model = linear_model(update=update, steps=1, learning_rate=0.05, samples=4)
+    loader = DataLoader(TensorDataset(x, torch.ones(len(x))), 50, shuffle=True, generator=rng(0))
+    result = quietly(model, loader, accumulate=torchem.Stochastic(), max_iter=10)
+    assert best - 0.1 * len(x) < result.bound <= best
+    close(model.elbo(x).sum(), torch.tensor(result.bound, dtype=torch.float64))
+
+
+def test_each_batch_moves_one_network_after_the_other() -> None:
+    orders = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            orders.append(sum(p.numel() for group in self.param_groups for p in group["params"]))
+            return super().step(closure)
+
+    model = deep_model(optimizer=Watched, steps=2, learning_rate=1e-3)
+    quietly(model, moons(), accumulate=torchem.Stochastic(), batch_size=100, max_iter=1)
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    assert orders == [encoder, encoder, model.n_parameters(), model.n_parameters()] * 2
+
+
+def test_incremental_em_is_full_batch_em() -> None:
+    """Nothing of a batch outlives a step of the encoder, so each pass measures all of it anew."""
+    histories = []
+    for rule in (torchem.FullBatch(), torchem.Incremental()):
+        model = deep_model(steps=2)
+        histories.append(quietly(model, moons(), accumulate=rule, batch_size=70, max_iter=6).history)
+    never_falls(histories[1])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-12)
+
+
+def test_a_stream_is_learnt_batch_by_batch() -> None:
+    model, rule = deep_model(update="joint", steps=1), torchem.Stochastic()
+    batches = moons(3000).split(50)
+    scores = [torchem.partial_fit(model, batch, rule) for batch in batches]
+    assert sum(scores[-10:]) > sum(scores[:10]) + 5
+
+
+@pytest.mark.filterwarnings("ignore::torchem.errors.ConvergenceWarning")
+def test_a_fit_goes_on_with_the_optimisers_of_the_fit_before() -> None:
+    def steps(model: AmortizedModel) -> list[int]:
+        return [int(state["state"][0]["step"]) for _, state in model._memory() or []]
+
+    x = moons()
+    model = deep_model(steps=3)
+    first = quietly(model, x, max_iter=2)
+    assert steps(model) == [6, 6]
+    again = quietly(model, x, init=None, max_iter=2)
+    assert steps(model) == steps(copy.deepcopy(model)) == [12, 12]
+    assert again.history[0] == pytest.approx(first.bound, rel=1e-12)
+    never_falls(again.history)
+    model.update = "joint"  # other optimisers, which know nothing yet
+    quietly(model, x, init=None, max_iter=1)
+    assert steps(model) == [3]
+    quietly(model, x, max_iter=1)
+    assert steps(model) == [3]
+
+
 # ---- laws ---------------------------------------------------------------------------------------------------------
 
 
@@ -380,23 +447,16 @@ def test_files_keep_all_but_the_networks_code(tmp_path) -> None:
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 
-class Eager(FullBatch):
-    """Maximises after each batch."""
-
-    def push(self, key, stats):
-        return stats
-
-    def flush(self):
-        return None
-
-
 def test_what_continuous_latents_cannot_do() -> None:
     model, x = deep_model(), moons()
     before = state(model)
     with pytest.raises(InvalidArgument, match="no such configurations"):
         torchem.fit(model, x, e_step="hard", progress=False)
-    with pytest.raises(InvalidArgument, match="batch_size makes the steps of its optimisers stochastic"):
-        torchem.fit(model, x, accumulate=Eager(), progress=False)
+    with pytest.raises(InvalidArgument, match="average: expected False for AmortizedModel"):
+        torchem.fit(model, x, accumulate=torchem.Stochastic(average=True), batch_size=50, progress=False)
+    for policy in ("respawn", "prune"):
+        with pytest.raises(InvalidArgument, match="no components that could be put elsewhere"):
+            torchem.fit(model, x, dead=policy, progress=False)
     with pytest.raises(InvalidArgument, match="passes over the data again"):
         torchem.em_map(model)(dict(model.named_parameters()), Batch(x))
     unchanged(model, before)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import torchem
 from tests.laws.cases import close, close_dict, close_stats, randn, rng, state, unchanged
@@ -204,9 +205,9 @@ def test_bounds_are_in_order(seed: int, sizes) -> None:
     assert float((warm - field).max()) > 1e-5
 
 
-def path_laws(model: FactorialHMM, batch: Batch) -> list[dict[tuple[int, ...], Tensor]]:
+def path_laws(model: FactorialHMM, batch: Batch, beta: float = 1.0) -> list[dict[tuple[int, ...], Tensor]]:
     """q(z^m) of a sequence of two frames, which the expected step of each chain tells."""
-    stats = model.e_step(batch)
+    stats = model.e_step(batch, beta=beta)
     tables = [stats[f"transitions.{m}"]["counts"] for m in range(len(model.n_states))]
     return [{(a, b): t[a, b] for a in range(len(t)) for b in range(len(t))} for t in tables]
 
@@ -301,6 +302,216 @@ def test_the_hard_objective_never_falls(q) -> None:
             values.append(float(stats["log_likelihood"]))
             model.m_step(stats)
     assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.6])
+@pytest.mark.parametrize("q", FORMS)
+def test_the_free_energy_is_that_of_the_enumerated_posterior(q, beta: float) -> None:
+    """E_q[log p(x, z)] + H(q) / β over every configuration of two frames; at its best Σ log Z_β / β, and below."""
+    model = model_of(q=q, tolerance=1e-12, max_sweeps=300)
+    batch = data_of(model, 1, 2)
+    found = densities(model, batch.x[0])
+    tempered = torch.stack([beta * value for _, value in found])
+    stats = model.e_step(batch, beta=beta)
+    if q == "exact":
+        close(stats["log_likelihood"], tempered.logsumexp(0) / beta, rtol=1e-10)
+        law = [(paths, p) for (paths, _), p in zip(found, tempered.softmax(0).detach(), strict=True)]
+    else:
+        laws, free, law = path_laws(model, batch, beta), torch.zeros(()).double(), []
+        for paths, value in found:
+            p = torch.stack([laws[m][path] for m, path in enumerate(paths)]).prod()
+            free = free + p * (value - p.log() / beta)
+            law.append((paths, p.detach()))
+        close(stats["log_likelihood"], free, rtol=1e-10)
+        assert stats["log_likelihood"] < tempered.logsumexp(0) / beta
+    close(model.bound(stats), stats["log_likelihood"], rtol=1e-10)
+    truth = moments(model, batch.x[0], law)
+    close(stats["emission"]["ux"][0], truth["ux"])
+    close(stats["emission"]["uu"][0], truth["uu"])
+    assert not torch.allclose(stats["emission"]["ux"], model.e_step(batch)["emission"]["ux"], rtol=0.05)
+
+
+@pytest.mark.parametrize("beta", [0.4, 1.5])
+@pytest.mark.parametrize("q", FORMS)
+def test_the_free_energy_never_falls(q, beta: float) -> None:
+    model = model_of((2, 3), q=q, seed=5, max_sweeps=2)
+    batch = hard_data(model_of((2, 3)))
+    values = []
+    with torch.no_grad():
+        for _ in range(12):
+            stats = model.e_step(batch, beta=beta)
+            values.append(float(stats["log_likelihood"]))
+            model.m_step(stats)
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(values))
+    assert values[-1] > values[0] + 0.1
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_draws_have_the_law_of_the_posterior(q) -> None:
+    """Counts of 4000 draws of one sequence of two frames are binomial: within five standard deviations."""
+    model = model_of(q=q, tolerance=1e-12, max_sweeps=300)
+    one, n = data_of(model, 1, 2), 4000
+    many, generator = Batch(one.x.expand(n, -1, -1)), rng(7)
+    with torch.no_grad():
+        soft = model.e_step(one)
+        drawn = model.e_step(many, "sample", 1.0, lambda shape: torch.rand(shape, generator=generator).double())
+    close(drawn["log_likelihood"], n * soft["log_likelihood"], rtol=1e-9)
+    close(drawn["entropy"], drawn["log_likelihood"] - model.expected_log_prob(drawn), rtol=1e-12)
+    pairs = [(drawn[name]["counts"], soft[name]["counts"]) for name in soft if name.split(".")[0] in FIRST_AND_STEPS]
+    own = torch.block_diag(*(torch.ones(k, k) for k in model.n_states)).bool()
+    # Two frames of which either may have a pair of states of two chains: their sum is no binomial, and varies at most
+    # twice as much as if they were the same.
+    pairs.append((drawn["emission"]["uu"][0][~own] / 2, soft["emission"]["uu"][0][~own] / 2))
+    for count, p in pairs:
+        assert bool(((count - n * p).abs() <= 5 * (n * p * (1 - p)).clamp(min=0).sqrt() + 1e-6).all())
+        whole = count * (2 if count.dim() == 1 else 1)
+        close(whole, whole.round())
+    assert float((drawn["transitions.1"]["counts"] / n - soft["transitions.1"]["counts"]).abs().max()) > 1e-4
+
+
+FIRST_AND_STEPS = ("initials", "transitions")
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_draws_of_hard_data(q) -> None:
+    """Weights, lengths and missing frames count in draws as they do in expectations; forbidden steps are not drawn."""
+    model = model_of((3, 2), q=q)
+    model.transitions[0].probs = [[0.6, 0.4, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]
+    batch = hard_data(model)
+    with torch.no_grad():
+        soft, drawn = model.e_step(batch), model.e_step(batch, "sample")
+    for name in ("initials.0", "transitions.0", "transitions.1"):
+        close(drawn[name]["counts"].sum(), soft[name]["counts"].sum())
+    close(drawn["emission"]["count"], soft["emission"]["count"])
+    close(drawn["count"], soft["count"])
+    assert bool((drawn["transitions.0"]["counts"][[0, 1, 2, 2], [2, 0, 0, 1]] == 0).all())
+    model.covariance = 20 * torch.eye(2)  # chains about which little is known
+    many = replicated(model, 3)
+    with torch.no_grad():
+        each = many.e_step(batch, "sample")
+    counts = each["transitions.1"]["counts"]
+    assert counts.shape == (3, 2, 2)
+    assert not torch.equal(counts[0], counts[1])
+
+
+@pytest.mark.parametrize("q", VARIATIONAL)
+@pytest.mark.filterwarnings("ignore::torchem.errors.ConvergenceWarning")
+def test_a_loader_that_makes_new_batches_goes_on_from_where_it_was(q) -> None:
+    """With few sweeps the bound falls where each pass sets out anew, as under a loader that shuffles."""
+    x = model_of((2, 2, 3), seed=2).sample(6, 12, generator=rng(2))
+    histories = []
+    for shuffle in (False, True):
+        model = model_of((2, 2, 3), seed=102, q=q, max_sweeps=2)
+        loader = DataLoader(TensorDataset(x), 2, shuffle=shuffle, generator=rng(0))
+        histories.append(torchem.fit(model, loader, init=None, max_iter=10, tol=0, progress=False).history)
+        assert not model._places
+        assert not model._met
+    rises = [min(b - a for a, b in itertools.pairwise(history)) for history in histories]
+    assert rises[0] > 0 > rises[1]
+
+
+def test_other_data_in_the_same_place_set_out_anew() -> None:
+    model = model_of()
+    one, two = data_of(model, 3, 6, seed=1), data_of(model, 3, 6, seed=2)
+    with torch.no_grad():
+        fresh = model.e_step(two)["log_likelihood"]
+        del model._met[two]
+        model.visit(0)
+        model.e_step(one)
+        close(model.e_step(Batch(two.x.clone()))["log_likelihood"], fresh, rtol=1e-12)
+    assert len(model._places) == 1
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------
+
+
+def known() -> tuple[Tensor, Tensor]:
+    """States of both chains, some unknown; and soft evidence on all states."""
+    labels = torch.tensor([[[0, -1], [-1, 2], [1, 1], [-1, -1]], [[-1, -1], [-1, 0], [0, 0], [1, 2]]])
+    weights = cases_rand(2, 4, 5)
+    weights[0, 1, 3] = 0.0
+    return labels, weights
+
+
+def cases_rand(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=rng(8), dtype=torch.float64) + 0.1
+
+
+@pytest.mark.parametrize("form", ["states", "sets", "soft"])
+@pytest.mark.parametrize("q", FORMS)
+def test_labels_leave_what_agrees_with_them(q, form: str) -> None:
+    model = model_of(q=q, tolerance=1e-12, max_sweeps=300)
+    x = data_of(model, 2, 4).x
+    labels, soft = known()
+    table = soft if form == "soft" else torch.cat(
+        [(labels[..., m, None] == torch.arange(k)) | (labels[..., m, None] < 0) for m, k in enumerate((2, 3))], -1
+    )  # fmt: skip
+    batch = model.batch(x, labels=labels if form == "states" else table)
+    best = torch.cat([t / t.amax(-1, keepdim=True) for t in table.double().split((2, 3), -1)], -1)
+    with torch.no_grad():
+        for n in range(2):
+            share = []
+            for paths, value in densities(model, x[n]):
+                chance = [best[n, t, 2 * m + path[t]] for m, path in enumerate(paths) for t in range(4)]
+                share.append((paths, value + torch.stack(chance).log().sum()))
+            total = torch.stack([value for _, value in share]).logsumexp(0)
+            close(model.log_prob(batch)[n], total, rtol=1e-10)
+            elbo = model.elbo(batch)[n]
+            assert elbo <= total + 1e-10
+            if q == "exact":
+                close(elbo, total, rtol=1e-10)
+                law = torch.stack([value for _, value in share]).softmax(0)
+                close(model.entropy(batch[n : n + 1]), torch.special.entr(law).sum(), rtol=1e-8)
+        found = model.posterior(batch)
+        for m, g in enumerate(found):
+            assert bool((g[table.split((2, 3), -1)[m] == 0] == 0).all())
+            close(g.sum(-1), torch.ones(2, 4))
+        path = model.most_likely(batch)
+        if form == "states":
+            assert torch.equal(path[labels >= 0], labels[labels >= 0])
+        stats, drawn = model.e_step(batch), model.e_step(batch, "sample")
+        close(model.bound(stats), stats["log_likelihood"], rtol=1e-10)
+        if form == "states":
+            assert drawn["initials.0"]["counts"][0] >= 1
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_labels_of_all_chains_make_one_step_of_counting(q) -> None:
+    truth = model_of((2, 3))
+    x, z = truth.sample(20, 15, latents=True, generator=rng(4))
+    model = FactorialHMM.gaussian([2, 3], 2, q=q).double()
+    result = torchem.fit(model, x, labels=z, seed=0, max_iter=3, tol=0, progress=False)
+    for m, k in enumerate((2, 3)):
+        pairs = torch.bincount((z[:, :-1, m] * k + z[:, 1:, m]).flatten(), minlength=k * k).view(k, k).double()
+        close(model.transition_matrices[m], pairs / pairs.sum(-1, keepdim=True), rtol=1e-6, atol=1e-6)
+    u = torch.cat([torch.nn.functional.one_hot(z[..., m], k) for m, k in enumerate((2, 3))], -1).flatten(0, 1).double()
+    fitted = u @ torch.linalg.pinv(u) @ x.flatten(0, 1)
+    mean = torch.stack([model.contributions[m][z[..., m]] for m in range(2)]).sum(0).flatten(0, 1)
+    close(mean, fitted, rtol=1e-6, atol=1e-6)
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(result.history))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.zeros(3, 4, dtype=torch.long), r"\[12, 2\], or a table \[12, 5\]"),
+        (torch.full((3, 4, 2), 2), r"0 to 1.*2 at sequence 0, frame 0, chain 0"),
+        (torch.zeros(3, 4, 5, dtype=torch.bool), r"at least one state.*chain 0"),
+        (torch.zeros(3, 4, 3), r"shape \[12, 3\]"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels: Tensor, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        model_of().batch(torch.zeros(3, 4, 2), labels=labels)
+
+
+def test_labels_that_no_path_agrees_with_name_their_sequence() -> None:
+    model = model_of((5, 5, 5, 5, 5), 1)
+    model.transitions[0].probs = torch.eye(5)
+    labels = torch.full((2, 3, 5), -1)
+    labels[1, :2, 0] = torch.tensor([0, 1])
+    with pytest.raises(InvalidArgument, match="sequence 1"):
+        torchem.fit(model, torch.zeros(2, 3, 1), labels=labels, init=None, progress=False)
 
 
 @pytest.mark.parametrize("q", FORMS)
@@ -424,7 +635,7 @@ def test_what_is_left_of_the_replicas_goes_on_from_where_they_were(q) -> None:
         many.e_step(batch)
         few = many.take_replicas(torch.tensor([0, 2]))
     assert isinstance(few, FactorialHMM)
-    for a, b in zip(few._met[batch][1], many._met[batch][1], strict=True):
+    for a, b in zip(few._met[batch].q, many._met[batch].q, strict=True):
         assert torch.equal(a, b[[0, 2]])
 
 
@@ -599,6 +810,63 @@ def test_samples_follow_the_chains() -> None:
     assert (model.most_likely(x[:20]) == z[:20]).double().mean() > 0.97
 
 
+@pytest.mark.parametrize("q", FORMS)
+def test_states_without_mass_are_named_reseeded_or_taken_out(q) -> None:
+    truth = told_apart()
+    x = truth.sample(10, 30, generator=rng(0))
+
+    def start() -> FactorialHMM:
+        model = FactorialHMM.gaussian([2, 4], 3, q=q).double()
+        model.contributions = [
+            truth.contributions[0].detach(),
+            torch.cat([truth.contributions[1], 90 * torch.ones(1, 3)]),
+        ]
+        model.covariance = truth.covariance.detach()
+        return model
+
+    options: dict[str, Any] = {"init": None, "max_iter": 15, "tol": 0.0, "progress": False}
+    model = start()
+    result = torchem.fit(model, x, **options)
+    assert result.dead == [5]
+    pruned = start()
+    pruned.transitions[1].prior = priors.Dirichlet(1.0)
+    found = torchem.fit(pruned, x, dead="prune", **options)
+    assert found.pruned == [5]
+    assert pruned.n_states == (2, 3)
+    assert pruned.transitions[1].prior is not None
+    for m in range(2):
+        close(pruned.contributions[m], model.contributions[m][:3], rtol=1e-3, atol=1e-3)
+    again = torchem.fit(pruned, x, init=None, max_iter=1, tol=0, progress=False)
+    # The row that went had a density of its own, Γ(3).
+    assert again.history[0] == pytest.approx(found.bound - math.log(2), abs=1e-6)
+    few = start()
+    reseeded = torchem.fit(few, x, dead="respawn", **options)
+    assert not reseeded.dead
+    assert reseeded.bound > result.bound
+    with pytest.raises(torchem.errors.DegenerateComponent, match="component 5"):
+        torchem.fit(start(), x, dead="raise", **options)
+
+
+def test_tables_that_chains_share_are_not_pruned() -> None:
+    model = model_of((2, 2))
+    tied = FactorialHMM(model.initials, [model.transitions[0]] * 2, model.emission)
+    with pytest.raises(InvalidArgument, match="where chains share tables"):
+        tied.forbid(torch.tensor([True, False, False, False]))
+
+
+def test_a_reseeded_state_adds_what_the_others_leave() -> None:
+    """With few enough states to try all: the frame's mean is then the frame itself."""
+    model = told_apart()
+    frames = Batch(torch.randn(20, 3, generator=rng(3), dtype=torch.float64))
+    with torch.no_grad():
+        surprise, exact = model.surprise(frames), told_apart(q="exact").surprise(frames)
+        assert bool((surprise >= exact - 1e-9).all())
+        shares = [g[7, 0] @ w for g, w in zip(model._alone(frames).marginals, model.contributions, strict=True)]
+        model.respawn(frames, torch.arange(5) == 3, torch.full((5,), 7))
+    close(model.contributions[1][1] + shares[0], frames.x[7], rtol=1e-12)
+    close(model.contributions[1][[0, 2]], told_apart().contributions[1][[0, 2]], rtol=0, atol=0)
+
+
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -638,8 +906,6 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         model.elbo(torch.zeros(3, 4, 5))
     with pytest.raises(InvalidArgument, match="inputs"):
         model.elbo(torch.zeros(3, 4, 2), u=torch.zeros(3, 4, 1))
-    with pytest.raises(InvalidArgument, match="labels"):
-        torchem.fit(model, torch.zeros(3, 4, 2), labels=torch.zeros(3, 4).long(), progress=False)
     with pytest.raises(InvalidArgument, match="contributions"):
         model.contributions = [torch.zeros(2, 2)]
     with pytest.raises(InvalidArgument, match="length"):

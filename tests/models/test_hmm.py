@@ -787,8 +787,9 @@ def test_replicas_are_taken_apart() -> None:
 # ---- covariates, streamed -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.4])
 @pytest.mark.parametrize("name", ["HMM-inputs", "HMM-inputs-first", "HMM-inputs-support"])
-def test_streamed_tables_give_the_same_statistics(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_tables_give_the_same_statistics(name: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.MODEL_CASES[name]()
     model = case.model
     assert isinstance(model, HMM)
@@ -799,12 +800,14 @@ def test_streamed_tables_give_the_same_statistics(name: str, monkeypatch: pytest
     )
     batch = Batch(x, u=u, lengths=lengths, weight=rand(8, seed=3).round(decimals=1))
     with torch.no_grad():
-        whole = model.e_step(batch)
+        whole = model.e_step(batch, beta=beta)
         monkeypatch.setattr("torchem.models.hmm._TABLES", 1)
         assert model._block(batch) == 16
-        close_stats(model.e_step(batch), whole)
+        monkeypatch.setattr(HMM, "infer", lambda *given: pytest.fail("all tables at once"))
+        close_stats(model.e_step(batch, beta=beta), whole)
         many = model.replicate(2)
-        close_stats(many.e_step(batch).map(lambda leaf: leaf[1]), whole)
+        assert isinstance(many, HMM)
+        close_stats(many.e_step(batch, beta=beta).map(lambda leaf: leaf[1]), whole)
 
 
 def test_inputs_through_a_fit() -> None:

@@ -86,6 +86,11 @@ class Columns(Factor, Conjugate):
     def free(self) -> Tensor:
         """``[*r, K, D]`` Boolean, False where the user has fixed a cell at a bound of the family."""
 
+    def _held(self) -> Tensor | None:
+        """``[K, 1]`` Boolean, True for components that are frozen."""
+        mask = self.frozen(self.parameter)
+        return None if mask is None else mask.expand(self._k).unsqueeze(-1)
+
     @abstractmethod
     def forbidden(self) -> tuple[Tensor, Tensor]:
         """P and Q ``[*r, K, D]`` such that Σ_d [x_d P_kd − Q_kd] is positive where state k cannot emit x, else zero."""
@@ -147,7 +152,26 @@ class Columns(Factor, Conjugate):
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
         count, total = self._movable(posterior)
         value = self.estimate(count, total).to(self.dtype)
-        return {self.parameter: torch.where(self.free(), value, getattr(self, self.parameter))}
+        value = torch.where(self.free(), value, getattr(self, self.parameter))
+        return {self.parameter: self.keep_frozen(self.parameter, value)}
+
+    def log_normalizer_given(self, posterior: Stats) -> Tensor:
+        held = self._held()
+        if held is None:
+            return self.log_normalizer(posterior)
+        # What stands for components that are known adds a constant.
+        return self.log_normalizer(posterior.like({
+            "count": torch.where(held, 2.0, posterior["count"]), "total": torch.where(held, 1.0, posterior["total"])
+        }))  # fmt: skip
+
+    def _expected(self, posterior: Stats, prior: Prior) -> Stats:
+        """Expected natural parameters, those that a component has where it is frozen."""
+        natural, held = prior.expected_natural(self, posterior), self._held()
+        if held is None:
+            return natural
+        eta, normalizer = self.natural(getattr(self, self.parameter).to(torch.float64))
+        own = {"total": eta, "count": -normalizer}
+        return natural.like({name: torch.where(held, own[name], value) for name, value in natural.items()})
 
     def strengths(self, posterior: Stats) -> dict[str, Tensor]:
         return {"log_count": self._movable(posterior)[0].log()}
@@ -163,10 +187,10 @@ class Columns(Factor, Conjugate):
         return Stats(count=count, total=count * mean)
 
     def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
-        return _ColumnsKernel(self, prior.expected_natural(self, posterior))
+        return _ColumnsKernel(self, self._expected(posterior, prior))
 
     def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
-        return _inner(prior.expected_natural(self, posterior), stats)
+        return _inner(self._expected(posterior, prior), stats)
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         return self.log_prob(batch)

@@ -39,6 +39,7 @@ class Bernoulli(Columns):
                 [-0.6931,    -inf]], grad_fn=<...>)
     """
 
+    splits: ClassVar = frozenset({"probs"})
     views: ClassVar = {"probs": "logits"}
     parameter: ClassVar[str] = "logits"
 

@@ -45,6 +45,7 @@ class Categorical(Factor, Conjugate):
 
     handles_missing: ClassVar[bool] = True
     views: ClassVar = {"probs": "logits"}
+    splits: ClassVar = frozenset({"probs"})
 
     logits: Tensor
     support: Tensor
@@ -219,10 +220,42 @@ class Categorical(Factor, Conjugate):
         return rows.flatten(len(self.replicas)).sum(-1) if rows.dim() > len(self.replicas) else rows
 
     def expected_natural(self, posterior: Stats) -> Stats:
-        """E[log p_j] = ψ(α_j) − ψ(Σ α), zero off the support."""
-        alpha = torch.where(self.support, posterior["counts"], 1.0)
-        total = torch.where(self.support, posterior["counts"], 0.0).sum(-1, keepdim=True)
-        return Stats(counts=torch.where(self.support, alpha.digamma() - total.digamma(), 0.0))
+        """E[log p_j] = ψ(α_j) − ψ(Σ α), zero off the support.
+
+        Where cells are frozen the others share what these leave, r, in proportions that are Dirichlet whatever it is
+        (a Dirichlet law is neutral): log r + ψ(α_j) − ψ(Σ α) with sums over the free cells.
+        """
+        free = self._free()
+        alpha = torch.where(free, posterior["counts"], 1.0)
+        total = torch.where(free, posterior["counts"], 0.0).sum(-1, keepdim=True)
+        # A row without free cells has no posterior.
+        total = torch.where(free.any(-1, keepdim=True), total, 1.0)
+        natural = torch.where(free, alpha.digamma() - total.digamma(), 0.0)
+        if self.frozen("logits") is not None:
+            kept = self._supported(self.log_probs().to(torch.float64))
+            natural = torch.where(free, natural + self._left().log(), kept)
+        return Stats(counts=natural)
+
+    def log_normalizer_given(self, posterior: Stats) -> Tensor:
+        """`log_normalizer` of the proportions in which free cells share what frozen ones leave."""
+        free = self._free()
+        alpha = torch.where(free, posterior["counts"], 1.0)
+        total = torch.where(free, posterior["counts"], 0.0).sum(-1)
+        some = free.any(-1)
+        rows = torch.where(free, alpha.lgamma(), 0.0).sum(-1) - torch.where(some, total, 1.0).lgamma()
+        rows, lead = torch.where(some, rows, 0.0), len(self.replicas)
+        return rows.flatten(lead).sum(-1) if rows.dim() > lead else rows
+
+    def _free(self) -> Tensor:
+        """Cells that may move."""
+        mask = self.frozen("logits")
+        return self.support if mask is None else self.support & ~mask
+
+    def _left(self) -> Tensor:
+        """What frozen cells leave to the others of their rows, ``[*r, *parents, 1]``."""
+        probs = self._supported(self.log_probs().to(torch.float64).exp())
+        left = torch.where(self._free(), probs, 0.0).sum(-1, keepdim=True)
+        return left.clamp(min=torch.finfo(torch.float64).tiny)
 
     def weak_prior(self) -> Dirichlet:
         """A total concentration of one for each row."""
@@ -231,11 +264,15 @@ class Categorical(Factor, Conjugate):
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
         counts = self._supported(posterior["counts"])
         tiny = torch.finfo(counts.dtype).tiny
+        if self.frozen("logits") is not None:
+            counts = torch.where(self._free(), counts, 0.0)
         share = counts / counts.sum(-1, keepdim=True).clamp(min=tiny)
+        if self.frozen("logits") is not None:
+            share = torch.where(self._free(), share * self._left(), self.log_probs().to(torch.float64).exp())
         return {"logits": self._supported(share.clamp(min=torch.finfo(self.dtype).tiny).log()).to(self.dtype)}
 
     def strengths(self, posterior: Stats) -> dict[str, Tensor]:
-        total = self._supported(posterior["counts"]).sum(-1)
+        total = torch.where(self._free(), posterior["counts"], 0.0).sum(-1)
         return {"log_total": total.clamp(min=torch.finfo(self.dtype).tiny).log()}
 
     def posterior(self, strengths: dict[str, Tensor]) -> Stats:
@@ -243,6 +280,10 @@ class Categorical(Factor, Conjugate):
         logits = self.logits.to(torch.float64)
         if self.restricted:
             logits = logits.masked_fill(~self.support, -torch.inf)
+        if self.frozen("logits") is not None:
+            # Counts of frozen cells, of which nothing depends, are left as those of the whole row.
+            logits = logits.log_softmax(-1) - self._left().log()
+            return Stats(counts=(logits + log_total).exp())
         return Stats(counts=(logits.log_softmax(-1) + log_total).exp())
 
     def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
@@ -290,6 +331,17 @@ class Categorical(Factor, Conjugate):
             small.register_buffer("frozen_logits", mask.index_select(axis, index) if mask.dim() else mask)
         return small
 
+    def among(self, index: Tensor) -> "Categorical":
+        """A transition matrix among some of its states; rows are renormalised, or even where nothing is left."""
+        probs = self.probs.detach().to(torch.float64)[index][:, index]
+        small = Categorical(len(index), len(index)).to(self.device, self.dtype)
+        total = probs.sum(-1, keepdim=True)
+        small.probs = torch.where(total > 0, probs / total.clamp(min=1e-300), 1.0 / len(index))
+        mask = self.frozen("logits")
+        if mask is not None:
+            small.register_buffer("frozen_logits", mask[index][:, index] if mask.dim() else mask)
+        return small
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         return torch.multinomial(self.probs[z], 1, generator=generator)
 
@@ -314,14 +366,14 @@ class _ExpectedPass(StreamedPass):
 
     def __init__(self, factor: Categorical, logs: Tensor):
         super().__init__(factor)
-        self.family = factor
+        self.categories = factor
         self.table, self.logs = factor._forbidding(logs).to(factor.dtype), logs
 
     def log_potential(self, batch: Batch) -> Tensor:
-        return self.family._looked_up(self.table, batch)
+        return self.categories._looked_up(self.table, batch)
 
     def inner(self) -> Tensor:
-        return self.family._inner(self.stats(), self.logs)
+        return self.categories._inner(self.stats(), self.logs)
 
 
 def _apart(counts: Tensor) -> Tensor:

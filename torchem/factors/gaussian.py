@@ -62,6 +62,7 @@ class Gaussian(Factor, Conjugate):
     """
 
     views: ClassVar = {"means": "mean", "covariances": "scale"}
+    splits: ClassVar = frozenset({"means", "covariances"})
     handles_missing: ClassVar[bool] = True
     default_init: ClassVar[str] = "kmeans"
 
@@ -385,18 +386,77 @@ class Gaussian(Factor, Conjugate):
         """Means from the origin, scatter about them, and ν of a posterior."""
         count, first = posterior["count"], posterior["first"]
         delta = first / self.structure.by_column(count)
+        held = self._held("mean", delta)
+        if held is not None:
+            delta = torch.where(held, (self.mean - self.origin).to(torch.float64), delta)
         scatter = self.structure.scatter(count, first, posterior["second"], delta)
-        return delta, scatter, self.structure.freedom(posterior["dof"], self._d)
+        return delta, scatter, self._freedom(posterior)
+
+    def _held(self, parameter: str, like: Tensor) -> Tensor | None:
+        """Components whose means or covariances are frozen, a Boolean that broadcasts to a tensor ``[*r, K, …]``."""
+        mask = self.frozen(parameter)
+        if mask is None:
+            return None
+        return mask.expand(self._k).reshape(self._k, *[1] * (like.dim() - len(self.replicas) - 1))
+
+    def _freedom(self, posterior: Stats) -> Tensor:
+        """ν of a posterior. A mean that is known takes away no degree of freedom."""
+        dof = posterior["dof"]
+        held = self._held("mean", dof)
+        return self.structure.freedom(dof if held is None else dof + held, self._d)
+
+    def log_normalizer_given(self, posterior: Stats) -> Tensor:
+        """`log_normalizer` where means or covariances of components are frozen.
+
+        Given μ the precision is Wishart with one degree of freedom more and the scatter about μ: an integral over μ
+        would leave (2π/κ)^{D/2} |Λ|^{−½}, which κ = 2π and that degree undo. Given Λ the mean is normal with precision
+        κΛ.
+        """
+        structure, (delta, scatter, _) = self.structure, self._moments_of(posterior)
+        count, dof = posterior["count"], posterior["dof"]
+        known = self._held("mean", count)
+        if known is not None:
+            count, dof = torch.where(known, 2 * math.pi, count), dof + known
+        mask = self.frozen("scale")
+        if mask is None:
+            return structure.log_marginal(count, dof, scatter, self._d)
+        raw = self.scale.to(torch.float64)
+        columns = 1 if count.dim() == delta.dim() else self._d
+        if structure.shared:
+            means = -0.5 * columns * count.log().sum(-1)
+            return means - 0.5 * structure.trace(raw, scatter)
+        fixed = [self._held("scale", value) for value in (count, scatter)]
+        assert fixed[0] is not None and fixed[1] is not None
+        own = -0.5 * columns * torch.where(fixed[0], count, 1.0).log().flatten(len(self.replicas)).sum(-1)
+        own = own - 0.5 * structure.trace(raw, torch.where(fixed[1], scatter, 0.0))
+        # What stands for the components that are known adds a constant.
+        unit = structure.covariances(torch.zeros_like(raw))
+        count, dof = torch.where(fixed[0], 1.0, count), torch.where(fixed[0], float(self._d), dof)
+        return own + structure.log_marginal(count, dof, torch.where(fixed[1], unit, scatter), self._d)
+
+    def _sureness(self, posterior: Stats) -> tuple[Tensor, Tensor]:
+        """κ and ν, infinite for what is frozen, but for rounding."""
+        count, freedom = posterior["count"], self._freedom(posterior)
+        held = self._held("mean", count)
+        if held is not None:
+            count = torch.where(held, torch.inf, count)
+        held = self.frozen("scale")
+        if held is not None:
+            fixed = held if self.structure.shared else self._held("scale", freedom)
+            assert fixed is not None
+            freedom = torch.where(fixed, ops.CERTAIN, freedom)
+        return count, freedom
 
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
         """Means, and the inverses of expected precisions, Ψ/ν, as covariances."""
         delta, scatter, freedom = self._moments_of(posterior)
         raw = self.structure.raw(self.structure.divided(scatter, freedom))
         mean = self.origin.to(torch.float64) + delta
-        return {"mean": mean.to(self.dtype), "scale": raw.to(self.dtype)}
+        values = {"mean": mean.to(self.dtype), "scale": raw.to(self.dtype)}
+        return {name: self.keep_frozen(name, value) for name, value in values.items()}
 
     def strengths(self, posterior: Stats) -> dict[str, Tensor]:
-        freedom = self.structure.freedom(posterior["dof"], self._d)
+        freedom = self._freedom(posterior)
         return {
             "log_count": posterior["count"].log(),
             "log_freedom": (freedom - self.structure.least_freedom(self._d)).log(),
@@ -408,15 +468,17 @@ class Gaussian(Factor, Conjugate):
         delta = (self.mean - self.origin).to(torch.float64)
         scatter = self.structure.multiplied(self.structure.covariances(self.scale.to(torch.float64)), freedom)
         first = self.structure.by_column(count) * delta
+        dof = self.structure.dof(freedom, self._k, self._d)
+        held = self._held("mean", dof)
         return Stats(
-            count=count, dof=self.structure.dof(freedom, self._k, self._d), first=first,
+            count=count, dof=dof if held is None else dof - held.to(dof), first=first,
             # About the origin again: + κ δδᵀ.
             second=self.structure.scatter(-count, -first, scatter, delta),
             shared=self.structure.shared, version=self.version,
         )  # fmt: skip
 
     def _blur(self, posterior: Stats) -> Tensor:
-        return self.structure.blur(posterior["count"], self.structure.freedom(posterior["dof"], self._d), self._d)
+        return self.structure.blur(*self._sureness(posterior), self._d)
 
     def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         return _BlurredKernel(self, self._blur(posterior))
@@ -426,8 +488,11 @@ class Gaussian(Factor, Conjugate):
         return self.expected_log_prob(stats) + blur.flatten(len(self.replicas)).sum(-1)
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
-        """Student's t (C. M. Bishop 2006, equation 10.81): of rows, or where columns are independent of entries."""
-        count, freedom = posterior["count"], self.structure.freedom(posterior["dof"], self._d)
+        """Student's t (C. M. Bishop 2006, equation 10.81): of rows, or where columns are independent of entries.
+
+        With a covariance that is known it is normal.
+        """
+        count, freedom = self._sureness(posterior)
         x = _observed(batch).to(torch.float64).reshape(-1, self._d)
         mean, raw = self.mean.to(torch.float64), self.scale.to(torch.float64)
         if isinstance(self.structure, ops.Entrywise):
@@ -438,9 +503,9 @@ class Gaussian(Factor, Conjugate):
             spread = torch.where(seen.unsqueeze(-2), variance.unsqueeze(-3).log(), 0.0)
             size = seen.to(distance).unsqueeze(-2)
             if freedom.dim() == count.dim():  # a variance for each entry
-                value = ops.student(distance, spread, size, freedom.unsqueeze(-3)).sum(-1)
+                value = ops.student_or_normal(distance, spread, size, freedom.unsqueeze(-3)).sum(-1)
             else:
-                value = ops.student(distance.sum(-1), spread.sum(-1), size.sum(-1), freedom.unsqueeze(-2))
+                value = ops.student_or_normal(distance.sum(-1), spread.sum(-1), size.sum(-1), freedom.unsqueeze(-2))
         else:
             # Two normal densities of what was observed tell its distance and its determinant apart.
             wide = self.structure.raw(2 * self.structure.covariances(raw))
@@ -453,13 +518,13 @@ class Gaussian(Factor, Conjugate):
             spread = -2 * one - distance - seen * ops.LOG_2PI
             degrees = self.structure.per_component(freedom - self._d + 1)
             wider = ((1 + 1 / count) * self.structure.per_component(freedom) / degrees).unsqueeze(-2)
-            value = ops.student(distance / wider, spread + seen * wider.log(), seen, degrees.unsqueeze(-2))
+            value = ops.student_or_normal(distance / wider, spread + seen * wider.log(), seen, degrees.unsqueeze(-2))
         return value.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
 
     def draw_predictive(
         self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
     ) -> Tensor:
-        count, freedom = posterior["count"], self.structure.freedom(posterior["dof"], self._d)
+        count, freedom = self._sureness(posterior)
         if isinstance(self.structure, ops.Entrywise):
             degrees = ratio = self.structure.by_entry(freedom) if freedom.dim() < count.dim() else freedom
             wider = (1 + 1 / count).sqrt()

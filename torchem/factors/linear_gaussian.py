@@ -54,6 +54,7 @@ class LinearGaussian(Factor, Conjugate):
     """
 
     views: ClassVar = {"weight": "coefficient", "covariances": "scale"}
+    splits: ClassVar = frozenset({"weight", "covariances"})
     # Lines through chosen observations: clusters of x say little of regressions, and random shares of much data give
     # components that hardly differ.
     default_init: ClassVar[str] = "random_from_data"
@@ -347,14 +348,64 @@ class LinearGaussian(Factor, Conjugate):
         """Degrees of freedom as of a `Gaussian`, whose only coefficient is a mean."""
         return self.structure.counts(posterior["dof"] - (self.n_inputs - 1), self.n_outputs)
 
+    def _held(self, parameter: str, like: Tensor) -> Tensor | None:
+        """Components whose coefficients or covariances are frozen, to broadcast to a tensor ``[*r, K, …]``."""
+        mask = self.frozen(parameter)
+        if mask is None:
+            return None
+        return mask.expand(self._k).reshape(self._k, *[1] * (like.dim() - len(self.replicas) - 1))
+
+    def _given(self, posterior: Stats) -> tuple[Tensor, Tensor, Tensor]:
+        """`_rest` and `_mean_dof` where coefficients may be frozen, which take away no degree of freedom."""
+        weight, scatter = self._rest(posterior)
+        dof = self._mean_dof(posterior)
+        held = self._held("coefficient", weight)
+        if held is None:
+            return weight, scatter, dof
+        weight = torch.where(held, self.weight.to(torch.float64), weight)
+        known = self._held("coefficient", dof)
+        assert known is not None
+        return weight, self._scatter(posterior, weight), dof + self.n_inputs * known
+
+    def log_normalizer_given(self, posterior: Stats) -> Tensor:
+        """`log_normalizer` where coefficients or covariances of components are frozen: as for a `Gaussian`."""
+        structure, d = self.structure, self.n_outputs
+        _, scatter, dof = self._given(posterior)
+        log_det = 2 * linalg.cholesky(posterior["uu"]).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        held = self._held("coefficient", log_det)
+        own = -d / 2 * (log_det if held is None else torch.where(held, 0.0, log_det)).sum(-1)
+        ones = torch.ones_like(dof)
+        if self.frozen("scale") is None:
+            return own + structure.log_marginal(ones, dof, scatter, d)
+        raw = self.scale.to(torch.float64)
+        if structure.shared:
+            return own - 0.5 * structure.trace(raw, scatter)
+        fixed = [self._held("scale", value) for value in (dof, scatter)]
+        assert fixed[0] is not None and fixed[1] is not None
+        own = own - 0.5 * structure.trace(raw, torch.where(fixed[1], scatter, 0.0))
+        # What stands for the components that are known adds a constant.
+        unit = structure.covariances(torch.zeros_like(raw))
+        dof = torch.where(fixed[0], float(d), dof)
+        return own + structure.log_marginal(ones, dof, torch.where(fixed[1], unit, scatter), d)
+
     def _freedom(self, posterior: Stats) -> Tensor:
-        return self.structure.freedom(self._mean_dof(posterior), self.n_outputs)
+        return self.structure.freedom(self._given(posterior)[2], self.n_outputs)
+
+    def _sureness(self, posterior: Stats) -> Tensor:
+        """ν, next to infinite where covariances are frozen."""
+        freedom, held = self._freedom(posterior), self.frozen("scale")
+        if held is None:
+            return freedom
+        fixed = held if self.structure.shared else self._held("scale", freedom)
+        assert fixed is not None
+        return torch.where(fixed, ops.CERTAIN, freedom)
 
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
         """Mean coefficients, and the inverses of expected precisions, Ψ/ν, as covariances."""
-        weight, scatter = self._rest(posterior)
-        raw = self.structure.raw(self.structure.divided(scatter, self._freedom(posterior)))
-        return {"coefficient": weight.to(self.dtype), "scale": raw.to(self.dtype)}
+        weight, scatter, dof = self._given(posterior)
+        raw = self.structure.raw(self.structure.divided(scatter, self.structure.freedom(dof, self.n_outputs)))
+        values = {"coefficient": weight.to(self.dtype), "scale": raw.to(self.dtype)}
+        return {name: self.keep_frozen(name, value) for name, value in values.items()}
 
     def strengths(self, posterior: Stats) -> dict[str, Tensor]:
         least = self.structure.least_freedom(self.n_outputs)
@@ -370,6 +421,8 @@ class LinearGaussian(Factor, Conjugate):
         weight, raw = self.weight.to(torch.float64), self.scale.to(torch.float64)
         dof = self.structure.dof(freedom, self._k, self.n_outputs) + (self.n_inputs - 1)
         dof = dof[..., 0] if isinstance(self.structure, ops.Entrywise) else dof
+        held = self._held("coefficient", dof)
+        dof = dof if held is None else dof - self.n_inputs * held.to(dof)
         uu, rows = factors @ factors.mT, (weight @ factors).mT
         xx = self.structure.multiplied(self.structure.covariances(raw), freedom) + self.structure.second(rows, rows)
         shared = ("xx",) if self.structure.shared else ()
@@ -379,7 +432,7 @@ class LinearGaussian(Factor, Conjugate):
         """E log N(x | W u, Λ⁻¹) − log N(x | E W u, (E Λ)⁻¹) of a row, ``[*r, K]``, but for −½ D uᵀ uu⁻¹ u."""
         dof = self._mean_dof(posterior)
         certain = torch.full_like(dof, torch.inf)
-        blur = self.structure.blur(certain, self._freedom(posterior), self.n_outputs)
+        blur = self.structure.blur(certain, self._sureness(posterior), self.n_outputs)
         return blur.sum(-1) if isinstance(self.structure, ops.Entrywise) else blur
 
     def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
@@ -391,6 +444,8 @@ class LinearGaussian(Factor, Conjugate):
     def _expected_inner(self, posterior: Stats, stats: Stats) -> Tensor:
         factors = linalg.cholesky(posterior["uu"])
         unsure = torch.cholesky_solve(stats["uu"], factors).diagonal(dim1=-2, dim2=-1).sum(-1)
+        held = self._held("coefficient", unsure)
+        unsure = unsure if held is None else torch.where(held, 0.0, unsure)
         blur = self._blur(posterior) * stats["dof"] - self.n_outputs / 2 * unsure
         return self.expected_log_prob(stats) + blur.sum(-1)
 
@@ -398,7 +453,7 @@ class LinearGaussian(Factor, Conjugate):
         self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
     ) -> Tensor:
         u = self._inputs(Batch(z) if batch is None else batch).to(torch.float64)
-        freedom, d = self._freedom(posterior), self.n_outputs
+        freedom, d = self._sureness(posterior), self.n_outputs
         mean = (self.weight.detach().to(torch.float64)[z] @ u.unsqueeze(-1)).squeeze(-1)
         wider = 1 + self._unsure(posterior, u).mT[torch.arange(len(z)), z].unsqueeze(-1)
         if self.covariance_type == "diag":
@@ -413,20 +468,22 @@ class LinearGaussian(Factor, Conjugate):
         return (mean + noise * (wider * ratio[z] / (2 * half)).sqrt()).to(self.dtype)
 
     def _unsure(self, posterior: Stats, u: Tensor) -> Tensor:
-        """uᵀ uu⁻¹ u ``[*r, K, n]``: how far the inputs are from those seen."""
+        """uᵀ uu⁻¹ u ``[*r, K, n]``: how far the inputs are from those seen; zero where coefficients are known."""
         root = linalg.inverse_factor(linalg.cholesky(posterior["uu"])).to(u)
-        return (u @ root.mT).square().sum(-1)
+        value = (u @ root.mT).square().sum(-1)
+        held = self._held("coefficient", value)
+        return value if held is None else torch.where(held, 0.0, value)
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
-        """Student's t: of rows, or where columns are independent of entries."""
+        """Student's t: of rows, or where columns are independent of entries; normal where covariances are known."""
         u = self._inputs(batch).to(torch.float64).reshape(-1, self.n_inputs)
         weight, raw, d = self.weight.to(torch.float64), self.scale.to(torch.float64), self.n_outputs
         gap = batch.x.to(torch.float64).reshape(-1, d) - _predicted(u, weight)
-        freedom, wider = self._freedom(posterior), 1 + self._unsure(posterior, u)
+        freedom, wider = self._sureness(posterior), 1 + self._unsure(posterior, u)
         size = torch.ones((), dtype=torch.float64, device=u.device)
         if self.covariance_type == "diag":
             variance = wider.unsqueeze(-1) * self.structure.covariances(raw).unsqueeze(-2)
-            value = ops.student(gap.square() / variance, variance.log(), size, freedom.unsqueeze(-2)).sum(-1)
+            value = ops.student_or_normal(gap.square() / variance, variance.log(), size, freedom.unsqueeze(-2)).sum(-1)
         else:
             degrees, ratio = freedom, torch.ones_like(freedom)
             if not isinstance(self.structure, ops.Entrywise):
@@ -436,7 +493,7 @@ class LinearGaussian(Factor, Conjugate):
             wider = wider * ratio
             log_det = self.structure.log_det(raw, self._k, d).unsqueeze(-1) + d * wider.log()
             distance = self.structure.distance(gap, self.structure.root(raw)) / wider
-            value = ops.student(distance, log_det, size * d, degrees)
+            value = ops.student_or_normal(distance, log_det, size * d, degrees)
         return value.mT.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Poisson(Columns):
         tensor([[-1.6931, -1.9206]], grad_fn=<...>)
     """
 
+    splits: ClassVar = frozenset({"rates"})
     views: ClassVar = {"rates": "log_rate"}
     parameter: ClassVar[str] = "log_rate"
 
@@ -142,6 +143,9 @@ class Poisson(Columns):
             free = self.free().unsqueeze(-3)
             value = torch.where(free, value, torch.where(x > 0, -torch.inf, 0.0))
         value = torch.where(seen, value, 0.0).sum(-1).to(self.dtype)
+        held = self._held()
+        if held is not None:
+            value = torch.where(held[:, 0], self.log_prob(batch).reshape(value.shape), value)
         return value.unflatten(-2, batch.x.shape[:-1])
 
     def draw_predictive(
@@ -150,6 +154,9 @@ class Poisson(Columns):
         count, total = self._movable(posterior)
         rates = torch._standard_gamma(total[z], generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         rates = rates / count[z]
+        held = self._held()
+        if held is not None:
+            rates = torch.where(held[z], self.rates.detach()[z].to(rates), rates)
         if self.restricted:
             rates = torch.where(self.free()[z], rates, 0.0)
         return torch.poisson(rates, generator=generator).to(self.dtype)

@@ -1,6 +1,7 @@
 """Latent-variable models made of two networks: a decoder of continuous latents, and an encoder that infers them."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
@@ -39,6 +40,14 @@ class AmortizedModel(LatentModel):
     by gradients through the draws (reparameterisation): a variational autoencoder, trained as EM. The E-step improves
     the encoder, the M-step the decoder, each by ``steps`` passes of an optimiser, one step per batch (so ``batch_size``
     makes them stochastic), with draws from the fit's own generator.
+
+    Under `torchem.Stochastic` each batch is followed by ``steps`` steps of the optimisers on that batch alone: those of
+    the encoder, then those of the decoder, or of both at once. It is the usual training of a variational autoencoder,
+    without a guard. Rates are the optimisers' own; the rule's step sizes are for statistics, of which there are none.
+    Under `torchem.Incremental` nothing can be kept of a batch, whose posteriors move with the encoder of all: its fit
+    is full-batch EM, whose optimisers step after every batch as well, and whose bound never falls.
+
+    A fit with ``init=None`` goes on with the optimisers as the fit before left them, at the learning rate given here.
 
     The bound that a fit reports, and `elbo`, are taken at draws of their own, always the same: so iterations, restarts
     and models can be compared. An iteration after which it would have fallen is undone and made again at half the
@@ -116,6 +125,9 @@ class AmortizedModel(LatentModel):
         self._seed, self._draws, self._restart = 0, 0, 0
         self._rate = self.learning_rate
         self._optimizers: list[torch.optim.Optimizer] | None = None
+        # What optimisers knew where a fit ended, and whether batches of this pass were learnt as they came.
+        self._paused: list[tuple[type, dict[str, Any]]] | None = None
+        self._online = False
 
     def _tried(self) -> int:
         """D, from one pass through both networks."""
@@ -195,6 +207,8 @@ class AmortizedModel(LatentModel):
 
     def load_from(self, other: LatentModel) -> None:
         self.load_state_dict(other.state_dict())
+        if isinstance(other, AmortizedModel):
+            self._optimizers, self._paused = None, copy.deepcopy(other._memory())
 
     def config(self) -> dict[str, Any]:
         names = (
@@ -203,8 +217,25 @@ class AmortizedModel(LatentModel):
         return {name: getattr(self, name) for name in names}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimisers belong to the very parameters that they move.
-        return {**self.__dict__, "_optimizers": None}
+        # Optimisers belong to the very parameters that they move; a copy makes its own, which know the same.
+        return {**self.__dict__, "_optimizers": None, "_paused": self._memory()}
+
+    def _memory(self) -> list[tuple[type, dict[str, Any]]] | None:
+        """What the optimisers have learnt of their parameters (the moments of Adam), if there are any."""
+        if self._optimizers is None:
+            return self._paused
+        return [(type(optimizer), optimizer.state_dict()) for optimizer in self._optimizers]
+
+    def _resume(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Let new optimisers go on from where those before were, if they are of the same kind and parameters."""
+        known, self._paused = self._paused, None
+        for optimizer, (kind, state) in zip(optimizers, known or [], strict=False):
+            both = optimizer.state_dict(), state
+            mine, theirs = ([len(group["params"]) for group in one["param_groups"]] for one in both)
+            if type(optimizer) is kind and mine == theirs:
+                optimizer.load_state_dict(state)
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate
 
     # ---- the distribution -------------------------------------------------------------------------------------
 
@@ -303,11 +334,19 @@ class AmortizedModel(LatentModel):
 
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         raise invalid(
-            "AmortizedModel", "full-batch EM: its M-step passes over the data again", "an M-step from statistics alone",
-            "leave accumulate and accelerate out; batch_size makes the steps of its optimisers stochastic",
+            "AmortizedModel", "a fit: its M-step passes over the data again", "an M-step from statistics alone",
+            "call torchem.fit or torchem.partial_fit",
         )  # fmt: skip
 
+    def learn(self, stats: Stats, batch: Batch | None) -> None:
+        self._online = True
+        if batch is not None:
+            self._climb(lambda: [batch])
+
     def improve(self, stats: Stats, batches: Callable[[], Iterable[Batch]]) -> None:
+        if self._online:  # the pass has been learnt, batch by batch
+            self._online = False
+            return
         start, before = stats["log_likelihood"], self.snapshot()
         for _ in range(_HALVINGS):
             self._climb(batches)
@@ -330,7 +369,10 @@ class AmortizedModel(LatentModel):
         kept = self._optimizers
         if kept is None or (self.update == "alternate" and isinstance(kept[0], torch.optim.LBFGS)):
             # Curvature that was gathered before the other network moved is of another objective.
+            first = kept is None
             kept = self._optimizers = [self.optimizer(group, lr=self._rate) for group in groups]
+            if first and not (self.update == "alternate" and isinstance(kept[0], torch.optim.LBFGS)):
+                self._resume(kept)
         with torch.enable_grad(), declared_precision(self.device):
             for group, optimizer in zip(groups, kept, strict=True):
                 for _ in range(self.steps):
@@ -372,14 +414,15 @@ class AmortizedModel(LatentModel):
                 "fit it in one: its optimisers do not share their gradients",
             )  # fmt: skip
         self._seed = int(torch.randint(1 << 60, (), generator=generators[0]))
-        self._draws, self._restart = 0, first
+        self._draws, self._restart, self._online = 0, first, False
         self._rate, self._optimizers = self.learning_rate, None
 
     def initialize(self, batch: Batch, expected: Tensor) -> None:
         """The first start takes the networks as they are; others draw the layers' parameters anew.
 
-        The noise begins with the variance of the data.
+        The noise begins with the variance of the data, and the optimisers with nothing.
         """
+        self._paused = None
         if self._restart:
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices):

@@ -2,8 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -16,8 +16,8 @@ from torchem.errors import invalid, one_of, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.factors.linear_gaussian import CovarianceType
-from torchem.model import EStep, LatentModel, weighted
-from torchem.ops import chain, linalg
+from torchem.model import EStep, LatentModel, Uniforms, global_uniforms, weighted
+from torchem.ops import chain, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.stats import Stats
 
@@ -48,9 +48,16 @@ class FactorialHMM(LatentModel):
     - ``"mean_field"``: q = Π_m Π_t q(z_t^m).
     - ``"exact"``: the posterior itself, on the product of all chains; for small ones.
 
-    So that the bound never falls, an E-step in a fit sets out from where the last one on the same `Batch` ended; the
-    marginals are remembered as long as the batch lives. A loader that makes new batches in each pass has them set out
-    anew: the bound may then fall where ascent ends elsewhere.
+    So that the bound never falls, an E-step in a fit sets out from where the last one on the same data ended: on the
+    same `Batch`, as long as it lives, or on the batch that a loader gives in the same place of each pass. Where a
+    loader shuffles, ascents set out anew, and the bound may fall where one ends elsewhere.
+
+    At the inverse temperature β q climbs E_q[log p(x, z)] + H(q) / β: all potentials times β. A sampled E-step draws a
+    path of each chain: from the posterior itself under ``"exact"``, else from the q that was found, chain by chain or
+    for a mean field frame by frame; the objective stays the bound of that q.
+
+    Labels are of chains: whole numbers ``[N, T, M]``, −1 where a chain's state is unknown; or Booleans or soft evidence
+    ``[N, T, ΣK_m]``, the states of all chains in turn.
 
     Args:
         initials: ``Categorical(K_m)`` of each chain.
@@ -73,7 +80,8 @@ class FactorialHMM(LatentModel):
     """
 
     sequential: ClassVar[bool] = True
-    e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard")
+    e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard", "sample")
+    anneals: ClassVar[bool] = True
 
     # Lists of modules, told to type checkers by what is in them.
     initials: Sequence[Categorical]
@@ -103,8 +111,10 @@ class FactorialHMM(LatentModel):
         self.emission = emission
         self.q: Approximation = q
         self.tolerance, self.max_sweeps = float(tolerance), max_sweeps
-        # Where ascents on batches ended, and of which form q was.
-        self._met = weakref.WeakKeyDictionary[Batch, tuple[Approximation, Marginals]]()
+        # Where ascents ended, on batches that live on and on those of places in a fit's passes.
+        self._met = weakref.WeakKeyDictionary[Batch, _Ascent]()
+        self._places: dict[Hashable, _Ascent] = {}
+        self._place: Hashable = None
         if q == "exact":
             self._check_size("q", "use 'structured'")
 
@@ -150,6 +160,10 @@ class FactorialHMM(LatentModel):
     def n_components(self) -> int:
         """ΣK_m, the rows of all chains' contributions: what a start tells apart."""
         return sum(self.n_states)
+
+    @property
+    def labelled(self) -> tuple[int, ...]:
+        return self.n_states
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,57 +218,95 @@ class FactorialHMM(LatentModel):
 
     # ---- inference --------------------------------------------------------------------------------------------
 
-    def e_step(self, batch: Batch, kind: EStep = "soft") -> Stats:
+    def e_step(self, batch: Batch, kind: EStep = "soft", beta: float = 1.0, uniforms: Uniforms | None = None) -> Stats:
         """Expected statistics under q; ``log_likelihood`` is the evidence lower bound, exact under ``q="exact"``.
 
-        With ``kind="hard"`` q is a single path of each chain, found by coordinate ascent with the Viterbi algorithm
-        unless ``q="exact"``.
+        Args:
+            batch: Sequences.
+            kind: ``"hard"``: q is a single path of each chain, found by coordinate ascent with the Viterbi algorithm
+                unless ``q="exact"``. ``"sample"``: paths are drawn from q.
+            beta: Inverse temperature; ``log_likelihood`` is then E_q[log p(x, z)] + H(q) / β.
+            uniforms: Gives the uniform numbers of the draws; those of torch's global generator when left out.
         """
+        source = global_uniforms if uniforms is None else uniforms
+        draws = source if kind == "sample" else None
         with declared_precision(self.device):
-            start, row = self._start(batch), 0
+            start, row = self._start(batch, kind), 0
             total: Stats | None = None
             found: list[Marginals] = []
             for piece in self.stream(batch):
                 warm = None if start is None else tuple(g.narrow(-3, row, len(piece)) for g in start)
                 row += len(piece)
-                posterior = self._infer(piece, kind, warm, piece.weight)
+                posterior = self._infer(piece, kind, warm, piece.weight, beta, draws)
                 found.append(posterior.marginals)
                 stats = self._stats(piece, posterior)
                 total = stats if total is None else total + stats
             assert total is not None
-            self._remember(batch, found)
+            self._remember(batch, kind, found)
             total["entropy"] = total["log_likelihood"] - self.expected_log_prob(total)
             total["count"] = self.count(batch).to(total["entropy"]).expand_as(total["entropy"])
         return total
 
-    def _start(self, batch: Batch) -> Marginals | None:
-        """Where the last ascent on this batch ended, in a fit: derivatives and transforms see none of it."""
-        known = self._met.get(batch) if self._remembers() else None
-        if known is None:
-            return None
-        form, q = known
-        if form != self.q or q[0].shape[:-1] != (*self.replicas, *batch.x.shape[:2]):
-            return None
-        return tuple(g.to(self.device, self.dtype) for g in q)
+    def visit(self, key: Hashable) -> None:
+        self._place = key
 
-    def _remember(self, batch: Batch, found: list[Marginals]) -> None:
-        if self._remembers():
-            whole = found[0] if len(found) == 1 else tuple(torch.cat(g, -3) for g in zip(*found, strict=True))
-            self._met[batch] = self.q, whole
+    def _start(self, batch: Batch, kind: EStep) -> Marginals | None:
+        """Where the last ascent on these data ended, in a fit: derivatives and transforms see none of it."""
+        if not self._remembers():
+            return None
+        known = self._met.get(batch)
+        if known is None and self._place in self._places:
+            known = self._places[self._place]
+            # A loader may give other data in the same place than before.
+            known = known if known.print == _print(batch) else None
+        if known is None or known.form != self._form(kind):
+            return None
+        if known.q[0].shape[:-1] != (*self.replicas, *batch.x.shape[:2]):
+            return None
+        return tuple(g.to(self.device, self.dtype) for g in known.q)
+
+    def _remember(self, batch: Batch, kind: EStep, found: list[Marginals]) -> None:
+        if not self._remembers():
+            return
+        whole = found[0] if len(found) == 1 else tuple(torch.cat(g, -3) for g in zip(*found, strict=True))
+        here = self._place is not None
+        ended = _Ascent(self._form(kind), whole, _print(batch) if here else None)
+        if here:
+            self._places[self._place] = ended
+        else:
+            self._met[batch] = ended
+
+    def _form(self, kind: EStep) -> str:
+        return "paths" if kind == "hard" else self.q
 
     def _remembers(self) -> bool:
         return self.q != "exact" and not torch.is_grad_enabled() and _plain()
 
     def _infer(
-        self, batch: Batch, kind: EStep, start: Marginals | None = None, weight: Tensor | None = None
+        self,
+        batch: Batch,
+        kind: EStep,
+        start: Marginals | None = None,
+        weight: Tensor | None = None,
+        beta: float = 1.0,
+        uniforms: Uniforms | None = None,
     ) -> "_Posterior":
+        """q of a piece, at the inverse temperature β; with ``uniforms`` paths that are drawn from it as well."""
         problem = self._problem(batch)
+        problem = problem if beta == 1 else problem.tempered(beta)
         if self.q == "exact":
-            return problem.product(kind, weight)
-        update = problem.viterbi if kind == "hard" else problem.smooth if self.q == "structured" else problem.relax
-        return self._ascend(problem, update, problem.start(update) if start is None else start, weight)
+            found = problem.product(kind, weight, uniforms)
+        else:
+            update = problem.viterbi if kind == "hard" else problem.smooth if self.q == "structured" else problem.relax
+            start = problem.start(update) if start is None else start
+            found = self._ascend(problem, update, start, weight, self.tolerance * beta)
+            if uniforms is not None:
+                found = problem.drawn(update, found, weight, uniforms)
+        return found if beta == 1 else replace(found, value=found.value / beta)
 
-    def _ascend(self, problem: "_Problem", update: "_Update", q: Marginals, weight: Tensor | None) -> "_Posterior":
+    def _ascend(
+        self, problem: "_Problem", update: "_Update", q: Marginals, weight: Tensor | None, tolerance: float
+    ) -> "_Posterior":
         """Coordinate ascent; a sequence that has come to its end waits for the others, so batches do not matter."""
         best: Tensor | None = None
         going: Tensor | None = None
@@ -265,7 +317,7 @@ class FactorialHMM(LatentModel):
             if best is None or going is None:
                 q, best, going = new, value, torch.ones_like(value, dtype=torch.bool)
                 continue
-            going = going & (value - best > self.tolerance * frames)
+            going = going & (value - best > tolerance * frames)
             # A step that fell short of the tolerance is the last; it is made again in the sweep of the statistics.
             q = tuple(torch.where(going[..., None, None], a, b) for a, b in zip(new, q, strict=True))
             best = torch.where(going, value, best)
@@ -288,7 +340,8 @@ class FactorialHMM(LatentModel):
         if batch.weight is not None:
             mass = mass * batch.weight.to(x).repeat_interleave(batch.x.shape[1])
         x = x.nan_to_num(nan=0.0)
-        g = torch.cat(posterior.marginals, -1).flatten(-3, -2).to(torch.float64)
+        states = posterior.marginals if posterior.paths is None else posterior.paths
+        g = torch.cat(states, -1).flatten(-3, -2).to(torch.float64)
         heavy = (g * mass.unsqueeze(-1)).mT
         if posterior.joint is None:
             uu = heavy @ g
@@ -327,7 +380,8 @@ class FactorialHMM(LatentModel):
         y = (x - center.to(x)).to(self.dtype) @ root.mT.unsqueeze(-3)
         constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * d * math.log(2 * math.pi)
         restricted = [a.restricted or b.restricted for a, b in zip(self.initials, self.transitions, strict=True)]
-        return _Problem(firsts, moves, means, y, seen, batch, constant[..., None, None], restricted)
+        known = None if batch.evidence is None else batch.evidence.to(y).split(self.n_states, -1)
+        return _Problem(firsts, moves, means, y, seen, batch, constant[..., None, None], restricted, known)
 
     # ---- use --------------------------------------------------------------------------------------------------
 
@@ -358,7 +412,17 @@ class FactorialHMM(LatentModel):
 
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of q over the paths of all chains, ``[*r]`` in nats."""
-        return self.e_step(batch)["entropy"]
+        total: Tensor | float = 0.0
+        with declared_precision(self.device):
+            for piece in self.stream(batch):
+                found = self._infer(piece, "soft", weight=piece.weight)
+                stats = self._stats(piece, found)
+                total = total + stats["log_likelihood"] - self.expected_log_prob(stats)
+                if piece.evidence is not None:
+                    g = torch.cat(found.marginals, -1)
+                    total = total - weighted(_expected(g, piece.evidence.to(g)).sum((-2, -1)), piece)
+        assert isinstance(total, Tensor)
+        return total
 
     def posterior(self, data: Any, **fields: Any) -> tuple[Tensor, ...]:
         """q(z_t^m) of each frame, ``[*r, N, T, K_m]`` for each chain; zeros in the padding.
@@ -472,8 +536,76 @@ class FactorialHMM(LatentModel):
         values["coefficient"] = emission.keep_frozen("coefficient", weight.to(self.dtype))
         self.assign({f"emission.{name}": value for name, value in values.items()})
 
+    def occupancy(self, stats: Stats) -> Tensor:
+        """Expected number of frames in each state of each chain in turn, ``[*r, ΣK_m]``."""
+        pairs = [(stats[f"initials.{m}"], stats[f"transitions.{m}"]) for m in range(len(self.n_states))]
+        return torch.cat([first["counts"] + step["counts"].sum(-2) for first, step in pairs], -1)
+
+    def _alone(self, rows: Batch) -> "_Posterior":
+        """q of single frames ``[n, D]``, about whose states nothing else is known."""
+        problem = self._problem(Batch(rows.x.unsqueeze(1)))
+        problem = replace(problem, initial=[torch.zeros_like(first) for first in problem.initial])
+        if self.q == "exact":
+            return problem.product("soft", None, None)
+        return self._ascend(problem, problem.smooth, problem.start(problem.smooth), None, self.tolerance)
+
     def surprise(self, rows: Batch) -> Tensor:
-        raise NotImplementedError("states of factorial models have no observations of their own")
+        return -self._alone(rows).value
+
+    def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
+        """Let the states ``which [*r, ΣK_m]`` add what the others leave of the frames at ``index [*r, ΣK_m]``.
+
+        Each is then entered, and left, as often as the others.
+        """
+        marginals = self._alone(batch).marginals
+        shares = [(g @ part.unsqueeze(-3)).squeeze(-2) for g, part in zip(marginals, self.contributions, strict=True)]
+        total, parts = torch.stack(shares).sum(0), []
+        for share, place in zip(shares, index.split(self.n_states, -1), strict=True):
+            rest = (total - share).gather(-2, place.unsqueeze(-1).expand(*place.shape, total.shape[-1]))
+            parts.append(batch.x.to(rest)[place] - rest)
+        old = self.emission.weight
+        new = torch.where(which.unsqueeze(-1), torch.cat(parts, -2), old.squeeze(-3).mT).mT.unsqueeze(-3)
+        values = {"emission.coefficient": self.emission.keep_frozen("coefficient", new.to(self.dtype))}
+        for m, (k, part) in enumerate(zip(self.n_states, which.split(self.n_states, -1), strict=True)):
+            entered = torch.where(part, 1 / k, self.initials[m].probs.to(torch.float64))
+            stepped = torch.where(part.unsqueeze(-2), 1 / k, self.transitions[m].probs.to(torch.float64))
+            stepped = torch.where(part.unsqueeze(-1), 1 / k, stepped)
+            for name, table, share in (
+                ("initials", self.initials[m], entered), ("transitions", self.transitions[m], stepped),
+            ):  # fmt: skip
+                values |= {f"{name}.{m}.{key}": new for key, new in table.maximize(Stats(counts=share)).items()}
+        self.assign(values)
+
+    def forbid(self, which: Tensor) -> None:
+        """Take states ``which [*r, ΣK_m]`` out of their chains, in place; never the last successor of another."""
+        if len(self.factors()) < len(self.slots()) or self.emission.prior is not None:
+            raise invalid(
+                "dead", "'floor', 'raise' or 'respawn' where chains share tables, or contributions have a prior",
+                "'prune'", "give each chain tables of its own, and leave that prior out",
+            )  # fmt: skip
+        for first, step, part in zip(self.initials, self.transitions, which.split(self.n_states, -1), strict=True):
+            first.forbid(part)
+            step.forbid(part.unsqueeze(-2))
+
+    def prune(self, keep: Tensor) -> None:
+        """Keep only some states of each chain, by their number among all, in place; tables are renormalised."""
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        kept = torch.zeros(self.n_components, dtype=torch.bool, device=self.device)
+        kept[index.to(self.device)] = True
+        old, weight = self.emission, self.emission.weight.detach()
+        firsts, moves = [], []
+        for first, step, part in zip(self.initials, self.transitions, kept.split(self.n_states), strict=True):
+            states = part.nonzero()[:, 0]
+            for table, small, found in ((first, first.select(states), firsts), (step, step.among(states), moves)):
+                small.prior = None if table.prior is None else table.prior.selected(table, states)
+                found.append(small)
+        new = type(old)(**{**old.config(), "n_inputs": int(kept.sum())}).to(self.device, self.dtype)
+        new.weight, new.scale.data = weight[..., kept], old.scale.detach().clone()
+        for name, value in old.named_buffers():
+            new.register_buffer(name, value)
+        self.initials = cast(Sequence[Categorical], nn.ModuleList(firsts))
+        self.transitions = cast(Sequence[Categorical], nn.ModuleList(moves))
+        self.emission = new
 
     def degenerate(self) -> Tensor | None:
         return self.emission.degenerate()
@@ -493,8 +625,11 @@ class FactorialHMM(LatentModel):
             )  # fmt: skip
         if batch.u is not None:
             raise invalid("inputs", "none: the regressors are the states", "some", "leave them out")
-        if batch.evidence is not None:
-            raise invalid("labels", "none: they would name one chain", "some", "leave them out, or use an HMM")
+        if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
+            raise invalid(
+                "evidence", f"{self.n_components} columns, the states of all chains in turn", batch.evidence.shape[-1],
+                "give a log-potential for each state of each chain",
+            )  # fmt: skip
         return batch
 
     def stream(self, batch: Batch) -> Iterator[Batch]:
@@ -509,14 +644,16 @@ class FactorialHMM(LatentModel):
         twin = super().take_replicas(index)
         assert isinstance(twin, FactorialHMM)
         if self.replicas:
-            for batch, (form, known) in self._met.items():
-                if known[0].dim() == 4:
-                    twin._met[batch] = form, tuple(g[index] for g in known)
+            known: list[tuple[Any, Any]] = [(self._met, twin._met), (self._places, twin._places)]
+            for mine, theirs in known:
+                for where, ended in mine.items():
+                    if ended.q[0].dim() == 4:
+                        theirs[where] = replace(ended, q=tuple(g[index] for g in ended.q))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Where ascents ended belongs to batches of this process.
-        return {**self.__dict__, "_met": None}
+        return {**self.__dict__, "_met": None, "_places": {}, "_place": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_met": weakref.WeakKeyDictionary()})
@@ -585,6 +722,29 @@ def _design(sizes: Sequence[int], like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Ascent:
+    """Where an ascent ended.
+
+    Attributes:
+        form: Of q: its approximation, or ``"paths"``.
+        q: Marginals.
+        print: What tells the data from others, where these may come as a new batch.
+    """
+
+    form: str
+    q: Marginals
+    print: tuple[float, ...] | None = None
+
+
+def _print(batch: Batch) -> tuple[float, ...]:
+    """Numbers that differ for other data of the same shape, or in another order."""
+    x = batch.x.to(torch.float64).nan_to_num(nan=0.5).flatten(1)
+    place = torch.arange(len(x), device=x.device, dtype=torch.float64)
+    rows = x @ torch.linspace(1, 2, x.shape[1], device=x.device, dtype=torch.float64)
+    return len(x), x.shape[1], float(rows.sum()), float((place + 1).log() @ rows), float(batch.frames().sum())
+
+
+@dataclass(frozen=True)
 class _Posterior:
     """q of a piece.
 
@@ -593,7 +753,8 @@ class _Posterior:
         marginals: q(z_t^m).
         first: Weighted expectations of first states, ``[*r, 1, K_m]``.
         steps: Weighted expectations of steps, ``[*r, 1, K_m, K_m]``.
-        joint: Posterior ``[*r, N, T, ΠK_m]`` of the product, where it is known.
+        joint: Posterior ``[*r, N, T, ΠK_m]`` of the product, where it is known; a draw from it under draws.
+        paths: States drawn from q, as 0 and 1, where the statistics are theirs.
     """
 
     value: Tensor
@@ -601,6 +762,7 @@ class _Posterior:
     first: tuple[Tensor, ...]
     steps: tuple[Tensor, ...]
     joint: Tensor | None = None
+    paths: Marginals | None = None
 
 
 #: From the number of a chain, the potentials of its frames, its present marginals, weights, and whether to count: new
@@ -622,6 +784,7 @@ class _Problem:
         batch: The piece itself.
         constant: log-density of an observation at its mean, ``[*r, 1, 1]``.
         restricted: Whether steps of each chain are forbidden.
+        known: Log-potentials ``[N, T, K_m]`` on the states of each chain, of labels.
     """
 
     initial: list[Tensor]
@@ -632,6 +795,24 @@ class _Problem:
     batch: Batch
     constant: Tensor
     restricted: list[bool]
+    known: Sequence[Tensor] | None = None
+
+    def tempered(self, beta: float) -> "_Problem":
+        """All potentials times β: an evidence of normal law with β times the precision, whitened."""
+        root = math.sqrt(beta)
+        return replace(
+            self,
+            initial=[value * beta for value in self.initial],
+            transition=[value * beta for value in self.transition],
+            means=[value * root for value in self.means],
+            y=self.y * root,
+            constant=self.constant * beta,
+            known=None if self.known is None else [value * beta for value in self.known],
+        )
+
+    def informed(self, m: int, potential: Tensor) -> Tensor:
+        """Potentials of a chain's frames, and what labels say of its states."""
+        return potential if self.known is None else potential + self.known[m]
 
     def frames(self) -> Tensor:
         """Frames of each sequence, ``[N]``."""
@@ -687,8 +868,11 @@ class _Problem:
     def smooth(
         self, m: int, potential: Tensor, old: Tensor, weight: Tensor | None, count: bool
     ) -> tuple[Tensor, Tensor, _Counts | None]:
-        """The exact posterior of a chain under variational evidence: log Z − E[evidence] = E log p(z) + H(q)."""
-        parts = self.initial[m], self.transition[m], potential, self.batch.lengths
+        """The exact posterior of a chain under variational evidence: log Z − E[evidence] = E log p(z) + H(q).
+
+        What labels say counts with log p(z).
+        """
+        parts = self.initial[m], self.transition[m], self.informed(m, potential), self.batch.lengths
         log_z, first, steps, g = chain.expectations(*parts)
         if count and weight is not None:
             mass = weight.to(g).expand(log_z.shape)
@@ -699,9 +883,9 @@ class _Problem:
         self, m: int, potential: Tensor, old: Tensor, weight: Tensor | None, count: bool
     ) -> tuple[Tensor, Tensor, _Counts | None]:
         """The best path of a chain."""
-        score, path = chain.viterbi(self.initial[m], self.transition[m], potential, self.batch.lengths)
-        g = nn.functional.one_hot(path.clamp(min=0), potential.shape[-1]).to(potential)
-        g = torch.where((path >= 0).unsqueeze(-1), g, 0.0)
+        given = self.informed(m, potential)
+        score, path = chain.viterbi(self.initial[m], self.transition[m], given, self.batch.lengths)
+        g = _along(path, potential)
         return g, score - (g * potential).sum((-2, -1)), _counted(g, weight) if count else None
 
     def relax(
@@ -712,18 +896,52 @@ class _Problem:
         g, place = old, torch.arange(potential.shape[-2], device=potential.device).unsqueeze(-1)
         inside = self.batch.frames_mask()
         opening, strict = torch.where(place == 0, first.unsqueeze(-2), 0.0), self.restricted[m]
+        given = self.informed(m, potential)
+        lost = torch.zeros_like(given[..., 0, 0], dtype=torch.bool)
         for parity in (0, 1):
             # In the padding nothing is expected, so a last frame has no neighbour there.
             before = nn.functional.pad(g[..., :-1, :], (0, 0, 1, 0))
             after = nn.functional.pad(g[..., 1:, :], (0, 0, 0, 1))
-            logits = potential + opening + _log_mix(before, step, strict) + _log_mix(after, step.mT, strict)
-            new = logits.softmax(-1)
+            logits = given + opening + _log_mix(before, step, strict) + _log_mix(after, step.mT, strict)
+            # Where neighbours and labels leave no state there is none, and the bound is that of the impossible.
+            none = (logits == -torch.inf).all(-1, keepdim=True)
+            none = none if inside is None else none & inside.unsqueeze(-1)
+            lost = lost | none.squeeze(-1).any(-1)
+            new = torch.where(none, 0.0, torch.where(none, 0.0, logits).softmax(-1))
             new = new if inside is None else torch.where(inside.unsqueeze(-1), new, 0.0)
             g = torch.where(place % 2 == parity, new, g)
         entropy = -torch.where(g > 0, g * g.clamp(min=torch.finfo(g.dtype).tiny).log(), 0.0).sum((-2, -1))
         start, pairs = g[..., 0, :], g[..., :-1, :].mT @ g[..., 1:, :]
         own = entropy + _expected(start, first).sum(-1) + _expected(pairs, step).sum((-2, -1))
-        return g, own, _counted(g, weight) if count else None
+        if self.known is not None:
+            own = own + _expected(g, self.known[m]).sum((-2, -1))
+        return g, torch.where(lost, -torch.inf, own), _counted(g, weight) if count else None
+
+    # ---- draws ------------------------------------------------------------------------------------------------
+
+    def drawn(self, update: "_Update", found: "_Posterior", weight: Tensor | None, uniforms: Uniforms) -> "_Posterior":
+        """Statistics of states drawn from the marginals of a mean field, or of paths from the law of each chain.
+
+        Source: C. K. Carter, R. Kohn (1994) for the paths.
+        """
+        paths: list[Tensor] = []
+
+        def note(
+            m: int, potential: Tensor, old: Tensor, weight: Tensor | None, count: bool
+        ) -> tuple[Tensor, Tensor, _Counts | None]:
+            g, own, _ = update(m, potential, old, None, False)
+            each = uniforms(g.shape[:-1]).to(g.device)
+            if update == self.relax:
+                path = torch.where(g.sum(-1) > 0, reduce.draw(g, each.to(g)), -1)
+            else:
+                parts = self.initial[m], self.transition[m], self.informed(m, potential), self.batch.lengths
+                path = chain.sample(*parts, uniforms=each)
+            paths.append(_along(path, g))
+            return g, own, _counted(paths[-1], weight)
+
+        marginals, value, counts = self.sweep(note, found.marginals, weight, count=True)
+        first, steps = (tuple(table) for table in zip(*counts, strict=True))
+        return _Posterior(value, marginals, first, steps, paths=tuple(paths))
 
     # ---- the product of all chains ----------------------------------------------------------------------------
 
@@ -734,7 +952,13 @@ class _Problem:
             initial = (initial.unsqueeze(-1) + first.unsqueeze(-2)).flatten(-2)
             step = (step[..., :, None, :, None] + move[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
             mean = (mean.unsqueeze(-2) + share.unsqueeze(-3)).flatten(-3, -2)
-        return initial, step, self._where_seen(self.y @ mean.mT - self._half(mean).unsqueeze(-2))
+        potential = self._where_seen(self.y @ mean.mT - self._half(mean).unsqueeze(-2))
+        if self.known is not None:
+            joint = self.known[0]
+            for each in self.known[1:]:
+                joint = (joint.unsqueeze(-1) + each.unsqueeze(-2)).flatten(-2)
+            potential = potential + joint
+        return initial, step, potential
 
     def _offset(self) -> Tensor:
         """What the density of each sequence has besides the evidence, ``[*r, N]``."""
@@ -745,14 +969,18 @@ class _Problem:
         """log p(x) of each sequence."""
         return chain.log_normalizer(*self._expanded(), self.batch.lengths) + self._offset()
 
-    def product(self, kind: EStep, weight: Tensor | None) -> _Posterior:
-        """The posterior, or the most likely path, of all chains together."""
+    def product(self, kind: EStep, weight: Tensor | None, uniforms: Uniforms | None) -> _Posterior:
+        """The posterior, the most likely path, or one that is drawn, of all chains together."""
         initial, step, potential = self._expanded()
         lengths = self.batch.lengths
-        if kind == "hard":
-            score, path = chain.viterbi(initial, step, potential, lengths)
-            g = nn.functional.one_hot(path.clamp(min=0), potential.shape[-1]).to(potential)
-            g = torch.where((path >= 0).unsqueeze(-1), g, 0.0)
+        if kind != "soft":
+            if uniforms is None:
+                score, path = chain.viterbi(initial, step, potential, lengths)
+            else:
+                score = chain.log_normalizer(initial, step, potential, lengths)
+                each = uniforms(potential.shape[:-1]).to(potential.device)
+                path = chain.sample(initial, step, potential, lengths, uniforms=each)
+            g = _along(path, potential)
             first, steps = _counted(g, weight)
         else:
             score, first, steps, g = chain.expectations(initial, step, potential, lengths)
@@ -767,6 +995,12 @@ class _Problem:
         return _Posterior(score + self._offset(), marginals, firsts, moves, g)
 
 
+def _along(path: Tensor, like: Tensor) -> Tensor:
+    """Paths ``[…, T]`` as 0 and 1, ``[…, T, K]``; zeros where a path is −1."""
+    g = nn.functional.one_hot(path.clamp(min=0), like.shape[-1]).to(like)
+    return torch.where((path >= 0).unsqueeze(-1), g, 0.0)
+
+
 def _log_mix(g: Tensor, table: Tensor, strict: bool) -> Tensor:
     """Σ_j g_j table_jk ``[…, T, K]``; −inf where some j with mass forbids k, if any is forbidden (``strict``)."""
     if not strict:
@@ -778,7 +1012,8 @@ def _log_mix(g: Tensor, table: Tensor, strict: bool) -> Tensor:
 
 def _expected(mass: Tensor, log_probs: Tensor) -> Tensor:
     """mass · log p, zero where there is no mass."""
-    return torch.where(mass > 0, mass * log_probs, 0.0)
+    # Infinities that nothing expects have no part in derivatives either.
+    return torch.where(mass > 0, mass * torch.where(mass > 0, log_probs, 0.0), 0.0)
 
 
 def _counted(g: Tensor, weight: Tensor | None) -> _Counts:

@@ -13,7 +13,7 @@ from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
-from torchem.model import DiscreteModel, Reduction, Uniforms, weighted
+from torchem.model import DiscreteModel, Reduction, Tempered, Uniforms, weighted
 from torchem.models.draws import Draw, follow, reach
 from torchem.models.frames import FramesPass, is_light, window
 from torchem.models.stationary import Stationary
@@ -29,6 +29,8 @@ _MESSAGES = {"cpu": 64 << 20, "cuda": 2 << 30}
 _PER_STATE = 6
 #: Numbers of a table of posteriors up to which a compiled kernel is done before torch's threads have gone to sleep.
 _BRIEF = 1 << 21
+#: Frames over which states are counted to see which are visited.
+_GLANCE = 50
 #: Bytes that the tables of a transition that reads covariates may take.
 _TABLES = 64 << 20
 
@@ -344,7 +346,8 @@ class HMM(DiscreteModel):
             return self._expected(batch, infer)
 
     def _expected(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
-        streamed = infer == self.infer and self._block(batch) and not torch.is_grad_enabled()
+        plain, beta = (infer.infer, infer.beta) if isinstance(infer, Tempered) else (infer, 1.0)
+        streamed = plain == self.infer and self._block(batch) and not torch.is_grad_enabled()
         if not streamed or torch._C._are_functorch_transforms_active():
             return super()._e_step(batch, infer)
         kernels = self._kernels()
@@ -353,30 +356,37 @@ class HMM(DiscreteModel):
         for piece in self.stream(batch):
             tables = {slot: kernel for slot, kernel in kernels.items() if slot != "transition"}
             potentials = {slot: kernel.log_potential(piece) for slot, kernel in tables.items()}
-            log_z, expected = self._streamed(potentials, piece, gate)
+            log_z, expected = self._streamed(potentials, piece, gate, beta)
             for slot, kernel in tables.items():
                 kernel.collect(piece, expected[slot])
             total = total + weighted(log_z, piece)
         assert isinstance(total, Tensor)
         return self._assembled(kernels, total, batch)
 
-    def _streamed(self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel) -> tuple[Tensor, dict[str, Tensor]]:
-        """`infer` with the transition's tables made, and their expectations taken, block by block of time."""
+    def _streamed(
+        self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel, beta: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`infer` with the transition's tables made, and their expectations taken, block by block of time.
+
+        At an inverse temperature other than one as `Tempered` does it.
+        """
         wide = Expansion(self.n_components, self.emission.memory, batch.x.device)
         first = potentials["initial"]
         initial = wide.initial(first[..., 0, :] if self._gated(first) else first)
         emission = self._informed(potentials, batch)
 
         def table(start: int, stop: int) -> Tensor:
-            return wide.transition(gate.log_potential(window(batch, start, stop)))
+            steps = wide.transition(gate.log_potential(window(batch, start, stop)))
+            return steps if beta == 1 else steps * beta
 
         def collect(start: int, stop: int, pairs: Tensor) -> None:
             gate.collect(window(batch, start, stop), wide.folded_transition(pairs))
 
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         block = self._block(batch) or batch.x.shape[1]
-        log_z, first, gamma = chain.stream_expectations(initial, table, emission, batch.lengths, weight, block, collect)
-        return log_z, self._folded(first, None, gamma, batch, potentials)
+        parts = initial * beta, table, emission * beta
+        log_z, first, gamma = chain.stream_expectations(*parts, batch.lengths, weight, block, collect)
+        return log_z / beta, self._folded(first, None, gamma, batch, potentials)
 
     # ---- use --------------------------------------------------------------------------------------------------
 
@@ -612,12 +622,24 @@ class HMM(DiscreteModel):
         rows = self.rows(batch) if batch.x.dim() == 3 else batch
         value = self.emission.log_potential(self._cast(rows)).detach().to(torch.float64)
         gap = (value.unsqueeze(-1) - value.unsqueeze(-2)).abs()
-        if tolerance > 0:
-            share = value.softmax(-1)
-            gap = torch.where((share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01, gap, 0.0)
-        alike = ~(gap > tolerance).any(0) & value.isfinite().all(0)
+        matters = torch.ones_like(gap, dtype=torch.bool)
+        if tolerance > 0 or self.emission.averages:
+            # Only where one of the two is responsible does it matter whether they differ.
+            share = (value + self._visited().log()).softmax(-1)
+            matters = (share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01
+        # States that no frame needs agree about nothing: a prior makes them equal for good.
+        alike = ~(matters & (gap > tolerance)).any(0) & matters.any(0) & value.isfinite().all(0)
         pairs = [(j, i) for i, j in alike.tril(-1).nonzero().tolist()]
         return [pair for pair in pairs if self._interchangeable(*pair, max(tolerance, 1e-12))]
+
+    def _visited(self) -> Tensor:
+        """Share of the frames of a sequence that each state has before any is seen, ``[K]``."""
+        law, table = self.initial_probs.detach().to(torch.float64), self.transition_matrix.detach().to(torch.float64)
+        total = law
+        for _ in range(_GLANCE):
+            law = law @ table
+            total = total + law
+        return total / total.sum()
 
     def _interchangeable(self, a: int, b: int, tolerance: float) -> bool:
         """Whether the chain stays the same when two of its states change names."""
@@ -644,13 +666,7 @@ class HMM(DiscreteModel):
         if not isinstance(self.initial, Stationary):
             self.initial = self.initial.select(index)
         table = self._table("transition")
-        probs = table.probs.detach().to(torch.float64)[index][:, index]
-        small = Categorical(len(index), len(index)).to(self.device, self.dtype)
-        total = probs.sum(-1, keepdim=True)
-        small.probs = torch.where(total > 0, probs / total.clamp(min=1e-300), 1.0 / len(index))
-        frozen = table.frozen("logits")
-        if frozen is not None:
-            small.register_buffer("frozen_logits", frozen[index][:, index] if frozen.dim() else frozen)
+        small = table.unwrapped.among(index)
         self.transition, self.emission = table.rewrap(small, index), self.emission.select(index)
         if isinstance(self.initial, Stationary):
             self.initial = Stationary(small)

@@ -53,6 +53,17 @@ def student(distance: Tensor, log_det: Tensor, size: Tensor, freedom: Tensor) ->
     return constant - half * (distance / freedom).log1p()
 
 
+#: Degrees of freedom of a covariance that is known: what they blur is below rounding.
+CERTAIN = 1e18
+
+
+def student_or_normal(distance: Tensor, log_det: Tensor, size: Tensor, freedom: Tensor) -> Tensor:
+    """`student`, normal where there are `CERTAIN` degrees of freedom."""
+    certain = freedom > CERTAIN / 2
+    value = student(distance, log_det, size, torch.where(certain, 1.0, freedom))
+    return torch.where(certain, -0.5 * (size * LOG_2PI + log_det + distance), value)
+
+
 class Structure(ABC):
     """How a covariance is stored, scored, estimated and floored. Stateless; leading axes are replicas."""
 

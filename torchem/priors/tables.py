@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import InvalidArgument, invalid
+from torchem.errors import invalid
 from torchem.factor import Factor, Prior
 from torchem.stats import Stats
 
@@ -143,13 +143,23 @@ class StickBreaking(Prior):
     v_k ~ Beta(1 + N_k, γ + Σ_{j>k} N_j), that of all others the prior, so that what they hold is left unused.
     Components that are not needed lose their mass, later ones first.
 
+    As the prior of a point estimate, ``mixing.prior = StickBreaking(γ)``, with γ ≥ 1: K sticks are all there are
+    (v_K = 1), and the mode is that of the sticks' density Π_{k<K} γ (1 − v_k)^{γ − 1} = γ^{K − 1} π_K^{γ − 1}. Given
+    counts it is at v_k = N_k / (N_k + γ − 1 + Σ_{j>k} N_j), or in weights at
+
+        π ∝ (N_1, …, N_{K−1}, N_K + γ − 1),
+
+    for all that sticks leave to those after them ends at the last. Modes depend on coordinates: the density of the
+    weights themselves has a factor 1 / Π_{1<k<K} (1 − Σ_{j<k} π_j) more, and for γ < K − 1 no upper bound. With γ < 1
+    that of the sticks has none either, where the last component loses its mass.
+
     Args:
         concentration: γ, positive; about γ log N components are expected for N observations.
 
     Raises:
         InvalidArgument: If γ is not positive and finite.
 
-    Source: D. M. Blei, M. I. Jordan (2006); K. Kurihara, M. Welling, N. Vlassis (2007) for the truncation.
+    Source: J. Sethuraman (1994); D. M. Blei, M. I. Jordan (2006); K. Kurihara, M. Welling, N. Vlassis (2007).
 
     Example:
         >>> import torchem
@@ -169,12 +179,18 @@ class StickBreaking(Prior):
         after = counts.flip(-1).cumsum(-1).flip(-1) - counts
         return 1 + counts, self.concentration + after
 
-    def posterior_stats(self, factor: Factor) -> Stats:
+    @staticmethod
+    def _weights(factor: Factor) -> Tensor:
+        """The logits of mixing weights, ``[*r, K]``."""
         logits = getattr(factor, "logits", None)
         if logits is None or not hasattr(factor, "support") or len(getattr(factor, "shape", ())) != 1:
             raise invalid(
                 "prior", "mixing weights, Categorical(K), to stand over", type(factor).__name__, "use another"
             )
+        return logits
+
+    def posterior_stats(self, factor: Factor) -> Stats:
+        logits = self._weights(factor)
         # The prior itself is where the statistics begin: its γ enters through `sticks`.
         return Stats(counts=torch.zeros_like(logits, dtype=torch.float64))
 
@@ -198,21 +214,32 @@ class StickBreaking(Prior):
         # A component that was taken out leaves its share of the stick unused as well.
         return value.masked_fill(~cast(Tensor, factor.support), -torch.inf).softmax(-1)
 
+    def _last(self, factor: Factor) -> Tensor:
+        """``[*r, K]`` Boolean, True at the last component that may have mass: the rest of the stick is its own."""
+        support = cast(Tensor, factor.support)
+        after = support.flip(-1).to(torch.int64).cumsum(-1).flip(-1)
+        return support & (after == 1)
+
     def mode_stats(self, factor: Factor) -> Stats:
-        raise self._refusal()
+        self._weights(factor)
+        last = self._last(factor)
+        return Stats(counts=torch.where(last, self.concentration - 1, torch.zeros_like(last, dtype=torch.float64)))
 
     def log_prob(self, factor: Factor) -> Tensor:
-        raise self._refusal()
+        """log Π_{k<K} p(v_k), over the components that may have mass."""
+        log_probs = factor.log_table(_NOTHING).to(torch.float64).reshape(self._weights(factor).shape)
+        last = torch.where(self._last(factor), log_probs, 0.0).sum(-1)
+        sticks = cast(Tensor, factor.support).sum(-1, dtype=torch.float64) - 1
+        return sticks * math.log(self.concentration) + (self.concentration - 1) * last
 
     def check(self, factor: Factor) -> None:
-        raise self._refusal()
-
-    @staticmethod
-    def _refusal() -> InvalidArgument:
-        return invalid(
-            "prior", "a prior with a mode inside", "StickBreaking, of which no weights are the mode",
-            "use it with torchem.Variational, or use Dirichlet",
-        )  # fmt: skip
+        self._weights(factor)
+        if self.concentration < 1:
+            raise invalid(
+                "prior", "a StickBreaking concentration of at least 1 (the density of a lower one grows without bound "
+                "as the last component loses its mass: it has no mode)", self.concentration,
+                "raise it, or use it with torchem.Variational",
+            )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         return {"concentration": self.concentration}
