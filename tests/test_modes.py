@@ -11,7 +11,7 @@ import torch
 import torchem
 from torchem import priors
 from torchem.errors import ConvergenceWarning, InvalidArgument, SymmetryWarning
-from torchem.factors import Categorical, Gaussian, LinearGaussian, Poisson, SoftmaxRegression
+from torchem.factors import Categorical, Gaussian, LinearGaussian, Neural, Poisson, SoftmaxRegression
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -61,6 +61,29 @@ def amortized() -> torchem.AmortizedModel:
     return torchem.AmortizedModel(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), 1, steps=2)
 
 
+class Normal(torch.nn.Module):
+    """A network that gives normalised log-densities of each state: here of normal columns."""
+
+    def __init__(self, k: int, d: int):
+        super().__init__()
+        self.mean, self.log_scale = torch.nn.Parameter(torch.randn(k, d)), torch.nn.Parameter(torch.zeros(k, d))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = (x.unsqueeze(-2) - self.mean) * (-self.log_scale).exp()
+        return -(0.5 * z.square() + self.log_scale + 0.9189385332046727).sum(-1)
+
+
+def network(k: int) -> torchem.Gradient:
+    torch.manual_seed(0)
+    return torchem.Gradient(Neural(Normal(k, 2), k), torch.optim.Adam, steps=3, lr=0.05)
+
+
+def climbed() -> torchem.GaussianMixture:
+    model = torchem.GaussianMixture(3, 2)
+    model.component = torchem.Gradient(model.component, steps=1)
+    return model
+
+
 #: Models and their data.
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "Gaussian mixture": (lambda: torchem.GaussianMixture(3, 2), points),
@@ -75,6 +98,9 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "amortized model": (amortized, points),
+    "gradient mixture": (climbed, points),
+    "mixture of networks": (lambda: torchem.Mixture(Categorical(3), network(3)), points),
+    "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),
 }
 
 #: Options, and whether the objective may fall from pass to pass.
@@ -88,6 +114,7 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "annealed": ({"anneal": [0.5, 0.8], "max_iter": 45}, True),
     "squarem": ({"accelerate": "squarem"}, False),
     "anderson": ({"accelerate": "anderson"}, False),
+    "direct": ({"direct": True, "max_iter": 10}, False),
 }
 
 #: All that is refused, with a word of the sentence that says why.
@@ -101,6 +128,14 @@ REFUSED = {
     ("amortized model", "annealed"): "temperature",
     ("amortized model", "squarem"): "map to extrapolate",
     ("amortized model", "anderson"): "map to extrapolate",
+    ("mixture of networks", "squarem"): "map to extrapolate",
+    ("mixture of networks", "anderson"): "map to extrapolate",
+    ("neural HMM", "squarem"): "map to extrapolate",
+    ("neural HMM", "anderson"): "map to extrapolate",
+    ("variational mixture", "direct"): "a bound on it",
+    ("variational HMM", "direct"): "a bound on it",
+    ("factorial HMM", "direct"): "a bound on it",
+    ("amortized model", "direct"): "a bound on it",
 }
 
 

@@ -160,9 +160,10 @@ class Walk:
 
     def _forget(self, which: Tensor) -> None:
         """Reset what the optimiser remembers of some replicas."""
-        if not which.dim():
+        if not self.climber.elementwise:
             self.optimizer.state.clear()
             return
+        # Counts of steps go on, as they do for the other replicas.
         for tensor in self.tensors:
             for kept in self.optimizer.state.get(tensor, {}).values():
                 if isinstance(kept, Tensor) and kept.shape == tensor.shape:
