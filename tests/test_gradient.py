@@ -156,7 +156,7 @@ def test_frozen_cells_and_components_stay(optimizer: str) -> None:
     table.probs = [[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.5, 0.0]]
     table.freeze("probs", mask=torch.tensor([[True, False, False, True], [False, True, False, False]]))
     counts = torchem.Stats(counts=torch.tensor([[3.0, 1.0, 2.0, 4.0], [1.0, 5.0, 2.0, 0.0]], dtype=torch.float64))
-    best, found = laws.maximized(table, counts), laws.maximized(Gradient(table, kind, 150, **options), counts)
+    best, found = laws.maximized(table, counts), laws.maximized(Gradient(table, kind, 100, **options), counts)
     close(found.probs, best.probs, rtol=0, atol=1e-3)
     close(found.probs[0, [0, 3]], table.probs[0, [0, 3]], rtol=1e-12)
     assert found.probs[1, 3] == 0
@@ -343,12 +343,12 @@ def test_stochastic_steps_keep_their_optimiser() -> None:
 def test_a_part_of_a_product_may_be_a_network() -> None:
     parts = Product([network(3, 1, steps=2), Gaussian(3, 1)])
     model = torchem.Mixture(Categorical(3), parts).double()
-    result = run(model, points(), max_iter=10)
-    never_falls(result.history)
     joint = torchem.Mixture(Categorical(3), Gradient(Product([Neural(Normal(3, 1), 3), Gaussian(3, 1)]))).double()
     found = run(joint, points(), max_iter=20)
     never_falls(found.history)
-    assert found.bound == pytest.approx(run(model, points(), max_iter=20).bound, abs=0.5)
+    result = run(model, points(), max_iter=20)
+    never_falls(result.history)
+    assert found.bound == pytest.approx(result.bound, abs=0.5)
 
 
 def test_networks_read_covariates_and_keep_what_is_frozen() -> None:
@@ -427,16 +427,14 @@ def test_float32() -> None:
 def test_direct_ascent_reaches_the_optimum_of_em(kind: str) -> None:
     model, given = em(kind, None)
     # From somewhere on its way: where two ways may lead to different optima, they must agree about this one.
-    near = run(
-        model, **given, **({"init": "random_from_data", "max_iter": 2} if kind == "mixture" else {"max_iter": 20})
-    )
-    best = run(copy.deepcopy(model), **given, init=None, max_iter=100)
-    found = run(model, **given, init=None, direct=True, max_iter=200, tol=1e-9)
+    near = run(model, **given, max_iter=0 if kind == "mixture" else 5)
+    best = run(copy.deepcopy(model), **given, init=None, max_iter=60)
+    found = run(model, **given, init=None, direct=True, max_iter=60, tol=1e-7)
     never_falls(found.history)
     assert found.history[0] == pytest.approx(near.bound, rel=1e-9)
     assert found.bound > best.bound - 1e-3
     if kind == "mixture":
-        assert found.bound == pytest.approx(best.bound, abs=1e-3)
+        assert found.bound == pytest.approx(best.bound, abs=1e-5)
 
 
 @pytest.mark.parametrize("direct", [True, Direct(torch.optim.Adam, steps=3, lr=0.05), Direct(torch.optim.SGD, lr=1e4)])

@@ -29,8 +29,8 @@ BY_NAME = {
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
 }
-#: Times that a step is halved.
-_HALVINGS = 40
+#: Times that a step along a gradient is halved, and one along what an optimiser remembers, which need not lead up.
+_HALVINGS, _PATIENCE = 40, 6
 
 
 class Climber:
@@ -97,6 +97,8 @@ class Walk:
         self.optimizer = climber.build(self.tensors)
         self.share: Tensor | None = None
         self.fresh: Tensor | None = None
+        # Whether not even the bare gradient led up.
+        self.spent = False
 
     def run(self, evaluate: Evaluate, settle: Callable[[], None], guarded: bool = True) -> Tensor:
         """Take the steps; returns the objective ``[*r]`` at their end.
@@ -108,7 +110,7 @@ class Walk:
         """
         for tensor in self.tensors:
             tensor.data = tensor.detach().clone()  # who holds the old values keeps them
-        value = evaluate()
+        value, self.spent = evaluate(), False
         if self.share is None or self.share.shape != value.shape:
             self.share = torch.ones_like(value)
             self.fresh = torch.ones_like(value, dtype=torch.bool)
@@ -119,6 +121,8 @@ class Walk:
             if all(map(torch.equal, before, self.tensors)):
                 break
             value = self._shortened(before, value, evaluate, settle) if guarded else evaluate()
+            if self.spent:
+                break
         for tensor in self.tensors:
             tensor.grad = None
         return value
@@ -134,29 +138,34 @@ class Walk:
         assert self.share is not None and self.fresh is not None
         moves = [tensor.detach() - old for tensor, old in zip(self.tensors, before, strict=True)]
         # A step that was too long is tried shorter the next time.
-        share = (2 * self.share).clamp(max=1.0)
-        new = value
-        for _ in range(_HALVINGS):
+        start = share = (2 * self.share).clamp(max=1.0)
+        limit = torch.where(self.fresh, _HALVINGS, _PATIENCE)
+        new, lost = value, torch.zeros_like(self.fresh)
+        for halvings in range(_HALVINGS + 1):
             self._place(before, moves, share)
             settle()
             new = evaluate()
-            bad = ~(new >= value)
+            bad = ~(new >= value) & ~lost
+            lost = lost | (bad & (limit <= halvings))
+            bad = bad & ~lost
             if not bool(bad.any()):
-                self.share, self.fresh = share, torch.zeros_like(bad)
-                return new
+                break
             share = torch.where(bad, share / 2, share)
             if not self.climber.lasting:
                 self.optimizer.state.clear()  # curvature is learnt from whole steps
-        # No length helps: momentum leads down, or this is the top. The next step begins with the bare gradient.
-        self._place(before, moves, torch.where(bad, 0.0, share))
-        self._forget(bad)
-        self.share, self.fresh = torch.where(bad & ~self.fresh, 1.0, share), bad
-        return torch.where(bad, value, evaluate())
+        if bool(lost.any()):
+            # Momentum leads down, or this is the top. The next step begins with the bare gradient.
+            for tensor, old in zip(self.tensors, before, strict=True):
+                tensor.data = torch.where(_leading(lost, old), old, tensor)
+            self._forget(lost)
+            new = torch.where(lost, value, evaluate())
+        self.share = torch.where(lost & ~self.fresh, start, share)
+        self.spent, self.fresh = bool((lost & self.fresh).all()), lost
+        return new
 
     def _place(self, before: list[Tensor], moves: list[Tensor], share: Tensor) -> None:
         for tensor, old, move in zip(self.tensors, before, moves, strict=True):
-            part = share.reshape(*share.shape, *[1] * (move.dim() - share.dim())).to(move)
-            tensor.data = torch.where(part > 0, old + part * move, old)
+            tensor.data = old + _leading(share, move).to(move) * move
 
     def _forget(self, which: Tensor) -> None:
         """Reset what the optimiser remembers of some replicas."""
@@ -168,6 +177,11 @@ class Walk:
             for kept in self.optimizer.state.get(tensor, {}).values():
                 if isinstance(kept, Tensor) and kept.shape == tensor.shape:
                     kept[which] = 0
+
+
+def _leading(value: Tensor, like: Tensor) -> Tensor:
+    """Values of replicas against the leading axis of a tensor."""
+    return value.reshape(*value.shape, *[1] * (like.dim() - value.dim()))
 
 
 def learn(tensors: Sequence[Tensor], value: Tensor, scale: float = 1.0) -> None:
