@@ -234,7 +234,7 @@ class Gradient(Wrapper):
         batch = batch.map(lambda value: value.double() if value.dtype == torch.float32 else value)
 
         def evaluate() -> Tensor:
-            value = moving.expected_log_prob(moving.stats(batch, expected))
+            value = _inner(moving.log_prob(batch), expected)
             learn(tensors, value, 1.0 / max(1.0, float(expected.sum())))
             return value.detach()
 
@@ -315,6 +315,11 @@ def check(model: LatentModel) -> None:
             )  # fmt: skip
 
 
+def _inner(log_prob: Tensor, expected: Tensor) -> Tensor:
+    """Σ expected · log p, latents that a factor hides summed out; what is impossible may be −inf."""
+    return torch.where(expected > 0, expected * log_prob, 0.0).sum(dtype=torch.float64)
+
+
 class Replay:
     """Passes over the same pieces and expectations: kept while they are few, made anew where they are many.
 
@@ -369,9 +374,9 @@ def climb(
                 continue
             before = copy.deepcopy(part.factor)
 
-            def expected_log_prob(piece: Batch, expected: dict[str, Tensor], factor: Any = factor, slots: Any = slots):
+            def expected_log_prob(piece: Batch, expected: dict[str, Tensor], slots: list[str] = slots) -> Tensor:
                 # A factor in two slots is one: its Q is the sum.
-                return sum(factor.expected_log_prob(model.collect(slot, piece, expected[slot])) for slot in slots)
+                return torch.stack([_inner(model.potential(slot, piece), expected[slot]) for slot in slots]).sum()
 
             def evaluate(walk: Walk = walk, part: Gradient = part, q: Any = expected_log_prob) -> Tensor:
                 terms = ((q(piece, expected), model.count(piece)) for piece, expected in passes())

@@ -461,12 +461,9 @@ class DiscreteModel(LatentModel):
         for piece in self.stream(batch):
             yield piece, infer({slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}, piece)[1]
 
-    def collect(self, slot: str, piece: Batch, expected: Tensor) -> Stats:
-        """Statistics of one slot, at the current parameters, of a piece under expectations taken at any others."""
-        kernel = self._kernels()[slot]
-        kernel.log_potential(piece)
-        kernel.collect(piece, expected)
-        return kernel.stats()
+    def potential(self, slot: str, piece: Batch) -> Tensor:
+        """What inference is fed of one slot at the current parameters, differentiable in them."""
+        return self._kernels()[slot].log_potential(piece)
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
         """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
