@@ -129,7 +129,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
-@pytest.mark.parametrize("name", ["Gaussian-full", "Poisson-missing", "Product"])
+@pytest.mark.parametrize("name", ["Gaussian-full", "Poisson-missing"])
 def test_laws_of_factors(name: str, law: Callable[..., None]) -> None:
     def build() -> FactorCase:
         case = CASES[name]()
@@ -201,7 +201,7 @@ def em(kind: str, optimizer: str | None) -> tuple[Any, dict[str, Any]]:
     if optimizer is not None:
         chosen, options = OPTIMIZERS[optimizer]
         for slot, factor in model.slots():
-            setattr(model, slot, Gradient(factor, chosen, 4, **options))
+            setattr(model, slot, Gradient(factor, chosen, 3, **options))
     return model, given
 
 
@@ -210,7 +210,7 @@ def em(kind: str, optimizer: str | None) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore::torchem.errors.SymmetryWarning")
 def test_the_bound_never_falls(kind: str, optimizer: str) -> None:
     model, given = em(kind, optimizer)
-    result = run(model, **given, restarts=2, max_iter=6)
+    result = run(model, **given, restarts=2, max_iter=4)
     for history in result.histories:
         never_falls(history)
         assert history[-1] > history[0]
@@ -344,9 +344,9 @@ def test_a_part_of_a_product_may_be_a_network() -> None:
     parts = Product([network(3, 1, steps=2), Gaussian(3, 1)])
     model = torchem.Mixture(Categorical(3), parts).double()
     joint = torchem.Mixture(Categorical(3), Gradient(Product([Neural(Normal(3, 1), 3), Gaussian(3, 1)]))).double()
-    found = run(joint, points(), max_iter=20)
+    found = run(joint, points(), max_iter=12)
     never_falls(found.history)
-    result = run(model, points(), max_iter=20)
+    result = run(model, points(), max_iter=12)
     never_falls(result.history)
     assert found.bound == pytest.approx(result.bound, abs=0.5)
 
@@ -432,7 +432,9 @@ def test_float32() -> None:
 # ---- the whole objective ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mixture", "HMM", "experts"])
+@pytest.mark.parametrize(
+    "kind", ["mixture", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("HMM", "experts"))]
+)
 @pytest.mark.filterwarnings("ignore::torchem.errors.SymmetryWarning")
 def test_direct_ascent_reaches_the_optimum_of_em(kind: str) -> None:
     model, given = em(kind, None)

@@ -75,12 +75,12 @@ class Normal(torch.nn.Module):
 
 def network(k: int) -> torchem.Gradient:
     torch.manual_seed(0)
-    return torchem.Gradient(Neural(Normal(k, 2), k), torch.optim.Adam, steps=3, lr=0.05)
+    return torchem.Gradient(Neural(Normal(k, 2), k), torch.optim.Adam, steps=2, lr=0.1)
 
 
 def climbed() -> torchem.GaussianMixture:
     model = torchem.GaussianMixture(3, 2)
-    model.component = torchem.Gradient(model.component, steps=1)
+    model.component = torchem.Gradient(model.component, torch.optim.Adam, steps=2, lr=0.1)
     return model
 
 
@@ -99,7 +99,6 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "amortized model": (amortized, points),
     "gradient mixture": (climbed, points),
-    "mixture of networks": (lambda: torchem.Mixture(Categorical(3), network(3)), points),
     "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),
 }
 
@@ -128,8 +127,6 @@ REFUSED = {
     ("amortized model", "annealed"): "temperature",
     ("amortized model", "squarem"): "map to extrapolate",
     ("amortized model", "anderson"): "map to extrapolate",
-    ("mixture of networks", "squarem"): "map to extrapolate",
-    ("mixture of networks", "anderson"): "map to extrapolate",
     ("neural HMM", "squarem"): "map to extrapolate",
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",
@@ -143,6 +140,9 @@ def run(model: str, mode: str, **more: Any) -> tuple[torchem.Result, dict[str, A
     build, data = MODELS[model]
     given = data()
     options = {"max_iter": 25, "tol": 0.0, "seed": 0, "progress": False} | MODES[mode][0] | more
+    # Walks of optimisers take long.
+    if model in ("gradient mixture", "neural HMM"):
+        options["max_iter"] = min(options["max_iter"], 24 if mode == "annealed" else 8)
     if "accumulate" in options:
         options["accumulate"], options["batch_size"] = options["accumulate"](), len(given["data"]) // 5
     with warnings.catch_warnings():

@@ -100,8 +100,8 @@ class Walk:
         # Whether not even the bare gradient led up.
         self.spent = False
 
-    def run(self, evaluate: Evaluate, settle: Callable[[], None], guarded: bool = True) -> Tensor:
-        """Take the steps; returns the objective ``[*r]`` at their end.
+    def run(self, evaluate: Evaluate, settle: Callable[[], None], guarded: bool = True) -> None:
+        """Take the steps, in place.
 
         Args:
             evaluate: The objective.
@@ -114,18 +114,20 @@ class Walk:
         if self.share is None or self.share.shape != value.shape:
             self.share = torch.ones_like(value)
             self.fresh = torch.ones_like(value, dtype=torch.bool)
-        for _ in range(self.climber.steps):
+        for left in reversed(range(self.climber.steps)):
             before = [tensor.detach().clone() for tensor in self.tensors]
             self._step(evaluate)
             settle()
             if all(map(torch.equal, before, self.tensors)):
                 break
-            value = self._shortened(before, value, evaluate, settle) if guarded else evaluate()
+            if guarded:
+                value = self._shortened(before, value, evaluate, settle)
+            elif left:
+                value = evaluate()
             if self.spent:
                 break
         for tensor in self.tensors:
             tensor.grad = None
-        return value
 
     def _step(self, evaluate: Evaluate) -> None:
         if self.climber.elementwise:
