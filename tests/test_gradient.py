@@ -418,8 +418,9 @@ def test_a_network_is_scored_without_chance_and_can_be_sampled_and_pruned() -> N
     assert model.sample(10).shape == (10, 2)
     with pytest.raises(NotImplementedError, match="sample"):
         Neural(nn.Linear(2, 3), 3).sample(torch.zeros(2).long())
-    result = run(mixture_of_networks(steps=1), points(), max_iter=3, dead="prune", restarts=2)
-    assert len(result.restarts) == 2
+    for init in ("random", "random_from_data"):
+        result = run(mixture_of_networks(steps=1), points(), init=init, max_iter=3, dead="prune", restarts=2)
+        assert result.restarts[0] != result.restarts[1]
 
 
 def test_float32() -> None:

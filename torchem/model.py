@@ -583,6 +583,9 @@ def em_map(model: LatentModel) -> Callable[[dict[str, Tensor], Batch], dict[str,
     Returns:
         A function of ``dict(model.named_parameters())`` and a `Batch` that returns new parameters of the same names.
 
+    Raises:
+        InvalidArgument: If a factor's M-step is no function of statistics.
+
     Example:
         >>> import torchem
         >>> model = torchem.GaussianMixture(2, 1)
