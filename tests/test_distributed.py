@@ -82,6 +82,34 @@ def _rules(rank: int, world: int) -> Any:
     return found
 
 
+class Columns(torch.nn.Module):
+    """A network that is a normal law."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.tensor([[-1.0, 1.0], [4.0, -4.0]]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -0.5 * (x.unsqueeze(-2) - self.mean).square().sum(-1) - math.log(2 * math.pi)
+
+
+def networks(rows: torch.Tensor, size: int) -> list[Any]:
+    found = []
+    options: list[dict[str, Any]] = [
+        {}, {"direct": True}, {"accumulate": torchem.Incremental()}, {"accumulate": torchem.Stochastic()}
+    ]  # fmt: skip
+    for option in options:
+        network = torchem.Gradient(torchem.factors.Neural(Columns(), 2), torch.optim.Adam, steps=2, lr=0.1)
+        model = torchem.Mixture(torchem.factors.Categorical(2), network).double()
+        result = fit(model, rows, init=None, batch_size=size, tol=0.0, max_iter=5, **option)
+        found.append((result.history, model.component.factor.module.mean.tolist()))
+    return found
+
+
+def _networks(rank: int, world: int) -> Any:
+    return networks(data()[:50] if rank == 0 else data()[50:], 7 if rank == 0 else 10)
+
+
 def _inf(rank: int, world: int) -> None:
     x = mine(rank, world)
     if rank == 1:
@@ -156,7 +184,7 @@ REFUSED = {
 }
 SHARED = {
     "exchange": _exchange, "unseeded": _unseeded, "seeded": _seed_per_rank, "batches": _batches, "rules": _rules,
-    "callback": _callback, "interrupt": _interrupt,
+    "callback": _callback, "interrupt": _interrupt, "networks": _networks,
 }  # fmt: skip
 
 
@@ -200,6 +228,16 @@ def test_ranks_may_have_different_numbers_of_batches() -> None:
     assert first == second
     alone = fit(started(data(), 2), data(), init=None, tol=0.0, max_iter=5)
     assert first == pytest.approx(alone.history, rel=1e-10)
+
+
+def test_networks_share_their_gradients() -> None:
+    first, second = ranks.values(_outcomes()["networks"])
+    assert first == second
+    for together, alone in zip(first[:2], networks(data(), 20)[:2], strict=True):
+        assert together[0] == pytest.approx(alone[0], rel=1e-9)
+        assert together[1] == [pytest.approx(row, rel=1e-5) for row in alone[1]]
+    incremental = first[2][0]
+    assert all(after >= before - 1e-9 * abs(before) for before, after in itertools.pairwise(incremental))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -11,7 +11,7 @@ import torch
 import torchem
 from torchem import priors
 from torchem.errors import ConvergenceWarning, InvalidArgument, SymmetryWarning
-from torchem.factors import Categorical, Gaussian, LinearGaussian, Poisson, SoftmaxRegression
+from torchem.factors import Categorical, Gaussian, LinearGaussian, Neural, Poisson, SoftmaxRegression
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -61,6 +61,29 @@ def amortized() -> torchem.AmortizedModel:
     return torchem.AmortizedModel(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), 1, steps=2)
 
 
+class Normal(torch.nn.Module):
+    """A network that gives normalised log-densities of each state: here of normal columns."""
+
+    def __init__(self, k: int, d: int):
+        super().__init__()
+        self.mean, self.log_scale = torch.nn.Parameter(torch.randn(k, d)), torch.nn.Parameter(torch.zeros(k, d))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = (x.unsqueeze(-2) - self.mean) * (-self.log_scale).exp()
+        return -(0.5 * z.square() + self.log_scale + 0.9189385332046727).sum(-1)
+
+
+def network(k: int) -> torchem.Gradient:
+    torch.manual_seed(0)
+    return torchem.Gradient(Neural(Normal(k, 2), k), torch.optim.Adam, steps=2, lr=0.1)
+
+
+def climbed() -> torchem.GaussianMixture:
+    model = torchem.GaussianMixture(3, 2)
+    model.component = torchem.Gradient(model.component, torch.optim.Adam, steps=2, lr=0.1)
+    return model
+
+
 #: Models and their data.
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "Gaussian mixture": (lambda: torchem.GaussianMixture(3, 2), points),
@@ -75,6 +98,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "amortized model": (amortized, points),
+    "gradient mixture": (climbed, points),
+    "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),
 }
 
 #: Options, and whether the objective may fall from pass to pass.
@@ -88,6 +113,7 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "annealed": ({"anneal": [0.5, 0.8], "max_iter": 45}, True),
     "squarem": ({"accelerate": "squarem"}, False),
     "anderson": ({"accelerate": "anderson"}, False),
+    "direct": ({"direct": True, "max_iter": 10}, False),
 }
 
 #: All that is refused, with a word of the sentence that says why.
@@ -97,6 +123,12 @@ REFUSED = {
     ("amortized model", "annealed"): "temperature",
     ("amortized model", "squarem"): "map to extrapolate",
     ("amortized model", "anderson"): "map to extrapolate",
+    ("neural HMM", "squarem"): "map to extrapolate",
+    ("neural HMM", "anderson"): "map to extrapolate",
+    ("variational mixture", "direct"): "a bound on it",
+    ("variational HMM", "direct"): "a bound on it",
+    ("factorial HMM", "direct"): "a bound on it",
+    ("amortized model", "direct"): "a bound on it",
 }
 
 
@@ -104,6 +136,9 @@ def run(model: str, mode: str, **more: Any) -> tuple[torchem.Result, dict[str, A
     build, data = MODELS[model]
     given = data()
     options = {"max_iter": 25, "tol": 0.0, "seed": 0, "progress": False} | MODES[mode][0] | more
+    # Walks of optimisers take long.
+    if model in ("gradient mixture", "neural HMM"):
+        options["max_iter"] = min(options["max_iter"], 24 if mode == "annealed" else 8)
     if "accumulate" in options:
         options["accumulate"], options["batch_size"] = options["accumulate"](), len(given["data"]) // 5
     with warnings.catch_warnings():

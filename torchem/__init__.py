@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torchem import errors, factors, masks, priors
 from torchem.accumulate import FullBatch, Incremental, Stochastic
 from torchem.batch import Batch
+from torchem.direct import Direct
 from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
+from torchem.gradient import Gradient
 from torchem.model import DiscreteModel, LatentModel, em_map
 from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
@@ -28,6 +30,7 @@ __all__ = [
     "Batch",
     "Conjugate",
     "Criteria",
+    "Direct",
     "DiscreteModel",
     "ExponentialFamily",
     "Factor",
@@ -35,6 +38,7 @@ __all__ = [
     "FullBatch",
     "GaussianHMM",
     "GaussianMixture",
+    "Gradient",
     "HMM",
     "Incremental",
     "LatentModel",

@@ -501,6 +501,10 @@ class Factor(nn.Module, ABC):
         event = self._rank[parameter] - mask.dim()
         return torch.where(mask.reshape(*mask.shape, *[1] * event), getattr(self, parameter), value)
 
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values of parameters with what is frozen as it is, differentiable in ``values``: where optimisers may go."""
+        return {name: self.keep_frozen(name, value) for name, value in values.items()}
+
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
     def n_parameters(self) -> int:

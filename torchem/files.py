@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchem import factors, models, priors
 from torchem.errors import InvalidFile, TorchemError, describe, invalid, wrong_type
 from torchem.factor import Factor, Prior
+from torchem.gradient import Gradient
 from torchem.model import LatentModel
 from torchem.models.stationary import Stationary
 from torchem.variational import Variational
@@ -489,6 +490,7 @@ def _classes(package: Any) -> dict[str, type[nn.Module]]:
 _OWN: dict[str, type[nn.Module]] = {
     **_classes(models),
     **{f"factors.{name}" if name in models.__all__ else name: kind for name, kind in _classes(factors).items()},
+    "Gradient": Gradient,
     "Stationary": Stationary,
     "Variational": Variational,
 }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
+from torchem.errors import invalid
 from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments, refuse_misspelt
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
@@ -143,8 +144,16 @@ class LatentModel(nn.Module, ABC):
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
+    @property
+    def sufficient(self) -> bool:
+        """Whether an M-step is a function of statistics; where not, a fit passes over the data again for it."""
+        return all(factor.sufficient for factor in self.factors())
+
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
-        """New values of all parameters, by their names in the model: the pure half of an M-step."""
+        """New values of all parameters that statistics determine, by their names in the model. Pure.
+
+        Networks under `torchem.Gradient` are not among them.
+        """
         values: dict[str, Tensor] = {}
         for factor, slots in self.factors().items():
             total = factor.penalized(functools.reduce(operator.add, (stats[slot] for slot in slots)))
@@ -164,17 +173,39 @@ class LatentModel(nn.Module, ABC):
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
     def m_step(self, stats: Stats) -> None:
-        """Maximise every factor and assign the result."""
+        """Maximise every factor and assign the result.
+
+        Raises:
+            InvalidArgument: If a factor's Q is no function of statistics.
+        """
+        self.check_sufficient("m_step")
         self.assign(self.maximize(stats))
 
+    def check_sufficient(self, argument: str) -> None:
+        """Refuse a model with a factor whose M-step is no function of statistics.
+
+        Raises:
+            InvalidArgument: Then.
+        """
+        for factor, slots in self.factors().items():
+            if not factor.sufficient:
+                raise invalid(
+                    argument, "factors whose M-step is a function of statistics",
+                    f"{type(factor.unwrapped).__name__} in slot {slots[0]!r}",
+                    "use torchem.fit, which passes over the data again for it",
+                )  # fmt: skip
+
     def improve(self, stats: Stats, batches: Callable[[], Iterable[Batch]]) -> None:
-        """One M-step of a fit: what is no function of statistics may pass over the data again.
+        """One M-step of a fit, of what statistics determine; a model of its own kind may pass over the data again.
 
         Args:
             stats: Of all the data, at the current parameters.
             batches: Gives the batches of a pass.
         """
-        self.m_step(stats)
+        if self.sufficient:
+            self.m_step(stats)
+        else:
+            self.assign(self.maximize(stats))
 
     def learn(self, stats: Stats, batch: Batch | None) -> None:
         """One M-step within a pass, after a batch: that of online and incremental EM.
@@ -308,14 +339,15 @@ class LatentModel(nn.Module, ABC):
 
     def load_from(self, other: "LatentModel") -> None:
         """Take over parameters and numerical state of a model of the same structure, in place."""
-        for mine, theirs in zip(_all_factors(self), _all_factors(other), strict=True):
+        # Networks of factors are modules too.
+        for mine, theirs in zip(self.modules(), other.modules(), strict=True):
             for name, value in theirs.named_parameters(recurse=False):
                 getattr(mine, name).data = value.detach().clone()
             for name in set(mine._buffers) - set(theirs._buffers):
                 del mine._buffers[name]
             for name, value in theirs.named_buffers(recurse=False):
                 mine.register_buffer(name, value.detach().clone())
-            for name, value in vars(theirs).items():
+            for name, value in vars(theirs).items() if isinstance(theirs, Factor) else ():
                 # A prior may have been completed from the data.
                 if isinstance(value, (bool, int)) or name == "_prior":
                     setattr(mine, name, value)
@@ -436,13 +468,28 @@ class DiscreteModel(LatentModel):
             beta: Inverse temperature; ``log_likelihood`` is then the free energy Σ w log Z_β / β.
             uniforms: Gives the uniform numbers of the draws; those of torch's global generator when left out.
         """
+        with declared_precision(self.device):
+            return self._e_step(batch, self._inference(kind, beta, uniforms))
+
+    def _inference(self, kind: EStep, beta: float, uniforms: Uniforms | None) -> Callable[..., Any]:
         if kind == "sample":
             source = global_uniforms if uniforms is None else uniforms
             infer = functools.partial(self.infer_sample, uniforms=source)
         else:
             infer = self.infer if kind == "soft" else self.infer_hard
-        with declared_precision(self.device):
-            return self._e_step(batch, infer if beta == 1 else Tempered(infer, beta))
+        return infer if beta == 1 else Tempered(infer, beta)
+
+    def expectations(
+        self, batch: Batch, kind: EStep = "soft", beta: float = 1.0, uniforms: Uniforms | None = None
+    ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Pieces of a batch, each with the weighted expectations that an E-step collects from it, by slot."""
+        infer, kernels = self._inference(kind, beta, uniforms), self._kernels()
+        for piece in self.stream(batch):
+            yield piece, infer({slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}, piece)[1]
+
+    def potential(self, slot: str, piece: Batch) -> Tensor:
+        """What inference is fed of one slot at the current parameters, differentiable in them."""
+        return self._kernels()[slot].log_potential(piece)
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
         """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
@@ -543,8 +590,8 @@ class _Map(nn.Module):
         return new | self.model.maximize(self.model.e_step(batch))
 
 
-def _placed(wrapped: _Map, params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values of parameters under each place that they have, once for each module.
+def placed(wrapped: Any, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the parameters of ``wrapped.model`` under each place that they have, once for each module.
 
     torch's own tying puts the value into a module that stands in two slots twice, and then cannot restore it.
     """
@@ -565,6 +612,9 @@ def em_map(model: LatentModel) -> Callable[[dict[str, Tensor], Batch], dict[str,
     Returns:
         A function of ``dict(model.named_parameters())`` and a `Batch` that returns new parameters of the same names.
 
+    Raises:
+        InvalidArgument: If a factor's M-step is no function of statistics.
+
     Example:
         >>> import torchem
         >>> model = torchem.GaussianMixture(2, 1)
@@ -574,9 +624,10 @@ def em_map(model: LatentModel) -> Callable[[dict[str, Tensor], Batch], dict[str,
         >>> sorted(new)
         ['component.mean', 'component.scale', 'mixing.logits']
     """
+    model.check_sufficient("em_map")
     wrapped = _Map(model)
 
     def step(params: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        return torch.func.functional_call(wrapped, _placed(wrapped, params), (batch,), tie_weights=False)
+        return torch.func.functional_call(wrapped, placed(wrapped, params), (batch,), tie_weights=False)
 
     return step

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import sys
 import time
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchem import distributed, initialize, stopping
+from torchem import distributed, gradient, initialize, stopping
 from torchem.accelerate import Acceleration, accelerator
 from torchem.accumulate import Accumulator, FullBatch, Incremental, Stochastic
 from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
+from torchem.direct import Ascent, Direct
 from torchem.errors import DegenerateComponent, SymmetryWarning, invalid, one_of, warn, wrong_type
-from torchem.model import EStep, LatentModel
+from torchem.model import DiscreteModel, EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
@@ -61,6 +63,8 @@ class Trainer:
         accelerate: ``"squarem"`` or ``"anderson"`` jump ahead on the path of EM, and go back to the plain step where
             that lowers the objective; see `torchem.accelerate`. A pass that is refused so counts, but leaves no entry
             in ``history``.
+        direct: True climbs the whole objective by an optimiser, L-BFGS, instead of EM, as a comparison; see
+            `torchem.Direct` for others.
         dead: What to do with components that lose their mass or collapse to the floor: keep them at the floor,
             ``"respawn"`` them at badly explained observations, ``"prune"`` them or ``"raise"``.
         callbacks: Functions of a `Progress`, called after each pass; a true return value interrupts.
@@ -91,6 +95,7 @@ class Trainer:
         e_step: EStep = "soft",
         anneal: Iterable[float] | Callable[[int], float] | None = None,
         accelerate: Acceleration | None = None,
+        direct: bool | Direct = False,
         dead: Dead = "floor",
         callbacks: Iterable[Callable[[Progress], Any]] = (),
         progress: bool = True,
@@ -133,6 +138,19 @@ class Trainer:
                     "accelerate", "None unless every step is that of full-batch EM", repr(accelerate),
                     "leave it out: it extrapolates the EM map, which stochastic and incremental steps are not",
                 )  # fmt: skip
+        if not isinstance(direct, (bool, Direct)):
+            raise wrong_type("direct", "True, False or a torchem.Direct", direct, "pass for example torchem.Direct()")
+        self.direct = (Direct() if direct else None) if isinstance(direct, bool) else direct
+        if self.direct is not None:
+            others = {
+                "accumulate": not isinstance(self.accumulate, FullBatch), "e_step": e_step != "soft",
+                "anneal": anneal is not None, "accelerate": accelerate is not None,
+            }  # fmt: skip
+            if any(others.values()):
+                raise invalid(
+                    "direct", "none of the ways to run EM beside it", [name for name, given in others.items() if given],
+                    "leave one out: it climbs log p(x) itself, over all the data",
+                )  # fmt: skip
         self.device, self.callbacks, self.anneal = _device(device), callbacks, anneal
         self.e_step: EStep = e_step
         self.accelerate: Acceleration | None = accelerate
@@ -173,7 +191,11 @@ class Trainer:
                 "anneal", f"None for {name}", repr(self.anneal),
                 "leave it out: posteriors of this model have no temperature",
             )  # fmt: skip
-        if self.accelerate is not None and not model.accelerates:
+        if self.direct is not None:
+            self.direct.check(model)
+        else:
+            gradient.check(model)
+        if self.accelerate is not None and not (model.accelerates and model.sufficient):
             raise invalid(
                 "accelerate", f"None for {name}", repr(self.accelerate),
                 "leave it out: its M-step is a walk of an optimiser, not a map to extrapolate",
@@ -269,7 +291,12 @@ class _Loop:
         self.rule.reset()
         self.runs = [Run() for _ in generators]
         self.going = list(range(len(generators)))
+        self.climbs = options.direct is None and not model.sufficient
+        self.ascent = None if options.direct is None else Ascent(options.direct)
         self.accelerator = None if options.accelerate is None else accelerator(options.accelerate)
+        # What the E-steps of the pass, and of the last batch, took for the posterior: kind, temperature, generators.
+        self.taken: tuple[EStep, float, list[Tensor]] = ("soft", 1.0, [])
+        self.latest = self.taken
         # What the last M-step gave, where a jump from there was tried instead.
         self.fallback: dict[str, Tensor] | None = None
         # Parameters before the last M-step, and whether those after it have been judged.
@@ -369,12 +396,77 @@ class _Loop:
             self.tail.append(stats)
             if self.closing or iteration == self.options.max_iter - 1:
                 stats = _mean([*self.tail][len(self.tail) // 2 :])
-        self.twin.improve(stats, lambda: (batch for _, batch in self.source))
+        self._improve(stats)
         self._tune(iteration, retake=not self.noisy)
         if not self.retake:
             self._heal(stats, total)
             self._jump()
         return True
+
+    # ---- M-steps ----------------------------------------------------------------------------------------------
+
+    def _improve(self, stats: Stats) -> None:
+        """The M-step that ends a pass."""
+        if self.ascent is not None:
+            self.twin.assign(
+                self._together(lambda ascent=self.ascent: ascent.run(self.twin, self._batches, self._reduce))
+            )
+            return
+        moving = self.climbs and not getattr(self.rule, "noisy", False)
+        renewing = moving and isinstance(self.rule, Incremental)
+        before = copy.deepcopy(self.twin) if moving and not renewing else None
+        self.twin.improve(stats, self._batches)
+        if not moving:
+            return
+        # Kept statistics belong to posteriors that cannot be made again: networks climb under those of now.
+        taken = (self.taken[0], self.annealing.beta, self._states()) if renewing else self.taken
+        self._climb(copy.deepcopy(self.twin) if before is None else before, self._batches, taken)
+        if renewing:
+            for key, _, own in self._statistics():
+                self.rule.push(key, own)
+            self.rule.flush()
+
+    def _climb(
+        self,
+        old: LatentModel,
+        batches: Callable[[], Iterable[Batch]],
+        taken: tuple[EStep, float, list[Tensor]],
+        whole: float | None = None,
+    ) -> None:
+        """Let networks climb, under the posteriors of a model of the same kind, temperature and draws."""
+        twin = self.twin
+        assert isinstance(old, DiscreteModel) and isinstance(twin, DiscreteModel)
+        kind, beta, states = taken
+
+        def passes() -> Iterator[gradient.Expected]:
+            uniforms = self._drawn_again(states)
+            for batch in batches():
+                yield from old.expectations(batch, kind, beta, uniforms)
+
+        replay = gradient.Replay(passes)
+        self._together(lambda: gradient.climb(twin, replay, self._reduce, whole))
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """Do what sums over ranks on the way; a failure here is the failure of all."""
+        try:
+            return work()
+        except (Exception, KeyboardInterrupt) as error:
+            if not self.agreed:
+                self.agreed = True
+                distributed.agree(error)
+            raise
+
+    def _batches(self) -> Iterator[Batch]:
+        return (batch for _, batch in self.source)
+
+    def _states(self) -> list[Tensor]:
+        return [self.generators[r].get_state() for r in self.going] if self.climbs else []
+
+    def _drawn_again(self, states: list[Tensor]) -> Callable[[torch.Size], Tensor]:
+        """Uniform numbers as they were drawn once, for a model without replicas."""
+        generator = torch.Generator()
+        generator.set_state(states[0])
+        return lambda shape: torch.rand(shape, generator=generator, dtype=torch.float64)
 
     # ---- acceleration -----------------------------------------------------------------------------------------
 
@@ -489,6 +581,7 @@ class _Loop:
         try:
             if self.stopping:
                 raise KeyboardInterrupt
+            self.taken = ("sample" if self.stirred else self.options.e_step, self.annealing.beta, self._states())
             for key, batch, stats in self._statistics():
                 ready = self.rule.push(key, stats)
                 score, total = score + stats["log_likelihood"], total + stats["count"]
@@ -496,7 +589,7 @@ class _Loop:
                     last, eager = self._reduce(ready), True
                     # Where an M-step is no map of statistics it makes one for the batch, or waits for the whole pass.
                     if update and (self.noisy or twin.accelerates):
-                        twin.learn(last, batch)
+                        self._step(last, batch)
                         self._tune_within()
             ready = self.rule.flush()
             if ready is None and last is None:
@@ -516,15 +609,29 @@ class _Loop:
         objective = seen["score"] + twin.log_prior() if self.noisy or not update else twin.bound(last)
         return last, objective, float(seen["total"].reshape(-1)[0])
 
+    def _step(self, stats: Stats, batch: Batch | None) -> None:
+        """The M-step after a batch: networks take theirs on that batch, if the rule is one that may lose."""
+        twin = self.twin
+        if not self.climbs:
+            twin.learn(stats, batch)
+            return
+        noisy = getattr(self.rule, "noisy", False)
+        before = copy.deepcopy(twin) if noisy else twin
+        twin.assign(twin.maximize(stats))
+        if noisy:
+            self._climb(before, lambda: [] if batch is None else [batch], self.latest, float(stats["count"]))
+
     def _statistics(self) -> Iterator[tuple[Hashable, Batch | None, Stats]]:
         """Those of each batch, as many on each process: one with fewer batches ends on empty ones."""
         given, stats = 0, None
         for key, batch in self.source:
             self.twin.visit(None if self.source.held is not None or self.source.shuffled else key)
+            self.latest = *self.taken[:2], self._states()
             stats, given = self._e_step(batch), given + 1
             yield key, batch, stats
         for missing in range(given, self.source.batches):
             assert stats is not None
+            self.latest = self.taken
             yield ("missing", missing), None, stats * 0.0
 
     def _tune_within(self) -> None:
@@ -721,6 +828,7 @@ def fit(
     e_step: EStep = "soft",
     anneal: Iterable[float] | Callable[[int], float] | None = None,
     accelerate: Acceleration | None = None,
+    direct: bool | Direct = False,
     dead: Dead = "floor",
     callbacks: Iterable[Callable[[Progress], Any]] = (),
     progress: bool = True,
@@ -748,6 +856,7 @@ def fit(
         e_step: ``"soft"``, ``"hard"`` or ``"sample"``.
         anneal: Inverse temperatures of deterministic annealing, or a function of the pass.
         accelerate: ``"squarem"``, ``"anderson"`` or None.
+        direct: True, or a `torchem.Direct`, for ascent of the whole objective by an optimiser instead of EM.
         dead: Policy for components that die or collapse.
         callbacks: Called after each pass.
         progress: Show a progress bar on a terminal.
@@ -768,8 +877,8 @@ def fit(
     """
     trainer = Trainer(
         accumulate=accumulate, init=init, restarts=restarts, max_iter=max_iter, tol=tol, batch_size=batch_size,
-        seed=seed, device=device, e_step=e_step, anneal=anneal, accelerate=accelerate, dead=dead, callbacks=callbacks,
-        progress=progress,
+        seed=seed, device=device, e_step=e_step, anneal=anneal, accelerate=accelerate, direct=direct, dead=dead,
+        callbacks=callbacks, progress=progress,
     )  # fmt: skip
     return trainer.fit(model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels)
 
@@ -812,6 +921,7 @@ def partial_fit(
     """
     if not isinstance(rule, Stochastic):
         raise wrong_type("rule", "a torchem.Stochastic", rule, "make one for the stream and pass it every time")
+    gradient.check(model)
     source = Source(model, data, None, weights, inputs, lengths, labels)
     score = total = 0.0
     with torch.no_grad(), declared_precision(model.device):
@@ -831,7 +941,12 @@ def partial_fit(
             score, total = score + found, total + float(stats["count"])
             ready = rule.push(key, stats)
             if ready is not None:
-                model.learn(ready, batch)
+                if model.sufficient or not isinstance(model, DiscreteModel):
+                    model.learn(ready, batch)
+                else:
+                    replay = gradient.Replay(functools.partial(copy.deepcopy(model).expectations, batch))
+                    model.assign(model.maximize(ready))
+                    gradient.climb(model, replay, lambda sums: sums, rule.seen)
                 adjustment = model.tune(max(survey.rows, int(rule.seen)))
                 if adjustment is not None and adjustment.move is not None:
                     rule.translate(adjustment.move)

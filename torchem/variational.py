@@ -12,13 +12,14 @@ from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument, invalid, wrong_type
-from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior, conjugate
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, conjugate
 from torchem.model import LatentModel
 from torchem.ops.missing import any_missing
 from torchem.stats import Stats
+from torchem.wrapper import Wrapper, outer
 
 
-class Variational(Factor):
+class Variational(Wrapper):
     """The posterior of a factor's parameters: q(θ) ∝ p(θ) exp⟨S, η(θ)⟩.
 
     The E-step is fed E_q log p(x | θ), the M-step is q = prior + S, and −KL(q ‖ p) joins the bound, which is then that
@@ -67,8 +68,6 @@ class Variational(Factor):
 
     averages = True
 
-    factor: Factor
-
     def __init__(self, factor: Factor, prior: Prior | None = None):
         super().__init__()
         if not isinstance(factor, Factor):
@@ -94,74 +93,9 @@ class Variational(Factor):
             raise invalid("prior", "a proper prior", repr(prior), "make its parameters positive (definite)")
         return prior
 
-    # ---- what is wrapped --------------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            inner = self.__dict__.get("_modules", {}).get("factor")
-            if inner is None or name.startswith("_") or name in inner._parameters:
-                raise
-            return getattr(inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        inner = self.__dict__.get("_modules", {}).get("factor")
-        if inner is not None and name in inner.views:
-            setattr(inner, name, value)
-        else:
-            super().__setattr__(name, value)
-
     @property
     def _family(self) -> Conjugate:
         return conjugate(self.factor)
-
-    @property
-    def unwrapped(self) -> Factor:
-        return self.factor.unwrapped
-
-    @property
-    def views(self) -> Any:
-        """Views of the wrapped factor, with their parameters' names here."""
-        return {view: f"factor.{name}" for view, name in self.factor.views.items()}
-
-    @property
-    def shared_parameters(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Parameters that all components share."""
-        own = {name for name, rank in self._rank.items() if rank == 0}
-        return frozenset(own | {f"factor.{name}" for name in self.factor.shared_parameters})
-
-    @property
-    def handles_missing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether NaN entries are missing at random."""
-        return self.factor.handles_missing
-
-    @property
-    def replicates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether parameters may carry a replica axis."""
-        return self.factor.replicates
-
-    @property
-    def default_init(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The wrapped factor's start."""
-        return self.factor.default_init
-
-    @property
-    def n_components(self) -> int | None:
-        return self.factor.n_components
-
-    @property
-    def n_features(self) -> int | None:
-        return self.factor.n_features
-
-    def cast(self, x: Tensor) -> Tensor:
-        return self.factor.cast(x)
-
-    def check(self, batch: Batch) -> None:
-        self.factor.check(batch)
-
-    def row_size(self) -> int:
-        return self.factor.row_size()
 
     # ---- the posterior ----------------------------------------------------------------------------------------
 
@@ -260,10 +194,6 @@ class Variational(Factor):
             return self.factor.kernel()
         return self._family.expected_kernel(self.posterior(), self._given)
 
-    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each column at posterior means."""
-        return self.factor.moments(batch)
-
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One observation from the posterior predictive for each state in ``z [n]``."""
         if self._still:
@@ -273,18 +203,12 @@ class Variational(Factor):
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
-    def stats(self, batch: Batch, expected: Tensor) -> Stats:
-        return self.factor.stats(batch, expected)
-
-    def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
-        return self.factor.table_stats(batch, expected)
-
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """The posterior prior + S, as means and strengths: the maximiser of the bound over all q."""
         posterior = self._given.posterior_stats(self.factor) + stats
         if self._still:
-            return {f"factor.{name}": value for name, value in self.factor.maximize(stats).items()}
-        values = {f"factor.{name}": value for name, value in self._family.settle(posterior).items()}
+            return outer(self.factor.maximize(stats))
+        values = outer(self._family.settle(posterior))
         return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
@@ -307,27 +231,13 @@ class Variational(Factor):
         size, k = len(batch), index.shape[-1]
         even = torch.full((*index.shape[:-1], size, k), 1.0 / k, dtype=self.dtype, device=batch.x.device)
         values = self.maximize(self.gather(batch, even))
-        return values | {f"factor.{n}": v for n, v in self.factor.initialize_at(batch, index).items()}
+        return values | outer(self.factor.initialize_at(batch, index))
 
     # ---- numerics ---------------------------------------------------------------------------------------------
 
     def prepare(self, moments: Moments) -> None:
         self.factor.prepare(moments)
         self._prior = self._given.completed(self.factor, moments)
-
-    def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
-        return self.factor.tune(rows, iteration)
-
-    def refresh(self) -> None:
-        self.factor.refresh()
-
-    def forbid(self, states: Tensor) -> None:
-        self.factor.forbid(states)
-
-    def replace_components(self, which: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        inner = {n.removeprefix("factor."): v for n, v in values.items() if n.startswith("factor.")}
-        merged = {f"factor.{n}": v for n, v in self.factor.replace_components(which, inner).items()}
-        return merged | super().replace_components(which, {n: v for n, v in values.items() if n in self._rank})
 
     # ---- freezing, bookkeeping --------------------------------------------------------------------------------
 
@@ -384,12 +294,6 @@ class Variational(Factor):
                 "some weights are known is not broken off like them)", kept, "use priors.Dirichlet",
             )  # fmt: skip
 
-    def n_parameters(self) -> int:
-        return self.factor.n_parameters()
-
-    def select(self, keep: Tensor) -> "Variational":
-        return self.rewrap(self.factor.select(keep), keep)
-
     def rewrap(self, pruned: Factor, keep: Tensor) -> "Variational":
         out = Variational(pruned, self._given.selected(self.factor, keep))
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
@@ -401,10 +305,6 @@ class Variational(Factor):
     def config(self) -> dict[str, Any]:
         # The prior is written apart, as of every factor.
         return {"factor": self.factor}
-
-    @classmethod
-    def example(cls) -> tuple[Factor, Batch]:
-        raise NotImplementedError("Variational wraps a family's own example")
 
 
 def variational(model: LatentModel, **priors: Prior) -> Any:
@@ -446,7 +346,7 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
 
 def _parts(factor: Factor) -> dict[str, Factor]:
     """The factors that a factor is made of, by their paths in it; none for a family."""
-    return getattr(factor, "parts", dict)() if not isinstance(factor, Variational) else {}
+    return getattr(factor, "parts", dict)() if not isinstance(factor, Wrapper) else {}
 
 
 def _check(factor: Factor) -> None:

@@ -129,11 +129,15 @@ def _offered(kind: type) -> list[tuple[Factor, Batch]]:
     return list(getattr(kind, "examples", lambda: [kind.example()])())  # pyright: ignore
 
 
-def concrete_factors() -> list[type]:
-    """Every factor that torchem exports and that can be built, and the tests' own."""
+def concrete_factors() -> list[type[Factor]]:
+    """Every factor that torchem exports and that has an M-step of its own, and the tests' own."""
+    return [*(kind for kind in every_family() if kind.sufficient), Counts]
+
+
+def every_family() -> list[type[Factor]]:
+    """Every factor that torchem exports and that can be built."""
     names = (getattr(torchem.factors, name) for name in torchem.factors.__all__)
-    found = [c for c in names if inspect.isclass(c) and issubclass(c, Factor) and not inspect.isabstract(c)]
-    return [*found, Counts]
+    return [c for c in names if inspect.isclass(c) and issubclass(c, Factor) and not inspect.isabstract(c)]
 
 
 def _example_cases() -> Iterator[tuple[str, Callable[[], FactorCase]]]:

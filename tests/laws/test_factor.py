@@ -11,6 +11,7 @@ import torchem
 from tests.laws import cases
 from tests.laws.cases import FactorCase, close, close_dict, close_stats, every_factor
 from torchem.batch import Batch
+from torchem.errors import InvalidArgument
 from torchem.factor import Conjugate, Factor
 from torchem.factors import Categorical, Exponential, Gaussian, Stacked, StudentT, Uniform
 from torchem.stats import Stats
@@ -446,6 +447,21 @@ def test_copies_through_state_dict(build, device: torch.device) -> None:
         parameter.data = torch.zeros_like(parameter)
     other.load_state_dict(case.factor.state_dict())
     assert torch.equal(other.log_prob(case.batch), case.factor.log_prob(case.batch))
+
+
+def test_every_family_has_a_q_of_statistics_or_says_that_it_has_none() -> None:
+    wrappers = (torchem.Variational, torchem.Gradient, torchem.models.stationary.Stationary)
+    for kind in (*cases.every_family(), *wrappers):
+        if kind.sufficient:
+            assert kind.expected_log_prob is not Factor.expected_log_prob, kind
+            continue
+        factor, batch = kind.example()
+        expected = cases.soft(len(batch), factor.n_components or 1)
+        # What stands for statistics carries the value of Q where they were taken, and no M-step.
+        stats = factor.stats(batch, expected)
+        close(factor.expected_log_prob(stats), expected_sum(factor.log_prob(batch), expected))
+        with pytest.raises(InvalidArgument, match="no function of statistics"):
+            factor.maximize(stats)
 
 
 # ---- what only some families have ---------------------------------------------------------------------------------

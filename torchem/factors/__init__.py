@@ -8,6 +8,7 @@ from torchem.factors.gaussian import Gaussian
 from torchem.factors.linear_gaussian import LinearGaussian
 from torchem.factors.mean_adjusted import MeanAdjustedAutoregression
 from torchem.factors.mixture import Mixture
+from torchem.factors.neural import Neural
 from torchem.factors.poisson import Poisson
 from torchem.factors.product import Product
 from torchem.factors.softmax_regression import SoftmaxRegression
@@ -24,6 +25,7 @@ __all__ = [
     "LinearGaussian",
     "MeanAdjustedAutoregression",
     "Mixture",
+    "Neural",
     "Poisson",
     "Product",
     "SoftmaxRegression",

@@ -164,6 +164,13 @@ class Composite(Factor):
             part.unfreeze(*views)
         return self
 
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        own: dict[str, dict[str, Tensor]] = {path: {} for path in self.parts()}
+        for name, value in values.items():
+            path = next(path for path in own if name.startswith(f"{path}."))
+            own[path][name.removeprefix(f"{path}.")] = value
+        return self.joined({path: part.kept(own[path]) for path, part in self.parts().items()})
+
     def paths(self) -> list[str]:
         """The views of all parts under their paths."""
         own = {path: part.paths() if isinstance(part, Composite) else part.views for path, part in self.parts().items()}
@@ -186,6 +193,7 @@ class Composite(Factor):
 
 def reads_sequences(factor: Factor) -> bool:
     """Whether a factor, or a part of it, asks for whole sequences before they are cut into frames."""
+    factor = factor.unwrapped
     if getattr(factor, "lags", 0):
         return True
     if isinstance(factor, Composite):

@@ -195,6 +195,21 @@ class Categorical(Factor, Conjugate):
         logits = self._supported(probs.clamp(min=torch.finfo(self.dtype).tiny).log()).to(self.dtype)
         return {"logits": torch.where(counts.sum(-1, keepdim=True) > 0, logits, self.logits)}
 
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Frozen cells keep their probabilities, so that the others share what those leave."""
+        mask = self.frozen("logits")
+        if mask is None or not mask.dim():
+            return {"logits": self.keep_frozen("logits", values["logits"])}
+        old, tiny = self.probs.to(torch.float64), torch.finfo(torch.float64).tiny
+        free = self.support & ~mask
+        # A row without a free cell stays as it is.
+        logits = torch.where(free.any(-1, keepdim=True), values["logits"], 0.0).to(torch.float64)
+        share = torch.where(free | ~free.any(-1, keepdim=True), logits, -torch.inf).log_softmax(-1)
+        left = (1 - torch.where(mask, old, 0.0).sum(-1, keepdim=True)).clamp(min=tiny).log()
+        # Never −inf: only what is outside the support is impossible, and it is told by its mask.
+        share = torch.where(free, share, 0.0) + left
+        return {"logits": self._supported(torch.where(free, share, old.clamp(min=tiny).log())).to(values["logits"])}
+
     def _supported(self, value: Tensor) -> Tensor:
         return torch.where(self.support, value, 0.0) if self.restricted else value
 

@@ -683,6 +683,12 @@ class HMM(DiscreteModel):
                     "initial", "a free initial law beside a posterior of the transition", "a stationary one",
                     "it has no conjugate prior: use Categorical(K)",
                 )  # fmt: skip
+            if self.transition is not self.initial.transition:
+                raise invalid(
+                    "initial", "a free initial law, or that of the model's own table",
+                    f"the stationary law of a table that {type(self.transition).__name__} has replaced",
+                    "use Categorical(K), or leave the transition as it is: their M-step is a joint one",
+                )  # fmt: skip
             self.initial.check(batch)
         if batch.evidence is not None and batch.evidence.shape[-1] != self.n_components:
             raise invalid(

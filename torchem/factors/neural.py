@@ -1,0 +1,234 @@
+"""Emissions that are networks: any module that scores observations under each state."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchem.batch import Batch
+from torchem.errors import invalid, wrong_type
+from torchem.factor import Factor, Kernel, StreamedPass
+from torchem.stats import Stats
+
+
+class Neural(Factor):
+    """An observed child whose log-density is a network's output.
+
+    log p(x | k) = module(x)_k, or module(x, u)_k where it reads covariates.
+
+    The network must give **normalised** log-densities: ∫ exp module(x)_k dx = 1 for every state, whatever its
+    parameters (a flow, a mixture-density network, a regression with a learned variance, …). EM cannot tell: what is not
+    normalised grows without bound. It is kept in evaluation mode, in training too, for a density must not depend on
+    chance or on the other rows of a batch.
+
+    Q is no function of statistics: an M-step passes over the data again, under `torchem.Gradient`, without which no
+    model can be fitted. What stands for statistics, ``value``, is Q itself, and true at the parameters of its E-step
+    alone. Starts climb from the network's own parameters, under the responsibilities of the start. Parameters that do
+    not require a gradient stay as they are.
+
+    Args:
+        module: Network from x ``[n, D]`` (and u ``[n, M]``) to log-densities ``[n, n_components]``.
+        n_components: Number of log-densities that it gives.
+        inputs: Whether it is called with covariates as well, ``module(x, u)``.
+        states: Which of its outputs are the states, in their order; all by default. Pruning leaves some.
+
+    Raises:
+        InvalidType: If it is no torch module.
+        InvalidArgument: If it has no parameters, or for sizes below one.
+
+    Source: A. P. Dempster, N. M. Laird, D. B. Rubin (1977), section 2, for what an M-step that only climbs does.
+
+    Example:
+        >>> class Unit(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mean = torch.nn.Parameter(torch.tensor([-1.0, 1.0]))
+        ...     def forward(self, x):
+        ...         return -0.5 * (x - self.mean) ** 2 - 0.5 * torch.tensor(2 * torch.pi).log()
+        >>> Neural(Unit(), 2).log_prob(Batch(torch.tensor([[1.0]])))
+        tensor([[-2.9189, -0.9189]], grad_fn=<...>)
+    """
+
+    sufficient: ClassVar[bool] = False
+    replicates: ClassVar[bool] = False
+    default_init: ClassVar[str] = "kmeans"
+
+    module: nn.Module
+
+    def __init__(self, module: nn.Module, n_components: int, inputs: bool = False, states: Sequence[int] | None = None):
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise wrong_type("module", "a torch module", module, "pass for example a torch.nn.Sequential")
+        if not isinstance(n_components, int) or isinstance(n_components, bool) or n_components < 1:
+            raise invalid("n_components", "a positive whole number", repr(n_components), "give at least 1")
+        if not any(value.is_floating_point() for value in module.parameters()):
+            raise invalid("module", "a network with parameters", "none", "write a Factor of your own for a fixed law")
+        chosen = None if states is None else [int(state) for state in states]
+        if chosen is not None and not (chosen and set(chosen) <= set(range(n_components))):
+            raise invalid("states", f"outputs from 0 to {n_components - 1}", chosen, "leave it out for all of them")
+        self.module, self._outputs, self.inputs, self.states = module, n_components, bool(inputs), chosen
+        #: Whether the whole network is kept through every M-step.
+        self.fixed = False
+        module.eval()
+
+    def train(self, mode: bool = True) -> "Neural":
+        super().train(mode)
+        self.module.eval()
+        return self
+
+    @property
+    def n_components(self) -> int:
+        return self._outputs if self.states is None else len(self.states)
+
+    @property
+    def shared_parameters(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All of them: a network has no part that is one state's alone."""
+        return frozenset(name for name, _ in self.named_parameters())
+
+    def row_size(self) -> int:
+        # What each layer gives is kept for the gradient.
+        return 4 * self.n_components + 2 * sum(len(value) for value in self.parameters() if value.dim() > 1)
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch) -> None:
+        """Refuse data that the network cannot read, and a network that does not give a number for each state."""
+        if self.inputs and batch.u is None:
+            raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
+        if not len(batch):
+            return
+        row = batch[:1].to(self.device)
+        try:
+            with torch.no_grad():
+                self.log_prob(row.with_x(self.cast(row.x)))
+        except RuntimeError as error:
+            raise invalid("data", "rows that the network reads", error, "fit its sizes to the columns") from error
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        x = batch.x.reshape(-1, batch.x.shape[-1]).to(self.dtype)
+        if not self.inputs:
+            value = self.module(x)
+        else:
+            u = batch.u
+            if u is None:
+                raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
+            value = self.module(x, u.reshape(-1, u.shape[-1]).to(self.dtype))
+        shape = (len(x), self._outputs)
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise invalid("module", f"log-densities of shape {list(shape)}", got, "give one number for each state")
+        value = value if self.states is None else value[:, self.states]
+        return value.to(self.dtype).unflatten(0, batch.x.shape[:-1])
+
+    def kernel(self) -> Kernel:
+        return _NeuralPass(self)
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draws ``[n, D]`` by the module's own ``sample(z)``, or ``sample(z, u)``, if it has one."""
+        draw = getattr(self.module, "sample", None)
+        if draw is None:
+            raise NotImplementedError("a Neural factor samples where its module has a method sample(z)")
+        z = z if self.states is None else torch.tensor(self.states, device=z.device)[z]
+        return draw(z, batch.u) if self.inputs and batch is not None else draw(z)
+
+    # ---- EM ---------------------------------------------------------------------------------------------------
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``value []``: Σ expected · log p(x | z) at the current parameters."""
+        return self.valued(self.log_prob(batch), expected)
+
+    @staticmethod
+    def valued(log_prob: Tensor, expected: Tensor) -> Stats:
+        """What stands for statistics, given the log-densities."""
+        terms = torch.where(expected > 0, expected * log_prob, 0.0)  # what is impossible may be −inf
+        return Stats(value=terms.sum(dtype=torch.float64), shared=("value",))
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        """Q of the parameters that the statistics were taken at: it is no function of statistics."""
+        return stats["value"]
+
+    def penalized(self, stats: Stats) -> Stats:
+        """Statistics alone: a prior joins the objective that is climbed."""
+        return stats
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        raise invalid(
+            "Neural", "an optimiser to climb Q with, which is no function of statistics", "a network by itself",
+            "wrap it: torchem.Gradient(Neural(…), torch.optim.Adam, steps=10, lr=1e-2)",
+        )  # fmt: skip
+
+    # ---- freezing, bookkeeping --------------------------------------------------------------------------------
+
+    def freeze(self, *names: str, mask: Tensor | None = None) -> "Neural":
+        """Keep the whole network through every M-step.
+
+        Raises:
+            InvalidArgument: For names or a mask.
+        """
+        if names or mask is not None:
+            raise invalid(
+                "freeze", "no name and no mask, for the whole network", names or "a mask",
+                "use requires_grad_(False) for layers that shall stay",
+            )  # fmt: skip
+        self.fixed = True
+        return self
+
+    def unfreeze(self, *names: str) -> "Neural":
+        """Let M-steps move the network again."""
+        self.fixed = False
+        return self
+
+    def n_parameters(self) -> int:
+        return 0 if self.fixed else sum(value.numel() for value in self.parameters() if value.requires_grad)
+
+    def select(self, keep: Tensor) -> "Neural":
+        index = (keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep).tolist()
+        small = Neural(
+            self.module, self._outputs, self.inputs, [(self.states or range(self._outputs))[i] for i in index]
+        )
+        small.fixed = self.fixed
+        return small
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "module": self.module, "n_components": self._outputs, "inputs": self.inputs, "states": self.states,
+        }  # fmt: skip
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        generator = torch.Generator().manual_seed(0)
+        family = cls(_Normal(3, 2), 3).double()
+        for parameter in family.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return family, Batch(torch.randn(20, 2, generator=generator, dtype=torch.float64))
+
+
+class _Normal(nn.Module):
+    """Independent normal columns, for the example."""
+
+    def __init__(self, k: int, d: int):
+        super().__init__()
+        self.mean, self.log_scale = nn.Parameter(torch.zeros(k, d)), nn.Parameter(torch.zeros(k, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        law = torch.distributions.Normal(self.mean, self.log_scale.exp(), validate_args=False)
+        return law.log_prob(x.unsqueeze(-2)).sum(-1)
+
+    def sample(self, z: Tensor) -> Tensor:
+        noise = torch.randn(len(z), self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device)
+        return (self.mean[z] + self.log_scale[z].exp() * noise).detach()
+
+
+class _NeuralPass(StreamedPass):
+    """A pass that runs the network once for each piece."""
+
+    factor: Neural
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        self.value = self.factor.log_prob(batch)
+        return self.value
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        stats = Neural.valued(self.value, expected)
+        self.total = stats if self.total is None else self.total + stats

@@ -1,0 +1,131 @@
+"""What factors that wrap another have in common: names, views and everything but the M-step are the wrapped one's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch
+from torchem.factor import Adjustment, Factor, Moments
+
+
+class Wrapper(Factor):
+    """A factor around another, ``factor``: read and assigned by the other's own names."""
+
+    factor: Factor
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get("factor")
+            if inner is None or name.startswith("_") or name in inner._parameters:
+                raise
+            return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_modules", {}).get("factor")
+        if inner is not None and name in inner.views:
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _first(self) -> Tensor:
+        return self.factor._first()
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        return self.factor.replicas
+
+    @property
+    def unwrapped(self) -> Factor:
+        return self.factor.unwrapped
+
+    @property
+    def views(self) -> Any:
+        """Views of the wrapped factor, with their parameters' names here."""
+        return {view: f"factor.{name}" for view, name in self.factor.views.items()}
+
+    @property
+    def shared_parameters(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Parameters that all components share."""
+        own = {name for name, rank in self._rank.items() if rank == 0}
+        return frozenset(own | {f"factor.{name}" for name in self.factor.shared_parameters})
+
+    @property
+    def handles_missing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether NaN entries are missing at random."""
+        return self.factor.handles_missing
+
+    @property
+    def replicates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether parameters may carry a replica axis."""
+        return self.factor.replicates
+
+    @property
+    def default_init(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped factor's start."""
+        return self.factor.default_init
+
+    @property
+    def n_components(self) -> int | None:
+        return self.factor.n_components
+
+    @property
+    def n_features(self) -> int | None:
+        return self.factor.n_features
+
+    def cast(self, x: Tensor) -> Tensor:
+        return self.factor.cast(x)
+
+    def check(self, batch: Batch) -> None:
+        self.factor.check(batch)
+
+    def row_size(self) -> int:
+        return self.factor.row_size()
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each column at the wrapped factor's parameters."""
+        return self.factor.moments(batch)
+
+    def prepare(self, moments: Moments) -> None:
+        self.factor.prepare(moments)
+
+    def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
+        return self.factor.tune(rows, iteration)
+
+    def refresh(self) -> None:
+        self.factor.refresh()
+
+    def forbid(self, states: Tensor) -> None:
+        self.factor.forbid(states)
+
+    def replace_components(self, which: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        inner = {n.removeprefix("factor."): v for n, v in values.items() if n.startswith("factor.")}
+        merged = outer(self.factor.replace_components(which, inner))
+        return merged | super().replace_components(which, {n: v for n, v in values.items() if n in self._rank})
+
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        inner = {n.removeprefix("factor."): v for n, v in values.items() if n.startswith("factor.")}
+        return outer(self.factor.kept(inner)) | {n: v for n, v in values.items() if n in self._rank}
+
+    def stats(self, batch: Batch, expected: Tensor) -> Any:
+        return self.factor.stats(batch, expected)
+
+    def table_stats(self, batch: Batch, expected: Tensor) -> Any:
+        return self.factor.table_stats(batch, expected)
+
+    def n_parameters(self) -> int:
+        return self.factor.n_parameters()
+
+    def select(self, keep: Tensor) -> Any:
+        return self.rewrap(self.factor.select(keep), keep)
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        raise NotImplementedError(f"{cls.__name__} wraps a family's own example")
+
+
+def outer(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values of the wrapped factor's parameters by their names in the wrapper."""
+    return {f"factor.{name}": value for name, value in values.items()}
