@@ -13,6 +13,7 @@ from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.model import DiscreteModel, LatentModel, em_map
 from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
+from torchem.search import perturb, split_merge
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit, partial_fit
 from torchem.variational import Variational, variational
@@ -53,9 +54,11 @@ __all__ = [
     "load",
     "masks",
     "partial_fit",
+    "perturb",
     "plot",
     "priors",
     "save",
+    "split_merge",
     "variational",
 ]
 
