@@ -36,7 +36,7 @@ _BLUR = 0.05
 
 
 def perturb(
-    model: DiscreteModel, data: Any, *, rounds: int = 10, kicks: int = 8, strength: int = 2, **options: Any
+    model: DiscreteModel, data: Any, *, rounds: int = 10, kicks: int = 8, strength: int | None = None, **options: Any
 ) -> Result:
     """Fit, then kick and continue: iterated local search by random swaps, in place.
 
@@ -48,7 +48,7 @@ def perturb(
         data: As for `torchem.fit`.
         rounds: How often to kick.
         kicks: How many kicks to try in each round.
-        strength: Components that a kick moves.
+        strength: Components that a kick moves; a third of all of them when None.
         **options: Of `torchem.fit`, for the first fit and for those that follow, which have no use for ``init``,
             ``restarts``, ``race`` and ``anneal``. With ``init=None`` the search goes on from the model as it is.
 
@@ -69,7 +69,9 @@ def perturb(
         >>> result.rounds[0] <= result.rounds[1] <= result.rounds[2]
         True
     """
-    k = _checked("perturb", model, "respawn", 2, rounds=rounds, kicks=kicks, strength=strength)
+    given = {} if strength is None else {"strength": strength}
+    k = _checked("perturb", model, "respawn", 2, rounds=rounds, kicks=kicks, **given)
+    strength = max(1, k // 3) if strength is None else strength
     if strength > k:
         raise invalid("strength", f"at most {k}, the number of components", strength, "lower it")
     return _search(model, data, rounds, kicks, functools.partial(_swap, strength), False, options)
