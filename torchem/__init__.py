@@ -15,6 +15,7 @@ from torchem.gradient import Gradient
 from torchem.model import DiscreteModel, LatentModel, em_map
 from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
+from torchem.search import perturb, split_merge
 from torchem.stats import Stats
 from torchem.trainer import Trainer, fit, partial_fit
 from torchem.variational import Variational, variational
@@ -57,9 +58,11 @@ __all__ = [
     "load",
     "masks",
     "partial_fit",
+    "perturb",
     "plot",
     "priors",
     "save",
+    "split_merge",
     "variational",
 ]
 

@@ -402,6 +402,9 @@ def _facts(candidate: runs.Candidate, unit: str, alone: bool) -> str:
 
 
 def _restarts(result: Result, unit: str) -> str:
+    dropped = result.statuses.count("dropped")
+    if dropped:
+        return f"{len(result.restarts)}, of which {dropped} were dropped in the race"
     low, high = f"{min(result.restarts):.2f}", f"{max(result.restarts):.2f}"
     n = len(result.restarts)
     text = f"{n}, all ending at {high}" if low == high else f"{n}, ending between {low} and {high}"

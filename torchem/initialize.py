@@ -56,9 +56,7 @@ def start(
         )
     batch = model.cast(sample)
     if method == "random_from_data":
-        index = torch.stack([_different(sample, n_states, g) for g in generators]).to(sample.x.device)
-        if sample.evidence is not None:
-            index = torch.stack([_labelled(row, sample.evidence, g) for row, g in zip(index, generators, strict=True)])
+        index = observations(sample, n_states, generators)
         model.initialize_at(batch, index if model.replicas else index[0])
         return
     if method == "random":
@@ -75,6 +73,23 @@ def start(
         shares = _informed(shares, sample.evidence)
     shares = shares.to(batch.x.device, model.dtype)
     model.initialize(batch, shares if model.replicas else shares[0])
+
+
+def observations(sample: Batch, n_states: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """A random observation for each state, ``[R, K]``: different ones, with its label where there are labels."""
+    index = torch.stack([_different(sample, n_states, g) for g in generators]).to(sample.x.device)
+    if sample.evidence is None:
+        return index
+    return torch.stack([_labelled(row, sample.evidence, g) for row, g in zip(index, generators, strict=True)])
+
+
+def halves(sample: Batch, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Two clusters of rows and their covariates, ``[n]`` zeros and ones: k-means of the rows of some ``weight [n]``."""
+    x = _standardized(sample)
+    if sample.u is not None:
+        x = torch.cat([x, _standardized(sample.with_x(sample.u))], -1)
+    weight = weight.to(x)
+    return kmeans.lloyd(x, x[kmeans.seed(x, 2, [generator], weight)], _LLOYD, weight)[0]
 
 
 def _telling(evidence: Tensor) -> tuple[Tensor, Tensor]:

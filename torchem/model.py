@@ -290,6 +290,10 @@ class LatentModel(nn.Module, ABC):
     def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
         """log p(x) of each row or sequence, ``[N]``, latents summed out, differentiable in parameters and data."""
 
+    def log_score(self, batch: Batch) -> Tensor:
+        """What held-out rows or sequences are judged by, ``[*r, N]``: `log_prob`, or a bound where that is too dear."""
+        return self.log_prob(batch)
+
     @abstractmethod
     def posterior(self, data: Any) -> Any:
         """The posterior of the latents."""

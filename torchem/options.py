@@ -124,7 +124,7 @@ def fit_parser() -> ArgumentParser:
     own.add_argument("--config", action=ActionConfigFile, help="the YAML configuration; --config may be left out")
     own.add_argument("--model", type=LatentModel, required=True, help="the model: class_path and init_args")
     own.add_class_arguments(Data, "data")
-    skip: set[str | int] = {"model", "data", "weights", "inputs", "lengths", "labels", "callbacks"}
+    skip: set[str | int] = {"model", "data", "weights", "inputs", "lengths", "labels", "validation", "callbacks"}
     own.add_function_arguments(torchem.fit, "fit", skip=skip)
     states = "number of latent states of every factor, or several to fit and compare: [2, 3]"
     own.add_argument("--states", type=int | list[int] | None, help=states)

@@ -25,14 +25,20 @@ class Result:
 
     Attributes:
         model: The model that was fitted, in place: the best restart.
-        status: Why the best restart ended: ``"converged"``, ``"max_iter"``, ``"diverged"`` (the objective fell beyond
-            rounding), ``"nonfinite"`` or ``"interrupted"``.
+        status: Why the best restart ended: ``"converged"`` (the objective, or the held-out score where there is one,
+            came to rest), ``"max_iter"`` (or the budget), ``"diverged"`` (the objective fell beyond rounding, or
+            held-out scores of noisy passes rest below the first one), ``"nonfinite"`` or ``"interrupted"``.
         history: Total objective at each iterate θ_0, θ_1, … of the best restart.
+        seen: Observations (weight; frames, for sequences) that the best restart had seen before each entry of
+            ``history`` was measured: passes made again and jumps that were refused count, held-out data do not.
         bound: Total objective at the returned parameters.
         n_iter: Number of EM maps that led to the returned parameters.
         restarts: Objective of each restart at its end.
         histories: History of each restart.
-        statuses: Status of each restart.
+        statuses: Status of each restart; ``"dropped"`` where it lost a race: its objective is that of its last pass.
+        validation: Held-out mean log-likelihood per observation at each iterate of the best restart, if there are
+            held-out data. That of the returned parameters is the greatest.
+        scores: The best held-out score of each restart: the restart with the greatest one is returned.
         dead: Components with next to no mass, by index.
         floored: Components whose covariance stands at the floor, by index.
         redundant: Pairs of components with mass that ended as nearly the same distribution: too many, or a saddle.
@@ -41,6 +47,7 @@ class Result:
         alignment: For each restart, its component that corresponds to each of the best one's.
         agreement: For each restart, the share of observations (of a sample) given to corresponding components.
         seconds: Wall time.
+        rounds: Of a search: what it climbs after the first fit and after each round.
     """
 
     model: LatentModel
@@ -51,6 +58,9 @@ class Result:
     restarts: list[float]
     histories: list[list[float]]
     statuses: list[Status]
+    seen: list[float] = field(default_factory=list)
+    validation: list[float] | None = None
+    scores: list[float] | None = None
     dead: list[int] = field(default_factory=list)
     floored: list[int] = field(default_factory=list)
     pruned: list[int] = field(default_factory=list)
@@ -59,6 +69,7 @@ class Result:
     alignment: list[list[int]] | None = None
     agreement: list[float] | None = None
     seconds: float = 0.0
+    rounds: list[float] | None = None
 
     @property
     def converged(self) -> bool:
@@ -88,6 +99,12 @@ class Run:
     """One restart's record, while it runs and after."""
 
     history: list[float] = field(default_factory=list)
+    #: Observations seen before each entry of the history.
+    seen: list[float] = field(default_factory=list)
+    #: Held-out scores; the best of them, and which it is, if there is one.
+    scores: list[float] = field(default_factory=list)
+    score: float = -math.inf
+    best: int | None = None
     status: Status | None = None
     model: LatentModel | None = None
     n_iter: int = 0
@@ -102,8 +119,10 @@ class Run:
 def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -> Result:
     """Pick the best restart, put it into ``model``, and say how all of them ended."""
     runs = [run for run in runs if run.model is not None]
-    best = max(range(len(runs)), key=lambda r: (runs[r].bound, -r))
+    # Who lost a race may have been measured at another temperature.
+    best = max(range(len(runs)), key=lambda r: (runs[r].status != "dropped", runs[r].score, runs[r].bound, -r))
     chosen = runs[best]
+    judged = any(run.scores for run in runs)
     assert chosen.model is not None and chosen.status is not None
     alignment = agreement = None
     # Latents that are not one discrete state have no names to align.
@@ -122,9 +141,12 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     return Result(
         model=model, status=chosen.status, history=list(chosen.history), bound=chosen.bound, n_iter=chosen.n_iter,
         restarts=[run.bound for run in runs], histories=[run.history for run in runs],
-        statuses=[run.status or "interrupted" for run in runs], dead=dead, floored=floored, pruned=pruned,
-        redundant=redundant,
-        remaining=stopping.aitken(chosen.history[: chosen.n_iter + 1]), alignment=alignment, agreement=agreement,
+        statuses=[run.status or "interrupted" for run in runs], seen=list(chosen.seen),
+        validation=chosen.scores[: max(1, len(chosen.history))] if judged else None,
+        scores=[run.score for run in runs] if judged else None,
+        dead=dead, floored=floored, pruned=pruned, redundant=redundant,
+        remaining=None if judged else stopping.aitken(chosen.history[: chosen.n_iter + 1]), alignment=alignment,
+        agreement=agreement,
     )  # fmt: skip
 
 
@@ -138,8 +160,15 @@ def _health(run: Run) -> tuple[list[int], list[int]]:
     return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
 
 
-def report_end(result: Result, tol: float, blind: bool) -> None:
-    """Say plainly when a fit did not end on a plateau, or on one that a ``blind`` start (not clustered) explains."""
+def report_end(result: Result, tol: float, blind: bool, limit: str = "max_iter") -> None:
+    """Say plainly when a fit did not end on a plateau, or on one that a ``blind`` start (not clustered) explains.
+
+    Args:
+        result: How it ended.
+        tol: What counts as a plateau.
+        blind: Whether it started from anything but clusters.
+        limit: What may have stopped it.
+    """
     if blind and result.redundant and result.status == "converged":
         a, b = result.redundant[0]
         warn(
@@ -152,12 +181,17 @@ def report_end(result: Result, tol: float, blind: bool) -> None:
         "fall are kept",
         "nonfinite": "the objective became NaN or infinite; the last sound parameters are kept",
     }.get(result.status)
-    if result.status == "max_iter" and len(result.history) > 1 and tol > 0:
+    if result.status == "diverged" and result.validation is not None:
+        message = "the objective or the held-out score fell; the parameters of the best held-out score are kept"
+    scores = result.validation
+    if scores is not None and result.status == "max_iter" and tol > 0 and 0 < result.n_iter == len(scores) - 1:
+        message = f"stopped after {result.n_iter} iterations while the held-out score was still rising; raise {limit}"
+    if result.status == "max_iter" and len(result.history) > 1 and tol > 0 and scores is None:
         gain = result.history[-1] - result.history[-2]
         left = "" if result.remaining is None else f", about {result.remaining:.3g} in all are left"
         message = (
             f"stopped after {result.n_iter} iterations while still climbing (last gain {gain:.3g} nats{left}); "
-            "raise max_iter, or tol if that is near enough"
+            f"raise {limit}, or tol if that is near enough"
         )
     if message is not None:
         warn(f"fit: {message}.", ConvergenceWarning)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Status = Literal["converged", "max_iter", "diverged", "nonfinite", "interrupted"]
+Status = Literal["converged", "max_iter", "diverged", "nonfinite", "interrupted", "dropped"]
 
 
 def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status | None:
@@ -61,6 +61,43 @@ def settled(history: Sequence[float], tolerance: float) -> Status | None:
     if tolerance == 0 or len(history) <= _PATIENCE:
         return None
     return "converged" if max(history[-_PATIENCE:]) < max(history[:-_PATIENCE]) + tolerance else None
+
+
+#: The same for a held-out score, which moves less than the objective.
+_HELD_OUT_PATIENCE = 5
+
+
+def stalled(scores: Sequence[float], tolerance: float, noisy: bool = False) -> Status | None:
+    """Judge held-out scores, which rise and then fall: at rest when some passes in a row did not beat all before them.
+
+    Args:
+        scores: Mean held-out log-likelihood so far, one value per pass; −∞ and NaN are worse than all others.
+        tolerance: What counts as more; 0 never rests.
+        noisy: Whether steps may lead down by chance. Where they do not, a rise that still grows is no rest, and scores
+            below the first one are what overfitting does.
+
+    Returns:
+        ``"converged"`` at rest, ``"diverged"`` if noisy passes rest below where they began, None to go on.
+
+    Source: L. Prechelt (1998), criterion UP.
+
+    Example:
+        >>> stalled([-5.0, -3.0, -3.1, -3.1, -3.2, -3.3, -3.4], 0.01)
+        'converged'
+        >>> stalled([-3.0, -4.0, -4.1, -4.1, -4.2, -4.3, -4.4], 0.01, noisy=True)
+        'diverged'
+    """
+    if tolerance == 0 or len(scores) <= _HELD_OUT_PATIENCE:
+        return None
+    known = [-math.inf if math.isnan(score) else score for score in scores]
+    recent, before = max(known[-_HELD_OUT_PATIENCE:]), max(known[:-_HELD_OUT_PATIENCE])
+    if recent > -math.inf and recent >= before + tolerance:
+        return None
+    if noisy:
+        return "diverged" if recent < known[0] - tolerance else "converged"
+    gain, last = known[-1] - known[-2], known[-2] - known[-3]
+    growing = gain > max(last, 1e-12 * abs(known[-1]))
+    return None if growing else "converged"
 
 
 def aitken(history: Sequence[float]) -> float | None:

@@ -28,6 +28,7 @@ from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed
 from torchem.result import DEAD, Progress, Result, Run, report, report_end
 from torchem.stats import Stats
 from torchem.stopping import Status
+from torchem.validation import Leader, Validation, agree_on, mean_scores
 
 Dead = Literal["floor", "respawn", "prune", "raise"]
 
@@ -48,7 +49,11 @@ class Trainer:
             ``"random_from_data"`` (K observations, the data's covariance), ``"hierarchical"`` (Ward); None keeps the
             model's current parameters.
         restarts: Independent starts, run together along a replica axis; the best is returned.
+        race: Let restarts compete: after every so many passes the worse half of those that still run is dropped, by the
+            objective or the held-out score, until one is left. Its own path is as it would be without the others.
         max_iter: Most EM maps (passes over the data) per restart.
+        budget: Stop once so many observations (weight; frames, for sequences) were seen: `Stochastic` at that batch,
+            all else at the end of that pass. The pass that measures the end comes on top.
         tol: A restart has converged when the objective rises by less than this per observation (weight). 0 runs all
             of ``max_iter``.
         batch_size: Rows per batch; invisible to full-batch EM except in memory.
@@ -87,7 +92,9 @@ class Trainer:
         accumulate: Accumulator | None = None,
         init: str | None = "auto",
         restarts: int = 1,
+        race: int | None = None,
         max_iter: int = 100,
+        budget: float | None = None,
         tol: float = 1e-3,
         batch_size: int | None = None,
         seed: int | np.integer | None = None,
@@ -129,7 +136,17 @@ class Trainer:
             )  # fmt: skip
         if init is None and restarts > 1:
             raise invalid("restarts", "1 when init=None", restarts, "set init: equal starts end equal")
+        if race is not None and (not isinstance(race, int) or isinstance(race, bool) or race < 1):
+            raise invalid("race", "a whole number of passes of at least 1, or None", repr(race), "give for example 5")
+        if race is not None and restarts == 1:
+            raise invalid("race", "None for a single start", race, "give restarts to choose from")
+        number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+        if budget is not None and not (number and 0 < budget < math.inf):
+            raise invalid("budget", "a positive number of observations, or None", repr(budget), "correct it")
         self.init, self.restarts, self.max_iter, self.tol = init, restarts, max_iter, float(tol)
+        self.race, self.budget = race, budget
+        # Of a search: what is done to each replica of the current parameters before a fit goes on from them.
+        self.kick: Callable[[LatentModel, Batch, Sequence[torch.Generator]], None] | None = None
         self.batch_size, self.seed, self.dead, self.progress = batch_size, seed, dead, progress
         if accelerate is not None:
             one_of("accelerate", accelerate, ("squarem", "anderson"))
@@ -166,6 +183,7 @@ class Trainer:
         inputs: Any = None,
         lengths: Any = None,
         labels: Any = None,
+        validation: Any = None,
     ) -> Result:
         """Fit a model in place.
 
@@ -176,8 +194,30 @@ class Trainer:
             inputs: Covariates per observation or frame.
             lengths: Frames of each sequence.
             labels: What is known of the latent states.
+            validation: Held-out data to judge the fit by, see `torchem.fit`.
         """
         began = time.perf_counter()
+        result = self.climb(model, data, weights, inputs, lengths, labels, validation)
+        self.tell(result)
+        result.seconds = time.perf_counter() - began
+        return result
+
+    def tell(self, result: Result) -> None:
+        """Warn where a fit did not end well."""
+        limit = "max_iter" if self.budget is None or result.n_iter >= self.max_iter else "the budget"
+        report_end(result, self.tol, self.init in (None, "random", "random_from_data"), limit)
+
+    def climb(
+        self,
+        model: LatentModel,
+        data: Any,
+        weights: Any = None,
+        inputs: Any = None,
+        lengths: Any = None,
+        labels: Any = None,
+        validation: Any = None,
+    ) -> Result:
+        """As `fit`, without a word on how it ended."""
         if not isinstance(model, LatentModel):
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
         name = type(model).__name__
@@ -210,14 +250,18 @@ class Trainer:
                 "dead", f"'floor' or 'raise' for {name}", repr(self.dead),
                 "leave it out: this model has no components that could be put elsewhere or taken out",
             )  # fmt: skip
+        if self.race is not None and not model.replicates:
+            raise invalid("race", f"None for {name}", self.race, "leave it out: its restarts run one after the other")
         if self.device is not None:
             model.to(self.device)
         try:
             source = Source(model, data, self.batch_size, weights, inputs, lengths, labels)
+            held_out = None if validation is None else Validation(model, validation)
         except Exception as error:
             distributed.agree(error)
             raise
         distributed.agree()
+        agree_on(validation)
         entropy = np.random.SeedSequence(self.seed).entropy
         if self.seed is None:
             entropy = distributed.gather(entropy)[0]
@@ -231,13 +275,10 @@ class Trainer:
             runs: list[Run] = []
             with fitting_threads(survey.rows * model.row_size() * len(groups[0]), model.device):
                 for group in groups:
-                    runs += _Loop(self, model, source, survey, group, len(runs)).run()
+                    runs += _Loop(self, model, source, survey, group, len(runs), held_out).run()
                     if runs[-1].status == "interrupted":
                         break
-                result = report(model, runs, survey, k)
-        report_end(result, self.tol, blind=self.init in (None, "random", "random_from_data"))
-        result.seconds = time.perf_counter() - began
-        return result
+                return report(model, runs, survey, k)
 
 
 def _mean(parts: list[Stats]) -> Stats:
@@ -283,10 +324,16 @@ class _Loop:
         survey: Survey,
         generators: list[torch.Generator],
         first: int,
+        held_out: Validation | None = None,
     ):
         self.options, self.source, self.survey, self.generators = options, source, survey, generators
         self.first = first
         self.n_states = n_states(model)
+        # Weight of the observations that passes went over so far, and of all data (known where there is a budget).
+        self.seen, self.weight = 0.0, math.inf
+        # At which pass the next restarts are dropped.
+        self.cut = options.race
+        self.leader = None if held_out is None else Leader(held_out, len(generators))
         self.rule = options.accumulate
         self.rule.reset()
         self.runs = [Run() for _ in generators]
@@ -315,10 +362,15 @@ class _Loop:
         self.stirred = False
         self.sampled = options.e_step == "sample"
         self.noisy = bool(getattr(self.rule, "noisy", False)) or self.sampled
+        # Whether M-steps within a pass leave the parameters that it began with: what they score is measured before it.
+        self.eager = not isinstance(self.rule, FullBatch)
+        # Whether restarts come to rest together, and are then measured.
+        self.together = self.noisy or (self.eager and held_out is not None)
         # Statistics of the passes of stochastic EM, whose later half ends it.
         self.tail: deque[Stats] = deque(maxlen=_TAIL)
         # Whether the passes of a rule that is noisy have come to rest: one more pass measures where.
         self.closing = False
+        self.rest: dict[int, Status] = {}
         if isinstance(self.rule, Incremental) and source.shuffled:
             raise invalid(
                 "data", "batches that are the same in every pass", "a loader that draws them",
@@ -355,6 +407,10 @@ class _Loop:
                 twin.double(), survey.sample, self.n_states, self.options.init, self.generators, self.first
             )
             twin.to(dtype)
+        elif self.options.kick is not None:
+            dtype = twin.dtype
+            self.options.kick(twin.double(), survey.sample, self.generators)
+            twin.to(dtype)
         else:
             distributed.broadcast(twin)
             for a, b in twin.twins(survey.sample[:256]):
@@ -365,18 +421,28 @@ class _Loop:
                 )
         twin.project()
         twin.tune(survey.rows, 0)
+        if self.options.budget is not None:
+            whole = distributed.all_reduce(Stats(weight=torch.tensor([survey.weight], dtype=torch.float64)))
+            self.weight = float(whole["weight"])
         if hasattr(self.rule, "begin"):
             self.rule.begin(survey.weight, self._e_step(twin.cast(survey.glance)))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _iterate(self, iteration: int, bar: Any) -> bool:
         """One E-step over the data, the verdict on it, and the M-step; False when nothing is left to do."""
-        last = self.closing or iteration >= self.options.max_iter
+        last = self.closing or iteration >= self.options.max_iter or self._spent()
+        seen, scores = self.seen, self._scores(last)
         stats, objective, total = self._pass(not last)
+        self.seen += total
         values = objective.reshape(-1).tolist()
         if self._taken_back(values):
             return True
-        self._refuse_impossible(values)
-        ended = self._judge(values, total, last)
+        self._refuse_impossible(values, "data", self.source)
+        ended = self._judge(values, total, last, seen, scores)
+        if self.leader is not None and not self.eager:
+            sound = [status not in ("diverged", "nonfinite") for status in map(ended.get, range(len(values)))]
+            self._follow(scores or [], sound, self._share(stats))
+        if not last and not self.closing:
+            self._race(iteration, scores or values, ended)
         if bar is not None:
             bar.update(1)
             bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
@@ -394,9 +460,9 @@ class _Loop:
         self.before, self.judged = self.twin.snapshot(), False
         if self.sampled and not getattr(self.rule, "noisy", False):
             self.tail.append(stats)
-            if self.closing or iteration == self.options.max_iter - 1:
+            if self.closing or iteration == self.options.max_iter - 1 or self._spent():
                 stats = _mean([*self.tail][len(self.tail) // 2 :])
-        self._improve(stats)
+        self._improve(stats, total)
         self._tune(iteration, retake=not self.noisy)
         if not self.retake:
             self._heal(stats, total)
@@ -405,23 +471,26 @@ class _Loop:
 
     # ---- M-steps ----------------------------------------------------------------------------------------------
 
-    def _improve(self, stats: Stats) -> None:
-        """The M-step that ends a pass."""
+    def _improve(self, stats: Stats, total: float) -> None:
+        """The M-step that ends a pass over data of some weight."""
+
+        def again() -> Iterator[Batch]:
+            return self._again(total)
+
         if self.ascent is not None:
-            self.twin.assign(
-                self._together(lambda ascent=self.ascent: ascent.run(self.twin, self._batches, self._reduce))
-            )
+            self.twin.assign(self._together(lambda ascent=self.ascent: ascent.run(self.twin, again, self._reduce)))
             return
         moving = self.climbs and not getattr(self.rule, "noisy", False)
         renewing = moving and isinstance(self.rule, Incremental)
         before = copy.deepcopy(self.twin) if moving and not renewing else None
-        self.twin.improve(stats, self._batches)
+        self.twin.improve(stats, again)
         if not moving:
             return
         # Kept statistics belong to posteriors that cannot be made again: networks climb under those of now.
         taken = (self.taken[0], self.annealing.beta, self._states()) if renewing else self.taken
-        self._climb(copy.deepcopy(self.twin) if before is None else before, self._batches, taken)
+        self._climb(copy.deepcopy(self.twin) if before is None else before, again, taken)
         if renewing:
+            self.seen += total
             for key, _, own in self._statistics():
                 self.rule.push(key, own)
             self.rule.flush()
@@ -456,7 +525,9 @@ class _Loop:
                 distributed.agree(error)
             raise
 
-    def _batches(self) -> Iterator[Batch]:
+    def _again(self, total: float) -> Iterator[Batch]:
+        """One more pass over the data, within an M-step."""
+        self.seen += total
         return (batch for _, batch in self.source)
 
     def _states(self) -> list[Tensor]:
@@ -467,6 +538,62 @@ class _Loop:
         generator = torch.Generator()
         generator.set_state(states[0])
         return lambda shape: torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def _spent(self) -> bool:
+        """Whether the budget of observations is used up."""
+        return self.options.budget is not None and self.seen >= self.options.budget
+
+    def _race(self, iteration: int, values: list[float], ended: dict[int, Status]) -> None:
+        """Drop the worse half of the replicas that go on, where it is time for that; ties to the first.
+
+        Source: K. Jamieson, A. Talwalkar (2016): successive halving.
+        """
+        if self.cut is None or iteration < self.cut:
+            return
+        assert self.options.race is not None
+        self.cut = iteration + self.options.race
+        running = [place for place in range(len(values)) if place not in ended]
+        # NaN is worse than all else.
+        running.sort(key=lambda place: (math.isnan(values[place]), -values[place], place))
+        ended |= dict.fromkeys(running[(len(running) + 1) // 2 :], "dropped")
+
+    # ---- held-out data ----------------------------------------------------------------------------------------
+
+    def _scores(self, last: bool) -> list[float] | None:
+        """Held-out scores of the parameters that a pass begins with; before the last one the best take their place."""
+        leader = self.leader
+        if leader is None:
+            return None
+        sums = self._together(lambda: leader.validation.sums(self.twin))
+        scores = mean_scores(self._reduce(sums))
+        if leader.fresh and not any(score > -math.inf or math.isnan(score) for score in scores):
+            self._refuse_impossible(scores[:1], "validation", leader.validation.source)
+        leader.fresh = False
+        if self.eager:
+            self._follow(scores, [True] * len(scores), None)
+            if last:
+                # Passes of eager rules are measured on the way: this one measures what is returned.
+                leader.settled = True
+                self.twin.assign(leader.best(self.twin))
+        return scores
+
+    def _follow(self, scores: list[float], sound: list[bool], mass: Tensor | None) -> None:
+        """Record held-out scores, and keep the parameters of each replica's best one."""
+        better = []
+        for r, score, good in zip(self.going, scores, sound, strict=True):
+            run = self.runs[r]
+            # A pass made again has its score already.
+            run.scores = [*run.scores[: len(run.history) - (self.retake or not self.eager)], score]
+            better.append(good and self.annealing.done and score > run.score)
+            if better[-1]:
+                run.score, run.best = score, len(run.scores) - 1
+        assert self.leader is not None
+        self.leader.follow(torch.tensor(better, device=self.twin.device), self.twin, mass)
+
+    def _share(self, stats: Stats) -> Tensor | None:
+        """Mass of each component ``[*r, K]``, in average observations."""
+        mass = self.twin.occupancy(stats)
+        return None if mass is None else mass * self.survey.rows / stats["count"].unsqueeze(-1)
 
     # ---- acceleration -----------------------------------------------------------------------------------------
 
@@ -533,19 +660,29 @@ class _Loop:
         self.rule.translate(move)
         self.tail = deque(map(move, self.tail), maxlen=_TAIL)
 
-    def _judge(self, values: list[float], total: float, last: bool) -> dict[int, Status]:
+    def _judge(
+        self, values: list[float], total: float, last: bool, seen: float, scores: list[float] | None
+    ) -> dict[int, Status]:
         """Record the objectives; returns the replicas that ended, by their place on the axis, and why."""
         ended: dict[int, Status] = {}
         for place, (r, value) in enumerate(zip(self.going, values, strict=True)):
             run = self.runs[r]
             if self.retake:
                 run.history.pop()
+                run.seen.pop()
             run.history.append(value)
+            run.seen.append(seen)
             # When components were reseeded or taken out the objective may fall: that step is not judged.
             own = run.history[self.since :]
             recent = own[-1:] if run.rested else own[-3:]
             run.rested = False
-            if self.noisy:
+            if scores is not None:
+                # An objective that is sound says no more; the first place of the scores is that of the history.
+                known = [*run.scores[: len(run.history) - 1], scores[place]]
+                status = None if self.noisy else stopping.verdict(recent, 0.0, _SLACK.get(self.twin.dtype, 1e-3))
+                status = status if math.isfinite(value) else "nonfinite"
+                status = status or stopping.stalled(known[self.since :], self.options.tol, self.noisy)
+            elif self.noisy:
                 status = stopping.settled(own, self.options.tol * total)
             else:
                 status = stopping.verdict(recent, self.options.tol * total, _SLACK.get(self.twin.dtype, 1e-3))
@@ -554,13 +691,17 @@ class _Loop:
             if status is not None or last:
                 ended[place] = status or "max_iter"
         self.judged = True
-        if self.noisy and not last and list(ended.values()) == ["converged"] * len(self.going):
+        rested: dict[int, Status] = {
+            place: status for place, status in ended.items() if status in ("converged", "diverged")
+        }
+        if self.together and not last and len(rested) == len(self.going):
             # What the history holds was measured on the way: the pass to come measures at rest.
+            self.rest = {self.going[place]: status for place, status in rested.items()}
             self.closing, ended = True, {}
-        elif self.noisy and not last:
-            ended = {place: status for place, status in ended.items() if status != "converged"}
+        elif self.together and not last:
+            ended = {place: status for place, status in ended.items() if place not in rested}
         elif self.closing:
-            ended = dict.fromkeys(ended, "converged")
+            ended = {p: "nonfinite" if s == "nonfinite" else self.rest[self.going[p]] for p, s in ended.items()}
         if self.retake:
             return ended
         if self.stirred:  # what follows may fall by chance
@@ -574,7 +715,8 @@ class _Loop:
 
         Rules that are eager maximise on the way.
         """
-        twin, eager = self.twin, False
+        twin, eager, enough = self.twin, False, False
+        self.within = 0.0
         last: Stats | None = None
         score: Tensor | float = 0.0
         total: Tensor | float = 0.0
@@ -585,12 +727,15 @@ class _Loop:
             for key, batch, stats in self._statistics():
                 ready = self.rule.push(key, stats)
                 score, total = score + stats["log_likelihood"], total + stats["count"]
+                enough = update and self._enough(stats)
                 if ready is not None:
                     last, eager = self._reduce(ready), True
                     # Where an M-step is no map of statistics it makes one for the batch, or waits for the whole pass.
                     if update and (self.noisy or twin.accelerates):
                         self._step(last, batch)
                         self._tune_within()
+                if enough:
+                    break
             ready = self.rule.flush()
             if ready is None and last is None:
                 raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
@@ -606,6 +751,8 @@ class _Loop:
             # Statistics that were all taken at one θ make the bound tight: it is the log-likelihood, and the prior.
             return last, last["log_likelihood"] + twin.log_prior(), float(last["count"].reshape(-1)[0])
         seen = distributed.all_reduce(Stats(score=score, total=total))
+        if enough:  # as it would be for all data
+            seen["score"] = seen["score"] * (self.weight / seen["total"])
         objective = seen["score"] + twin.log_prior() if self.noisy or not update else twin.bound(last)
         return last, objective, float(seen["total"].reshape(-1)[0])
 
@@ -620,6 +767,14 @@ class _Loop:
         twin.assign(twin.maximize(stats))
         if noisy:
             self._climb(before, lambda: [] if batch is None else [batch], self.latest, float(stats["count"]))
+
+    def _enough(self, stats: Stats) -> bool:
+        """Whether the budget ends within this pass, at this batch: a matter for rules that forget the last pass."""
+        if self.options.budget is None or not getattr(self.rule, "noisy", False):
+            return False
+        here = self._reduce(Stats(total=stats["count"].reshape(-1)[:1]))
+        self.within += float(here["total"])
+        return self.seen + self.within >= self.options.budget
 
     def _statistics(self) -> Iterator[tuple[Hashable, Batch | None, Stats]]:
         """Those of each batch, as many on each process: one with fewer batches ends on empty ones."""
@@ -678,19 +833,23 @@ class _Loop:
             self._carry(lambda kept: pytree.tree_map(lambda leaf: leaf[index], kept))
             if self.accelerator is not None:
                 self.accelerator.keep(index)
+            if self.leader is not None:
+                self.leader.keep(index)
             stats = pytree.tree_map(lambda leaf: leaf[index], stats)
         return stats
 
     def _retire(self, ids: Sequence[int], status: Status, stats: Stats | None = None) -> None:
         """Record how restarts ended, at the last parameters whose objective is known and sound."""
-        mass = None if stats is None else self.twin.occupancy(stats)
+        mass = None if stats is None else self._share(stats)
         for r in list(ids):
             run = self.runs[r]
             run.status = status
             if mass is not None:
-                share = mass * self.survey.rows / stats["count"].unsqueeze(-1)  # pyright: ignore[reportOptionalSubscript]
-                run.mass = (share[self.going.index(r)] if self.twin.replicas else share).clone()
+                run.mass = (mass[self.going.index(r)] if self.twin.replicas else mass).clone()
             twin = copy.deepcopy(self.twin)
+            if self.leader is not None and run.best is not None:
+                self._retire_best(run, self.going.index(r), twin)
+                continue
             if self.before is not None and (status in ("diverged", "nonfinite") or not self.judged):
                 twin.assign(self.before)
             run.model = twin.take_replicas(self.going.index(r)) if twin.replicas else twin
@@ -698,12 +857,29 @@ class _Loop:
             run.bound = sound[-1] if sound else -math.inf
             run.n_iter = max(0, len(sound) - 1)
 
+    def _retire_best(self, run: Run, place: int, twin: LatentModel) -> None:
+        """Record the parameters of the best held-out score, and the objective there."""
+        leader = self.leader
+        assert leader is not None and run.best is not None
+        twin.assign(leader.best(twin))
+        run.model = twin.take_replicas(place) if twin.replicas else twin
+        if leader.mass is not None:
+            run.mass = (leader.mass[place] if twin.replicas else leader.mass).clone()
+        finite = [value for value in run.history if math.isfinite(value)]
+        found = run.history[-1 if leader.settled else min(run.best, len(run.history) - 1)] if finite else -math.inf
+        run.bound = found if math.isfinite(found) else finite[-1] if finite else -math.inf
+        run.n_iter = run.best
+
     # ---- components that die ----------------------------------------------------------------------------------
 
     def _sick(self, stats: Stats, total: float) -> tuple[Tensor | None, Tensor | None]:
         """``[*r, K]`` Booleans: components without mass, and components at the floor."""
         mass = self.twin.occupancy(stats)
         dead = None if mass is None else mass < DEAD * total / max(1, self.survey.rows)
+        if dead is not None and self.noisy and self.leader is not None and bool(dead.any()):
+            # Running statistics may have missed a component by chance.
+            found = self._reduce(self.leader.validation.occupancy(self.twin))
+            dead = dead & (found["mass"] * self.survey.rows < DEAD * found["count"])
         return dead, self.twin.degenerate()
 
     def _heal(self, stats: Stats, total: float) -> None:
@@ -732,6 +908,10 @@ class _Loop:
                 if component not in run.forbidden and len(run.forbidden) < rows.shape[-1] - 1:
                     run.forbidden.add(component)
                     run.rested = True
+                    # Parameters from before have a component that the model will not have.
+                    run.score, run.best = -math.inf, None
+                    if self.leader is not None:
+                        self.leader.known[place] = False
             self.twin.forbid(sick)  # pyright: ignore[reportCallIssue]
         else:
             self._respawn(rows, sick.shape)
@@ -756,32 +936,33 @@ class _Loop:
 
     # ---- the end ----------------------------------------------------------------------------------------------
 
-    def _refuse_impossible(self, values: list[float]) -> None:
+    def _refuse_impossible(self, values: list[float], argument: str, source: Source) -> None:
         """−inf is the truth about data, not about a fit: name the first observation of probability zero."""
         if -math.inf not in values:
             return
         place = values.index(-math.inf)
         one = self.twin.take_replicas(place) if self.twin.replicas else self.twin
         # Every rank must come to the same end, or the others would wait for ever.
-        found = distributed.gather(self._impossible_row(one))
+        found = distributed.gather(self._impossible_row(one, source))
         for rank, row in enumerate(found):
             if row is not None:
                 unit = "sequence" if self.twin.sequential else "row"
                 where = f"{unit} {row}" + (f" of rank {rank}" if len(found) > 1 else "")
                 raise invalid(
-                    "data", "observations of positive probability", f"probability zero at {where}",
+                    argument, "observations of positive probability", f"probability zero at {where}",
                     "remove the outlier or the structural zero that forbids it",
                 )  # fmt: skip
 
-    def _impossible_row(self, model: LatentModel) -> int | None:
+    def _impossible_row(self, model: LatentModel, source: Source) -> int | None:
         start = 0
-        for _, batch in self.source:
-            # The bound of an approximate posterior is −inf where the density is, and takes no list of all states.
-            bad = getattr(model, "elbo", model.log_prob)(batch) == -math.inf
+        for _, batch in source:
+            if not len(batch):
+                continue
+            bad = model.log_score(batch) == -math.inf
             if batch.weight is not None:
                 bad = bad & (batch.weight > 0).to(bad.device)
             if bool(bad.any()):
-                return self.source.original(start + int(bad.nonzero()[0, 0]))
+                return source.original(start + int(bad.nonzero()[0, 0]))
             start += len(batch)
         return None
 
@@ -816,7 +997,9 @@ def fit(
     accumulate: Accumulator | None = None,
     init: str | None = "auto",
     restarts: int = 1,
+    race: int | None = None,
     max_iter: int = 100,
+    budget: float | None = None,
     tol: float = 1e-3,
     batch_size: int | None = None,
     seed: int | np.integer | None = None,
@@ -825,6 +1008,7 @@ def fit(
     inputs: Any = None,
     lengths: Any = None,
     labels: Any = None,
+    validation: Any = None,
     e_step: EStep = "soft",
     anneal: Iterable[float] | Callable[[int], float] | None = None,
     accelerate: Acceleration | None = None,
@@ -843,7 +1027,9 @@ def fit(
         accumulate: See `Trainer`, as for all that follow.
         init: How to start.
         restarts: How many starts to run together.
+        race: Drop the worse half of the restarts after every so many passes.
         max_iter: Most passes over the data.
+        budget: Most observations to see.
         tol: Rise per observation below which to stop.
         batch_size: Rows per batch.
         seed: Makes the fit repeatable, bit for bit on CPU.
@@ -853,6 +1039,9 @@ def fit(
         lengths: Frames of each sequence, ``[N]``.
         labels: What is known of the latent states, per observation or frame: whole numbers with −1 for unknown, Boolean
             ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
+        validation: Held-out data, in any form that ``data`` takes; with weights, inputs, lengths or labels a dictionary
+            by these names, as ``{"data": x, "weights": w}``. The fit then ends when their mean log-likelihood has not
+            risen by ``tol`` for five passes, and returns the parameters, and the restart, that explain them best.
         e_step: ``"soft"``, ``"hard"`` or ``"sample"``.
         anneal: Inverse temperatures of deterministic annealing, or a function of the pass.
         accelerate: ``"squarem"``, ``"anderson"`` or None.
@@ -876,11 +1065,14 @@ def fit(
         'converged'
     """
     trainer = Trainer(
-        accumulate=accumulate, init=init, restarts=restarts, max_iter=max_iter, tol=tol, batch_size=batch_size,
-        seed=seed, device=device, e_step=e_step, anneal=anneal, accelerate=accelerate, direct=direct, dead=dead,
+        accumulate=accumulate, init=init, restarts=restarts, race=race, max_iter=max_iter, budget=budget, tol=tol,
+        batch_size=batch_size, seed=seed, device=device, e_step=e_step, anneal=anneal, accelerate=accelerate,
+        direct=direct, dead=dead,
         callbacks=callbacks, progress=progress,
     )  # fmt: skip
-    return trainer.fit(model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels)
+    return trainer.fit(
+        model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels, validation=validation
+    )
 
 
 def partial_fit(

@@ -410,6 +410,10 @@ class FactorialHMM(LatentModel):
         """
         return self._each(data, fields, lambda batch: self._infer(batch, "soft").value)
 
+    def log_score(self, batch: Batch) -> Tensor:
+        """`log_prob` where the chains have few enough states for it, else `elbo`."""
+        return self.log_prob(batch) if math.prod(self.n_states) <= _EXACT else self.elbo(batch)
+
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of q over the paths of all chains, ``[*r]`` in nats."""
         total: Tensor | float = 0.0

@@ -173,10 +173,13 @@ class Mixture(DiscreteModel):
         return self.component.default_init
 
     def initialize(self, batch: Batch, expected: Tensor) -> None:
+        self._assign(*self._from_responsibilities(batch, expected))
+
+    def _from_responsibilities(self, batch: Batch, expected: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.weight is not None:
             expected = expected * batch.weight.unsqueeze(-1).to(expected)
         tables = self.mixing.maximize(self.mixing.table_stats(batch, expected))
-        self._assign(tables, self.component.initialize(batch, expected))
+        return tables, self.component.initialize(batch, expected)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
         self._assign({}, self.component.initialize_at(batch, index))
@@ -184,6 +187,22 @@ class Mixture(DiscreteModel):
     def _assign(self, mixing: dict[str, Tensor], component: dict[str, Tensor]) -> None:
         values = {f"mixing.{k}": v for k, v in mixing.items()}
         self.assign(values | {f"component.{k}": v for k, v in component.items()})
+
+    def joint(self, batch: Batch) -> Tensor:
+        """Log-potential of each row with each component, ``[*r, N, K]``: its softmax is the responsibilities."""
+        batch = self.cast(batch)
+        return self._joint({slot: k.log_potential(batch) for slot, k in self._kernels().items()}, batch)
+
+    def regroup(self, batch: Batch, which: Tensor, expected: Tensor) -> None:
+        """Fit the components ``which [*r, K]`` to responsibilities ``[*r, N, K]`` of a sample, and all weights.
+
+        Args:
+            batch: The sample.
+            which: The components to fit; the others stay as they are.
+            expected: Responsibilities, without the weights of the rows.
+        """
+        mixing, component = self._from_responsibilities(self.cast(batch), expected)
+        self._assign(mixing, self.component.replace_components(which, component))
 
     def occupancy(self, stats: Stats) -> Tensor | None:
         return stats["mixing"].get("counts")
