@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
+from torchem.errors import invalid
 from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
@@ -87,7 +88,10 @@ class LatentModel(nn.Module, ABC):
         """Validate data for this model."""
         build = as_sequences if self.sequential else as_batch
         if fields.get("labels") is not None:
-            fields.setdefault("n_states", getattr(self, "n_components", None))
+            states = getattr(self, "n_components", None)
+            if states is None:
+                raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
+            fields.setdefault("n_states", states)
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
 
     @property
