@@ -30,11 +30,18 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
 
 
 class PeakMemory:
-    """Peak of resident memory above its level at entry, sampled every millisecond."""
+    """Peak of resident memory above its level at entry, sampled every millisecond.
+
+    Args:
+        mapped: Whether pages of files count.
+    """
+
+    def __init__(self, mapped: bool = True):
+        self.mapped = mapped
 
     def __enter__(self) -> "PeakMemory":
         _trim()
-        self.base = self.peak = resident()
+        self.base = self.peak = resident(self.mapped)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -42,12 +49,12 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self.over.wait(0.001):
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident(self.mapped))
 
     def __exit__(self, *exception: object) -> None:
         self.over.set()
         self.thread.join()
-        self.extra = max(self.peak, resident()) - self.base
+        self.extra = max(self.peak, resident(self.mapped)) - self.base
 
 
 def _trim() -> None:
@@ -57,10 +64,11 @@ def _trim() -> None:
         trim(0)
 
 
-def resident() -> int:
-    """Resident memory of this process, in bytes."""
+def resident(mapped: bool = True) -> int:
+    """Resident memory of this process, in bytes, with or without pages of files."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        _, pages, shared, *_ = map(int, file.read().split())
+    return (pages if mapped else pages - shared) * os.sysconf("SC_PAGESIZE")
 
 
 def spread(values: list[float]) -> str:

@@ -3,9 +3,11 @@
 
     python scripts/benchmark.py gmm [--device cpu] [--rounds 5] [--quick] [--part large memory small] [--json PATH]
     python scripts/benchmark.py hmm [--rounds 5] [--quick] [--part iteration decode gradient memory time] [--json PATH]
+    python scripts/benchmark.py modes [--rounds 5] [--quick] [--part online file restarts variational tradeoffs]
 
 Prints median times, their ratio to the peer's (median and range over rounds), the share of the machine's
-matrix-product rate that an E-step reaches, and the peak of extra memory.
+matrix-product rate that an E-step reaches, and the peak of extra memory. `modes` holds the ways to run EM against each
+other; its tradeoffs (passes, shares, scores) are the same on every machine and fill the tables of docs/guide.md.
 """
 
 import argparse
@@ -21,7 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PARTS = {"gmm": ["large", "memory", "small"], "hmm": ["iteration", "decode", "gradient", "memory", "time"]}
+PARTS = {
+    "gmm": ["large", "memory", "small"],
+    "hmm": ["iteration", "decode", "gradient", "memory", "time"],
+    "modes": ["online", "file", "restarts", "variational", "tradeoffs"],
+}
 
 
 def machine(device: str) -> dict:

@@ -76,10 +76,24 @@ def test_burn_in_and_averages() -> None:
     assert float(again["x"]) == float(mean["x"]), "an empty batch must count for nothing"
 
 
+def test_a_mean_that_begins_after_the_start() -> None:
+    rule = Stochastic(0.5, average=3)
+    rule.begin(1.0, one(0.0))
+    for step in range(4):
+        assert rule.push(step, one(8.0)) is not None
+        if step < 3:
+            last = rule.flush()
+            assert last is not None
+            assert float(last["x"]) == [4.0, 6.0, 7.0][step], "before there is a mean a pass ends where it stands"
+    mean = rule.flush()
+    assert mean is not None
+    assert float(mean["x"]) == 7.5
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"step_size": 0.0}, "step_size"), ({"step_size": 1.5}, "step_size"), ({"exponent": 0.5}, "exponent"),
-     ({"delay": -1.0}, "delay"), ({"burn_in": -1}, "burn_in")],
+     ({"delay": -1.0}, "delay"), ({"burn_in": -1}, "burn_in"), ({"average": -1}, "average")],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict, name: str) -> None:
     with pytest.raises(InvalidArgument, match=name):
@@ -252,3 +266,53 @@ def test_a_stream_needs_its_rule_and_possible_data() -> None:
     with pytest.raises(InvalidArgument, match="positive probability"):
         torchem.partial_fit(model, torch.tensor([[2]]), Stochastic())
     assert torch.equal(model.component.probs, before)
+
+
+def _free(model: torchem.GaussianMixture) -> torch.Tensor:
+    """Weights but one, means, covariances on and above the diagonal: coordinates in which errors are measured."""
+    upper = model.covariances[:, [0, 0, 1], [0, 1, 1]]
+    return torch.cat([model.weights[:-1], model.means.flatten(), upper.flatten()]).detach()
+
+
+def _log_density(free: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """log p of one observation, written out once more so that it has a gradient in these coordinates."""
+    weights, means, upper = free[:2], free[2:8].reshape(3, 2), free[8:].reshape(3, 3)
+    weights = torch.cat([weights, 1 - weights.sum(0, keepdim=True)])
+    covariances = upper[:, [0, 1, 1, 2]].reshape(3, 2, 2)
+    law = torch.distributions.MultivariateNormal(means, covariances, validate_args=False)
+    return (weights.log() + law.log_prob(x)).logsumexp(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_million_draws_once_are_as_good_as_the_optimum(seed: int) -> None:
+    """One averaged pass over 10⁶ draws, from a fit of the first 5000, ends within a standard error of the optimum.
+
+    The mean of the iterates and the maximum-likelihood estimate on the same draws have the same limiting law,
+    N(θ*, I⁻¹/N) (Cappé and Moulines 2009), so they differ by less than its standard error (diag I⁻¹/N)^½, in every
+    coordinate. I is the mean outer product of scores. The fit of 5000 lies (10⁶ / 5000)^½ ≈ 14 such errors away, the
+    last iterate, which rests on some 500 · 2 / ρ_T ≈ 10⁵ draws, up to three.
+    """
+    truth = torchem.GaussianMixture(3, 2).double()
+    truth.weights, truth.means = [0.5, 0.3, 0.2], [[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]]
+    truth.covariances = [[[1.0, 0.3], [0.3, 0.8]], [[0.7, -0.2], [-0.2, 1.0]], [[1.2, 0.0], [0.0, 0.5]]]
+    x = truth.sample(1_000_000, generator=torch.Generator().manual_seed(seed))
+    best = torchem.GaussianMixture(3, 2).double()
+    best.load_state_dict(truth.state_dict())
+    assert fit(best, x, init=None, accelerate="anderson", tol=1e-10, max_iter=200).converged
+
+    scores = torch.func.vmap(torch.func.grad(_log_density), (None, 0))(_free(best), x[:50_000])
+    error = torch.linalg.inv(scores.mT @ scores * (len(x) / len(scores))).diagonal().sqrt()
+
+    model, rule = torchem.GaussianMixture(3, 2).double(), Stochastic(exponent=0.6, average=True)
+    model.means = [[-1.0, 0.0], [1.0, 0.0], [0.0, 1.5]]
+    fit(model, x[:5000], init=None, max_iter=1000, tol=1e-7)
+    for batch in x.split(500):
+        torchem.partial_fit(model, batch, rule)
+    last = (_free(model) - _free(best)) / error
+    mean = rule.flush()
+    assert mean is not None
+    model.m_step(mean)
+    away = (_free(model) - _free(best)) / error
+    assert away.abs().max() < 1
+    assert away.square().mean() < last.square().mean() / 4

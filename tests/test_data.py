@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import torchem
@@ -527,3 +528,30 @@ def test_ranks_without_sequences() -> None:
         assert mine[2:4] == (60, 5)
         assert mine[4] == [[5, 20, 2]]
         assert theirs[4] == [[0, 1, 2]]
+
+
+def test_nothing_is_made_in_the_size_of_a_mapped_file(tmp_path: Path) -> None:
+    """A file may be larger than memory: neither checks nor the survey copy it, convert it or number its rows."""
+    rows = 40_000
+    np.save(tmp_path / "table.npy", randn(rows, 2).float().numpy())
+
+    class Largest(TorchDispatchMode):
+        """Numbers of the largest new tensor, and of the largest that an operation converts on its way."""
+
+        numbers = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            out = func(*args, **kwargs)
+            given = [value for value in args if isinstance(value, torch.Tensor)]
+            if isinstance(out, torch.Tensor):
+                shared = {value.untyped_storage().data_ptr() for value in given}
+                self.numbers = max(self.numbers, 0 if out.untyped_storage().data_ptr() in shared else out.numel())
+            converted = [value.numel() for value in given if kwargs.get("dtype", value.dtype) != value.dtype]
+            self.numbers = max(self.numbers, *converted, 0)
+            return out
+
+    model = mixture(2, 2).float()
+    with Largest() as largest:
+        Source(model, tmp_path / "table.npy").survey(100, rng())
+    assert 0 < largest.numbers < rows

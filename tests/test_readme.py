@@ -1,5 +1,6 @@
 """The README's code runs, and its worked example is the file it names."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -38,10 +39,20 @@ def test_the_chain_runs():
     exec(compile(blocks()[1], "README.md", "exec"), {})
 
 
-PAGES = sorted(ROOT.glob("docs/*.md"))
+def test_the_tables_of_modes_are_those_of_the_grid():
+    path = ROOT / "scripts" / "modes_table.py"
+    spec = importlib.util.spec_from_file_location("modes_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.replaced(README) == README, "run python scripts/modes_table.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+PAGES = sorted(ROOT.glob("docs/**/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs").with_suffix("")))
 def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)

@@ -91,7 +91,7 @@ class Stochastic:
         delay: At least 0; damps the first steps.
         burn_in: Batches whose statistics gather before the first M-step.
         average: End every pass on the mean of S̄ since the burn-in (Polyak–Ruppert): variance falls as 1 / t whatever
-            the exponent.
+            the exponent. A number of batches lets the mean begin after as many, so that it is not one of the start.
 
     Raises:
         InvalidArgument: For values outside these ranges.
@@ -116,7 +116,7 @@ class Stochastic:
         exponent: float = 0.7,
         delay: float = 2.0,
         burn_in: int = 0,
-        average: bool = False,
+        average: bool | int = False,
     ):
         if not callable(step_size) and step_size is not None and not 0 < step_size <= 1:
             raise invalid("step_size", "a number in (0, 1], or a function of the step", step_size, "give None for κ")
@@ -126,6 +126,8 @@ class Stochastic:
             raise invalid("delay", "a finite number of at least 0", delay, "the default is 2")
         if not isinstance(burn_in, int) or isinstance(burn_in, bool) or burn_in < 0:
             raise invalid("burn_in", "a whole number of batches", repr(burn_in), "0 for none")
+        if not isinstance(average, int) or average < 0:
+            raise invalid("average", "True, False or a whole number of batches", repr(average), "give False for none")
         self.step_size, self.exponent, self.delay = step_size, exponent, delay
         self.burn_in, self.average = burn_in, average
         self.reset()
@@ -156,7 +158,7 @@ class Stochastic:
             rho = 1 - (1 - self._rho()) ** (size / self.largest)
             self.rate = new if self.rate is None else self.rate.lerp(new, rho)
             self.step += 1
-            if self.average and self.pushed >= self.burn_in:
+            if self.average and self.pushed >= max(self.burn_in, 0 if self.average is True else self.average):
                 self.averaged += 1
                 self.mean = self.rate if self.mean is None else self.mean.lerp(self.rate, 1 / self.averaged)
         self.pushed += 1

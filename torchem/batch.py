@@ -370,7 +370,9 @@ def _first(bad: Tensor, place: Place) -> str:
 
 def _check_finite(x: Tensor, allow_missing: bool, allow_missing_rows: bool, place: Place) -> None:
     # One cheap pass: a sum is finite unless some entry is not (or the sum overflows, which the slow path decides).
-    if not values_known() or x.numel() == 0 or bool(x.detach().sum(dtype=torch.float64).isfinite()):
+    # In the type of the data: a sum in another one copies them first, and they may be a file larger than memory.
+    wide = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    if not values_known() or x.numel() == 0 or bool(x.detach().sum(dtype=wide).isfinite()):
         return
     values = x.detach()
     infinite = values.isinf()

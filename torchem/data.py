@@ -216,12 +216,13 @@ class Source:
             if self.sequential:
                 glance.add(batch)
             for rows in self._rows(batch):
+                # Nothing here may be as long as the data, which may be a file.
                 for piece in rows.split(_SURVEY):
                     moments.add(piece)
-                pool.append(_draw(rows, limit, generator))
+                    pool.append(_draw(piece, limit, generator))
+                    if sum(len(priority) for priority, _ in pool) > 2 * limit:
+                        pool = [_best(pool, limit)]
                 count += len(rows)
-                if sum(len(priority) for priority, _ in pool) > 2 * limit:
-                    pool = [_best(pool, limit)]
         if not pool:
             raise invalid("data", "at least one batch", "an empty loader", "check the sampler")
         return moments, count, weight, _best(pool, limit)[1], glance.batch

@@ -92,7 +92,10 @@ class LatentModel(nn.Module, ABC):
         """Validate data for this model."""
         build = as_sequences if self.sequential else as_batch
         if fields.get("labels") is not None:
-            fields.setdefault("n_states", self.labelled)
+            states = self.labelled
+            if states is None:
+                raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
+            fields.setdefault("n_states", states)
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
 
     @property

@@ -1,0 +1,403 @@
+#!/usr/bin/env python
+"""Draw the pictures of docs/modes: one for each mode, from fits that take seconds.
+
+    python scripts/pictures.py                     # all of them, into docs/images/modes
+    python scripts/pictures.py stochastic hard     # some
+
+Backgrounds are transparent and lines grey, so that pages may be light or dark.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torchem  # noqa: E402
+from torchem import priors  # noqa: E402
+
+GREY = "#848484"
+BLUE, ORANGE, GREEN, VIOLET = "#2f8fd8", "#e8762c", "#2fa37c", "#b565c8"
+COLOURS = [BLUE, ORANGE, GREEN, VIOLET, "#c9a227", "#e05780", "#5f6fd0", "#8a6d4f"]
+STYLE = {
+    "figure.dpi": 130, "savefig.transparent": True, "font.size": 11, "axes.titlesize": 11, "legend.fontsize": 10,
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2,
+}  # fmt: skip
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def figure(*widths: float, height: float = 3.2, **options: Any) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(
+        1, len(widths), figsize=(8, height), width_ratios=widths, layout="constrained", squeeze=False, **options
+    )
+
+
+def ellipses(ax: Any, model: torchem.GaussianMixture, colours: Any = None, **options: Any) -> None:
+    """Two standard deviations of each component; the line is as wide as the component is heavy."""
+    angle = np.linspace(0, 2 * np.pi, 100)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    means, covariances = model.means.detach().numpy(), model.covariances.detach().numpy()
+    for k, (mean, covariance) in enumerate(zip(means, covariances, strict=True)):
+        values, vectors = np.linalg.eigh(covariance)
+        line = mean[:, None] + 2 * (vectors * np.sqrt(values)) @ circle
+        ax.plot(*line, color=(colours or COLOURS)[k % 8], **options)
+
+
+def blobs(n: int, gap: float = 3.0, seed: int = 0) -> Tensor:
+    """Three clusters in the plane."""
+    truth = torchem.GaussianMixture(3, 2).double()
+    truth.means = gap * torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.3]]).double()
+    truth.covariances = torch.tensor([[[1.0, 0.4], [0.4, 0.6]], [[0.8, -0.3], [-0.3, 0.9]], [[1.2, 0.0], [0.0, 0.4]]])
+    return truth.sample(n, generator=rng(seed))
+
+
+def mixture(k: int = 3, d: int = 2, kind: str = "full") -> torchem.GaussianMixture:
+    return torchem.GaussianMixture(k, d, kind).double()  # pyright: ignore[reportArgumentType]
+
+
+def faithful() -> Tensor:
+    path = ROOT / "torchem" / "datasets" / "faithful.csv"
+    return torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1))
+
+
+# ---- one picture for each mode ------------------------------------------------------------------------------------
+
+
+def full_batch() -> Any:
+    """Old Faithful from a poor start: ellipses on their way, and the log-likelihood."""
+    x = faithful()
+    fig, axes = figure(1, 1)
+    left, right = axes[0]
+    left.plot(*x.T, ".", color=GREY, alpha=0.45, markersize=4)
+    model = mixture(2)
+    model.means, model.covariances = [[3.2, 60.0], [3.6, 80.0]], x.T.cov().repeat(2, 1, 1)
+    shown = {0: (0.5, ":"), 8: (0.7, "--"), 40: (1.0, "-")}
+    done = torchem.fit(
+        model, x, init=None, max_iter=40, tol=0,
+        callbacks=[lambda now: ellipses(left, now.model, alpha=shown[now.iteration][0], ls=shown[now.iteration][1])
+                   if now.iteration in shown else None],
+    )  # fmt: skip
+    left.set(xlabel="eruption, minutes", ylabel="waiting time, minutes", title="dotted: start, dashed: pass 8")
+    right.plot(done.history, color=BLUE)
+    right.plot([*shown], [done.history[i] for i in shown], "o", color=BLUE)
+    right.set(xlabel="pass", title="log-likelihood: it never falls")
+    return fig
+
+
+def stochastic() -> Any:
+    """Held-out score after so many observations."""
+    x, held = blobs(20_000, 1.6), blobs(5000, 1.6, seed=1)
+    truth = mixture()
+    torchem.fit(truth, x, seed=0, tol=1e-7, max_iter=1000)
+    best = float(truth.log_prob(held).detach().mean())
+    start = mixture()
+    torchem.fit(start, x[:100], init="random_from_data", max_iter=1, tol=0, seed=4)
+    lines: dict[str, tuple[list[float], list[float], str]] = {}
+    marks = {round(value) for value in np.geomspace(1, 1600, 60)}
+    full, seen, score = copy_of(start), [], []
+    torchem.fit(
+        full, x, init=None, max_iter=20, tol=0,
+        callbacks=[lambda now: (seen.append(now.iteration), score.append(held_out(now.model, held)))[:0]],
+    )  # fmt: skip
+    lines["full batch"] = seen, score, GREY
+    for name, rule, colour in (
+        ("ρ = (t + 2)$^{-1}$", torchem.Stochastic(exponent=1.0), GREEN),
+        ("ρ = (t + 2)$^{-0.6}$", torchem.Stochastic(exponent=0.6), ORANGE),
+        ("ρ = (t + 2)$^{-0.6}$, averaged", torchem.Stochastic(exponent=0.6, average=True), BLUE),
+    ):
+        model, seen, score = copy_of(start), [], []
+        for step, batch in enumerate(x.repeat(8, 1).split(100), 1):
+            torchem.partial_fit(model, batch, rule)
+            if step in marks:
+                shown = copy_of(model)
+                if rule.average and (mean := rule.flush()) is not None:
+                    shown.m_step(mean)
+                seen.append(step / 200)
+                score.append(held_out(shown, held))
+        lines[name] = seen, score, colour
+    fig, axes = figure(1)
+    ax = axes[0, 0]
+    for name, (seen, score, colour) in lines.items():
+        ax.plot(seen, [best - value for value in score], color=colour, label=name)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="passes over the data",
+        title="held-out score below the optimum, nats per observation",
+    )
+    ax.set_xticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
+    ax.legend(loc="lower left")
+    return fig
+
+
+def copy_of(model: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def held_out(model: Any, x: Tensor) -> float:
+    return float(model.log_prob(x).detach().mean())
+
+
+def incremental() -> Any:
+    """Distance from the optimum by passes, for ever more batches."""
+    x = blobs(4000, 1.2)
+    start = mixture()
+    torchem.fit(start, x, init="random_from_data", max_iter=1, tol=0, seed=3)
+    best = torchem.fit(copy_of(start), x, init=None, accelerate="anderson", tol=0, max_iter=400).bound
+    fig, axes = figure(1)
+    ax = axes[0, 0]
+    for batches, colour in ((1, GREY), (5, GREEN), (20, ORANGE), (100, BLUE)):
+        rule = torchem.FullBatch() if batches == 1 else torchem.Incremental()
+        done = torchem.fit(
+            copy_of(start), x, init=None, accumulate=rule, batch_size=len(x) // batches, tol=0, max_iter=120
+        )
+        name = "full batch" if batches == 1 else f"{batches} batches"
+        ax.plot([max(best - value, 1e-6) for value in done.history[1:]], color=colour, label=name)
+    ax.set(yscale="log", ylim=(3e-2, 500), xlabel="pass", title="bound below the optimum, nats")
+    ax.legend()
+    return fig
+
+
+def maximum_a_posteriori() -> Any:
+    """Eighteen observations, three components: without and with priors."""
+    x = blobs(18, 1.6, seed=5)
+    fig, axes = figure(1, 1, sharex=True, sharey=True)
+    held = blobs(5000, 1.6, seed=6)
+    for ax, careful in zip(axes[0], (False, True), strict=True):
+        model = mixture()
+        if careful:
+            model.mixing.prior, model.component.prior = priors.Dirichlet(2.0), priors.NormalInverseWishart()
+        torchem.fit(model, x, restarts=20, seed=0, max_iter=500)
+        ax.plot(*x.T, "o", color=GREY, markersize=4)
+        ellipses(ax, model)
+        score = f"{held_out(model, held):.1f}".replace("-", "−")
+        ax.set(title=f"{'MAP' if careful else 'maximum likelihood'}: held-out {score}")
+    return fig
+
+
+def variational_parameters() -> Any:
+    """Eight components for three clusters."""
+    x = blobs(600, 3.0)
+    fig, axes = figure(1, 1, 0.9)
+    plain, bayes = mixture(8), mixture(8)
+    torchem.variational(bayes, mixing=priors.StickBreaking(1.0))
+    for ax, model, name in ((axes[0, 0], plain, "maximum likelihood"), (axes[0, 1], bayes, "variational")):
+        torchem.fit(model, x, restarts=10, seed=0, max_iter=2000, tol=1e-6)
+        ax.plot(*x.T, ".", color=GREY, alpha=0.45, markersize=4)
+        alive = model.weights.detach() > 0.01
+        shown = mixture(int(alive.sum()))
+        shown.means, shown.covariances = model.means.detach()[alive], model.covariances.detach()[alive]
+        ellipses(ax, shown)
+        ax.set(title=name, xticks=[], yticks=[])
+    ax = axes[0, 2]
+    for model, shift, colour, name in ((plain, -0.2, GREY, "max. likelihood"), (bayes, 0.2, BLUE, "variational")):
+        weights = model.weights.detach().sort(descending=True).values
+        ax.bar(torch.arange(1, 9) + shift, weights, 0.4, color=colour, label=name)
+    ax.set(xlabel="component", title="weights", xticks=range(1, 9), ylim=(0, 0.5))
+    ax.legend()
+    return fig
+
+
+def variational_latents() -> Any:
+    """Two hidden chains behind one signal, and what a factorial HMM says of them."""
+    truth = torchem.FactorialHMM.gaussian([2, 2], 1).double()
+    truth.contributions = [[[-3.0], [3.0]], [[-1.0], [1.0]]]
+    for chain, stay in zip(truth.transitions, (0.93, 0.97), strict=True):
+        chain.probs = [[stay, 1 - stay], [1 - stay, stay]]
+    x, states = truth.sample(20, 100, latents=True, generator=rng(3))
+    model = torchem.FactorialHMM.gaussian([2, 2], 1).double()
+    torchem.fit(model, x, restarts=6, max_iter=100, seed=0)
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(3, 1, figsize=(8, 4.2), layout="constrained", sharex=True, height_ratios=[2, 1, 1])
+    axes[0].plot(x[0, :, 0], ".", color=GREY)
+    found = model.posterior(x[:1])
+    contributions = [c.detach() for c in model.contributions]
+    signal = sum(p[0] @ c for p, c in zip(found, contributions, strict=True))
+    axes[0].plot(signal[:, 0].detach(), color=VIOLET, lw=1.5)
+    axes[0].set(title="one sequence, and what both chains together explain")
+    # Chains have no names: the one of the larger steps first.
+    order = sorted(range(2), key=lambda m: -float((contributions[m][1] - contributions[m][0]).abs()))
+    for row, (m, true) in enumerate(zip(order, range(2), strict=True)):
+        up = int(contributions[m][1, 0] > contributions[m][0, 0])
+        p = found[m][0, :, up].detach()
+        ax = axes[row + 1]
+        ax.step(
+            range(100),
+            states[..., true][0] if isinstance(states, Tensor) else states[true][0],
+            color=GREY,
+            lw=5,
+            alpha=0.35,
+            where="mid",
+        )
+        ax.step(range(100), p, color=(BLUE, ORANGE)[row], where="mid")
+        ax.set(ylim=(-0.15, 1.15), yticks=[0, 1], title=f"chain {row + 1}: q(upper state); wide: the truth")
+    axes[-1].set(xlabel="frame")
+    return fig
+
+
+def annealing() -> Any:
+    """Where runs from random points end: single, annealed, the best of ten."""
+    options: dict[str, Any] = {"init": "random_from_data", "max_iter": 800, "tol": 1e-6, "seed": 0}
+    fig, axes = figure(1, 1)
+    left, right = axes[0]
+    ways = ("one start", "annealed", "k-means++", "best of ten starts")
+    for group, (side, k) in enumerate(((5, 5), (3, 9))):
+        x = lattice(side, k)
+        single = torchem.fit(mixture(k, 2, "spherical"), x, restarts=400, **options)
+        cooled = torchem.fit(
+            mixture(k, 2, "spherical"), x, restarts=60, anneal=[0.1 * 1.3**i for i in range(9)], **options
+        )
+        clever = torchem.fit(mixture(k, 2, "spherical"), x, restarts=60, **options | {"init": "kmeans++"})
+        ten = [max(single.restarts[i : i + 10]) for i in range(0, 400, 10)]
+        ends = (single.restarts, cooled.restarts, clever.restarts, ten)
+        best = max(map(max, ends))
+        shares = [100 * sum(value > best - 1 for value in values) / len(values) for values in ends]
+        places = np.arange(4) + (-0.2 if group == 0 else 0.2)
+        label = "five clusters in a row" if group == 0 else "nine on a lattice"
+        left.barh(places, shares, 0.4, color=(BLUE, ORANGE)[group], label=label)
+        for place, share in zip(places, shares, strict=True):
+            left.text(share - 2, place, f"{share:.0f}", color="white", ha="right", va="center", fontsize=9)
+        print(label, dict(zip(ways, shares, strict=True)))
+        if group == 0:
+            for history in single.histories[:10]:
+                right.plot(history, color=GREY, lw=1.2)
+            right.plot(max(single.histories[:10], key=lambda h: h[-1]), color=BLUE)
+    left.set_yticks(range(4), ways)
+    left.set(title="runs that find the best optimum, %", xlim=(0, 100))
+    left.invert_yaxis()
+    left.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)
+    right.set(xlim=(0, 40), xlabel="pass", title="ten starts: log-likelihood")
+    return fig
+
+
+def lattice(side: int, k: int) -> Tensor:
+    """Round clusters, as many in each row."""
+    places = torch.stack([torch.arange(k) % side, torch.arange(k) // side], -1).double()
+    noise = torch.stack([torch.randn(60, 2, generator=rng(i)).double() for i in range(k)])
+    return (4 * places.unsqueeze(1) + 0.6 * noise).flatten(0, 1)
+
+
+def acceleration() -> Any:
+    """Hasselblad's deaths: distance from the optimum by passes."""
+    deaths = torch.arange(10.0).double().unsqueeze(-1)
+    days = torch.tensor([162, 267, 271, 185, 111, 61, 27, 8, 3, 1])
+    fig, axes = figure(1)
+    ax = axes[0, 0]
+    for method, colour in ((None, GREY), ("squarem", ORANGE), ("anderson", BLUE)):
+        model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.Poisson(2, 1)).double()
+        model.weights, model.component.rates = [0.3, 0.7], [[1.0], [2.5]]
+        done = torchem.fit(
+            model, deaths, weights=days, init=None, accelerate=method, tol=0, max_iter=2000,
+            callbacks=[lambda now: now.objective[0] > -1989.945859 - 1e-6],
+        )  # fmt: skip
+        gap = [max(-1989.945859 - value, 1e-7) for value in done.history]
+        ax.plot(range(1, len(gap) + 1), gap, color=colour, label=f"{method or 'EM'}: {len(gap)} passes")
+    ax.set(xscale="log", yscale="log", ylim=(5e-7, 10), xlabel="pass", title="log-likelihood below the optimum, nats")
+    ax.legend(loc="lower left")
+    return fig
+
+
+def hard() -> Any:
+    """Clusters that overlap, in one dimension: hard assignments cut them."""
+    truth = torchem.GaussianMixture(2, 1).double()
+    truth.weights, truth.means, truth.covariances = [0.65, 0.35], [[-1.0], [1.0]], [[[1.0]], [[1.0]]]
+    x = truth.sample(4000, generator=rng(2))
+    at = torch.linspace(-5, 5, 400).double().unsqueeze(-1)
+    fig, axes = figure(1, 1, sharey=True)
+    for ax, kind, name in zip(axes[0], ("soft", "hard"), ('e_step="soft"', 'e_step="hard"'), strict=True):
+        model = torchem.GaussianMixture(2, 1, "tied").double()
+        torchem.fit(model, x, e_step=kind, restarts=5, seed=0, max_iter=2000, tol=1e-6)
+        ax.hist(x[:, 0].numpy(), 60, density=True, color=GREY, alpha=0.3)
+        joint = (model.component.log_prob(model.batch(at)) + model.weights.log()).exp().detach()
+        for k, colour in enumerate((BLUE, ORANGE)):
+            ax.plot(at, joint[:, k], color=colour)
+        ax.plot(at, joint.sum(-1), color=GREY, ls="--", lw=1.5)
+        means = ", ".join(f"{value:.2f}".replace("-", "−") for value in sorted(model.means.detach()[:, 0].tolist()))
+        ax.set(title=f"{name}: means {means}")
+    return fig
+
+
+def sampled() -> Any:
+    """The mean of one component on its way, under EM, draws, and draws with falling steps."""
+    x = blobs(1500, 1.2)
+    start = mixture()
+    torchem.fit(start, x, init="random_from_data", max_iter=1, tol=0, seed=2)
+    fig, axes = figure(1, 1)
+    left, right = axes[0]
+    best = torchem.fit(copy_of(start), x, init=None, accelerate="anderson", tol=0, max_iter=500).bound
+    ways: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("draws (SEM)", {"e_step": "sample"}, ORANGE),
+        (
+            "draws, falling steps (SAEM)",
+            {"e_step": "sample", "accumulate": torchem.Stochastic(exponent=0.6), "batch_size": 150},
+            BLUE,
+        ),
+        ("EM", {}, GREY),
+    )
+    for name, options, colour in ways:
+        path: list[float] = []
+        done = torchem.fit(
+            copy_of(start), x, init=None, max_iter=100, tol=0, seed=1,
+            callbacks=[lambda now, path=path: path.append(float(now.model.means[0, 0]))], **options,
+        )  # fmt: skip
+        left.plot(path, color=colour, label=name, lw=1.5)
+        right.plot(done.history, color=colour, lw=1.5)
+    left.set(xlabel="pass", title="first mean, first coordinate")
+    right.set(xlabel="pass", ylim=(best - 30, best + 3), title="log-likelihood")
+    left.legend()
+    return fig
+
+
+PICTURES: dict[str, Callable[[], Any]] = {
+    "full-batch": full_batch,
+    "stochastic": stochastic,
+    "incremental": incremental,
+    "map": maximum_a_posteriori,
+    "variational-parameters": variational_parameters,
+    "variational-latents": variational_latents,
+    "annealing": annealing,
+    "acceleration": acceleration,
+    "hard": hard,
+    "sampled": sampled,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=", ".join(PICTURES))
+    options = parser.parse_args()
+    unknown = set(options.names) - set(PICTURES)
+    if unknown:
+        parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
+    mpl.use("Agg")
+    warnings.filterwarnings("ignore")
+    folder = ROOT / "docs" / "images" / "modes"
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+        for name in options.names or PICTURES:
+            fig = PICTURES[name]()
+            # No version and no date: the same picture is the same file.
+            fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+            print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
