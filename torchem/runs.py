@@ -228,8 +228,8 @@ class Candidate:
         """What report.json holds of the fit."""
         result = self.result
         names = (
-            "status", "converged", "bound", "n_iter", "remaining", "restarts", "statuses", "agreement", "dead", "floored",
-            "pruned", "seconds", "history", "seen", "histories",
+            "status", "converged", "bound", "n_iter", "remaining", "restarts", "statuses", "agreement", "dead",
+            "floored", "pruned", "seconds", "history", "seen", "histories",
         )  # fmt: skip
         kind = "states" if result.model.sequential else "components"
         return {
