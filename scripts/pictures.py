@@ -366,6 +366,83 @@ def sampled() -> Any:
     return fig
 
 
+class Net(torch.nn.Module):
+    """Means of K states by a network of one hidden layer, and their standard deviations."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.mean = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, k))
+        self.log_scale = torch.nn.Parameter(torch.zeros(k))
+
+    def forward(self, y: Tensor, u: Tensor) -> Tensor:
+        return torch.distributions.Normal(self.mean(u), self.log_scale.exp()).log_prob(y)
+
+
+def generalised() -> Any:
+    """A chain that changes between two curves, whose means a network learns."""
+    torch.manual_seed(0)
+    u = torch.linspace(-3, 3, 400).unsqueeze(-1)
+    other = torch.arange(400).unsqueeze(-1) // 50 % 2 == 1
+    y = torch.where(other, 2 - u.cos(), u.sin()) + 0.1 * torch.randn(400, 1)
+    emission = torchem.factors.Neural(Net(2), 2, inputs=True)
+    emission = torchem.Gradient(emission, torch.optim.Adam, steps=10, lr=0.02)
+    chain = torchem.HMM(torchem.factors.Categorical(2), torchem.factors.Categorical(2, 2), emission)
+    done = torchem.fit(chain, y, inputs=u, max_iter=60, tol=0, seed=0)
+    states = chain.most_likely(y, inputs=u)[0]
+    fig, axes = figure(1.5, 1)
+    left, right = axes[0]
+    network: Any = emission.factor
+    means = network.module.mean(u).detach()
+    for k, colour in enumerate((BLUE, ORANGE)):
+        mine = states == k
+        left.plot(u[mine], y[mine], ".", color=colour, markersize=3, alpha=0.6)
+        left.plot(u, means[:, k], color=colour)
+    left.set(xlabel="u", title="points by decoded state, lines: the network")
+    right.plot(done.history, color=BLUE)
+    right.set(xlabel="iteration", title="log-likelihood")
+    return fig
+
+
+def held_out_data() -> Any:
+    """Eight components on sixty points: what was learnt from, and what was held out."""
+    x = blobs(1000)
+    train, other = x[:60], x[60:]
+    start, scores = mixture(8), []
+    torchem.fit(start, train, init="random_from_data", max_iter=1, tol=0, seed=0)
+    done = torchem.fit(
+        copy_of(start), train, init=None, max_iter=40, tol=0,
+        callbacks=[lambda now: scores.append(held_out(now.model, other))],
+    )  # fmt: skip
+    stopped = torchem.fit(copy_of(start), train, validation=other, init=None)
+    fig, axes = figure(1, height=3.0)
+    ax = axes[0][0]
+    ax.plot([value / 60 for value in done.history], color=GREY, label="training data")
+    ax.plot(scores, color=BLUE, label="held-out data")
+    ax.plot(stopped.n_iter, stopped.validation[stopped.n_iter], "o", color=BLUE, label="what validation= returns")
+    ax.set(xlabel="pass", ylabel="mean log p(x)", ylim=(min(scores) - 0.1, done.history[-1] / 60 + 0.1))
+    ax.legend()
+    return fig
+
+
+def search() -> Any:
+    """Nine clusters: where a fit came to rest, and where splitting and merging led it."""
+    spots = 6 * torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).repeat(40, 1)
+    spots = (spots + torch.randn(360, 2, generator=rng())).double()
+    options: dict[str, Any] = {"init": "random_from_data", "max_iter": 300, "tol": 1e-4, "seed": 0}
+    alone, moved = mixture(9), mixture(9)
+    before = torchem.fit(alone, spots, **options)
+    after = torchem.split_merge(moved, spots, **options)
+    fig, axes = figure(1, 1, 0.8, height=3.0)
+    for ax, model, title in ((axes[0][0], alone, "at rest"), (axes[0][1], moved, "after splits and merges")):
+        ax.plot(*spots.T, ".", color=GREY, alpha=0.35, markersize=3)
+        ellipses(ax, model)
+        ax.set(title=title, xticks=[], yticks=[])
+    axes[0][2].plot(after.rounds, "o-", color=BLUE)
+    axes[0][2].axhline(before.bound, color=GREY, ls=":")
+    axes[0][2].set(xlabel="round", title="log-likelihood", xticks=range(len(after.rounds)))
+    return fig
+
+
 PICTURES: dict[str, Callable[[], Any]] = {
     "full-batch": full_batch,
     "stochastic": stochastic,
@@ -373,7 +450,10 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "map": maximum_a_posteriori,
     "variational-parameters": variational_parameters,
     "variational-latents": variational_latents,
+    "generalised": generalised,
+    "held-out": held_out_data,
     "annealing": annealing,
+    "search": search,
     "acceleration": acceleration,
     "hard": hard,
     "sampled": sampled,

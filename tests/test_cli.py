@@ -95,6 +95,16 @@ def test_faithful(capsys, tmp_path, monkeypatch):
         assert (tmp_path / "faithful" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_race(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = ("--fit.restarts", 4, "--fit.race", 1, "--fit.init", "random_from_data", "--fit.budget", 27200)
+    out = ok(capsys, "fit", "configs/faithful.yaml", "--output", tmp_path / "race", *options)
+    assert "4, of which 3 were dropped in the race" in out
+    made = report(tmp_path / "race")["fit"]
+    assert made["statuses"].count("dropped") == 3
+    assert made["seen"][:2] == [0, 272]
+
+
 @pytest.fixture(scope="module")
 def earthquakes(tmp_path_factory) -> tuple[Path, str]:
     """The run of the shipped configuration, and what it printed."""

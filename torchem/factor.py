@@ -230,7 +230,8 @@ class Factor(nn.Module, ABC):
         for parameter in self._parameters.values():
             if parameter is not None:
                 return parameter
-        return next(self.parameters(), None) or next(self.buffers())
+        first = next(self.parameters(), None)
+        return next(self.buffers()) if first is None else first
 
     @property
     def dtype(self) -> torch.dtype:

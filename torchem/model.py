@@ -27,6 +27,8 @@ from torchem.sequences import as_sequences
 from torchem.stats import Stats
 
 Reduction = Callable[[Tensor, int], Tensor]
+#: Arguments of `torchem.fit` and the fields of a batch that they become.
+_FIELDS = {"inputs": "u", "weights": "weight"}
 #: What stands for the posterior of the latents in an E-step.
 EStep = Literal["soft", "hard", "sample"]
 #: Gives uniform numbers of a shape, each replica's from a generator of its own.
@@ -89,8 +91,9 @@ class LatentModel(nn.Module, ABC):
         return batch
 
     def batch(self, data: Any, **fields: Any) -> Batch:
-        """Validate data for this model."""
+        """Validate data for this model; further fields by the names that `torchem.fit` has for them, or a batch's."""
         build = as_sequences if self.sequential else as_batch
+        fields = {_FIELDS.get(name, name): value for name, value in fields.items()}
         if fields.get("labels") is not None:
             states = self.labelled
             if states is None:

@@ -86,12 +86,14 @@ class Progress:
         objective: Total objective of each replica that still runs.
         model: The model under way, with a replica axis when there are restarts; read it, do not change it.
         restarts: Index of each replica that still runs.
+        scores: Held-out score of each of them, if there are held-out data.
     """
 
     iteration: int
     objective: list[float]
     model: LatentModel
     restarts: list[int]
+    scores: list[float] | None = None
 
 
 @dataclass

@@ -446,7 +446,7 @@ class _Loop:
         if bar is not None:
             bar.update(1)
             bar.set_postfix(bound=f"{max(values):.6g}", refresh=False)
-        now = Progress(iteration, values, self.twin, list(self.going))
+        now = Progress(iteration, values, self.twin, list(self.going), scores)
         # A pass made again at the same parameters is told of once.
         answers = [] if self.retake else [callback(now) for callback in self.options.callbacks]
         # Ranks stop together: what one of them wants, the next pass tells the others.
@@ -1029,7 +1029,7 @@ def fit(
         restarts: How many starts to run together.
         race: Drop the worse half of the restarts after every so many passes.
         max_iter: Most passes over the data.
-        budget: Most observations to see.
+        budget: Stop once so many observations were seen.
         tol: Rise per observation below which to stop.
         batch_size: Rows per batch.
         seed: Makes the fit repeatable, bit for bit on CPU.
