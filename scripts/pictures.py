@@ -304,8 +304,14 @@ def acceleration() -> Any:
             callbacks=[lambda now: now.objective[0] > -1989.945859 - 1e-6],
         )  # fmt: skip
         gap = [max(-1989.945859 - value, 1e-7) for value in done.history]
-        ax.plot(range(1, len(gap) + 1), gap, color=colour, label=f"{method or 'EM'}: {len(gap)} passes")
-    ax.set(xscale="log", yscale="log", ylim=(5e-7, 10), xlabel="pass", title="log-likelihood below the optimum, nats")
+        ax.plot(range(1, len(gap) + 1), gap, color=colour, label=f"{method or 'EM'}: {len(gap)}")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        ylim=(5e-7, 10),
+        xlabel="pass, of those that were kept",
+        title="log-likelihood below the optimum, nats",
+    )
     ax.legend(loc="lower left")
     return fig
 
