@@ -279,7 +279,7 @@ class Counted:
 def of_slowness() -> dict:
     """Passes, refused ones included, to within 1e-4 nats of the optimum."""
     deaths, days = torch.arange(10.0).double().unsqueeze(-1), torch.tensor([162, 267, 271, 185, 111, 61, 27, 8, 3, 1])
-    poissons = torchem.Mixture(Categorical(2), Poisson(2, 1)).double()
+    poissons: Any = torchem.Mixture(Categorical(2), Poisson(2, 1)).double()
     poissons.weights, poissons.component.rates = [0.3, 0.7], [[1.0], [2.5]]
     cases: list[tuple[str, Any, torchem.Batch]] = [
         ("Poisson mixture (deaths)", poissons, torchem.Batch(deaths, weight=days.double()))

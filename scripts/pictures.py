@@ -47,7 +47,7 @@ def figure(*widths: float, height: float = 3.2, **options: Any) -> tuple[Any, An
     )
 
 
-def ellipses(ax: Any, model: torchem.GaussianMixture, colours: Any = None, **options: Any) -> None:
+def ellipses(ax: Any, model: Any, colours: Any = None, **options: Any) -> None:
     """Two standard deviations of each component; the line is as wide as the component is heavy."""
     angle = np.linspace(0, 2 * np.pi, 100)
     circle = np.stack([np.cos(angle), np.sin(angle)])
@@ -230,25 +230,18 @@ def variational_latents() -> Any:
     axes[0].plot(x[0, :, 0], ".", color=GREY)
     found = model.posterior(x[:1])
     contributions = [c.detach() for c in model.contributions]
-    signal = sum(p[0] @ c for p, c in zip(found, contributions, strict=True))
+    signal = torch.stack([p[0] @ c for p, c in zip(found, contributions, strict=True)]).sum(0)
     axes[0].plot(signal[:, 0].detach(), color=VIOLET, lw=1.5)
     axes[0].set(title="one sequence, and what both chains together explain")
     # Chains have no names: the one of the larger steps first.
     order = sorted(range(2), key=lambda m: -float((contributions[m][1] - contributions[m][0]).abs()))
-    for row, (m, true) in enumerate(zip(order, range(2), strict=True)):
+    for true, m in enumerate(order):
         up = int(contributions[m][1, 0] > contributions[m][0, 0])
         p = found[m][0, :, up].detach()
-        ax = axes[row + 1]
-        ax.step(
-            range(100),
-            states[..., true][0] if isinstance(states, Tensor) else states[true][0],
-            color=GREY,
-            lw=5,
-            alpha=0.35,
-            where="mid",
-        )
-        ax.step(range(100), p, color=(BLUE, ORANGE)[row], where="mid")
-        ax.set(ylim=(-0.15, 1.15), yticks=[0, 1], title=f"chain {row + 1}: q(upper state); wide: the truth")
+        ax = axes[true + 1]
+        ax.step(range(100), states[0, :, true], color=GREY, lw=5, alpha=0.35, where="mid")
+        ax.step(range(100), p, color=(BLUE, ORANGE)[true], where="mid")
+        ax.set(ylim=(-0.15, 1.15), yticks=[0, 1], title=f"chain {true + 1}: q(upper state); wide: the truth")
     axes[-1].set(xlabel="frame")
     return fig
 
@@ -256,6 +249,7 @@ def variational_latents() -> Any:
 def annealing() -> Any:
     """Where runs from random points end: single, annealed, the best of ten."""
     options: dict[str, Any] = {"init": "random_from_data", "max_iter": 800, "tol": 1e-6, "seed": 0}
+    better: dict[str, Any] = options | {"init": "kmeans++"}
     fig, axes = figure(1, 1)
     left, right = axes[0]
     ways = ("one start", "annealed", "k-means++", "best of ten starts")
@@ -265,7 +259,7 @@ def annealing() -> Any:
         cooled = torchem.fit(
             mixture(k, 2, "spherical"), x, restarts=60, anneal=[0.1 * 1.3**i for i in range(9)], **options
         )
-        clever = torchem.fit(mixture(k, 2, "spherical"), x, restarts=60, **options | {"init": "kmeans++"})
+        clever = torchem.fit(mixture(k, 2, "spherical"), x, restarts=60, **better)
         ten = [max(single.restarts[i : i + 10]) for i in range(0, 400, 10)]
         ends = (single.restarts, cooled.restarts, clever.restarts, ten)
         best = max(map(max, ends))
@@ -301,16 +295,23 @@ def acceleration() -> Any:
     days = torch.tensor([162, 267, 271, 185, 111, 61, 27, 8, 3, 1])
     fig, axes = figure(1)
     ax = axes[0, 0]
-    for method, colour in ((None, GREY), ("squarem", ORANGE), ("anderson", BLUE)):
-        model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.Poisson(2, 1)).double()
+    methods: list[tuple[Any, str]] = [(None, GREY), ("squarem", ORANGE), ("anderson", BLUE)]
+    for method, colour in methods:
+        model: Any = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.Poisson(2, 1)).double()
         model.weights, model.component.rates = [0.3, 0.7], [[1.0], [2.5]]
         done = torchem.fit(
             model, deaths, weights=days, init=None, accelerate=method, tol=0, max_iter=2000,
             callbacks=[lambda now: now.objective[0] > -1989.945859 - 1e-6],
         )  # fmt: skip
         gap = [max(-1989.945859 - value, 1e-7) for value in done.history]
-        ax.plot(range(1, len(gap) + 1), gap, color=colour, label=f"{method or 'EM'}: {len(gap)} passes")
-    ax.set(xscale="log", yscale="log", ylim=(5e-7, 10), xlabel="pass", title="log-likelihood below the optimum, nats")
+        ax.plot(range(1, len(gap) + 1), gap, color=colour, label=f"{method or 'EM'}: {len(gap)}")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        ylim=(5e-7, 10),
+        xlabel="pass, of those that were kept",
+        title="log-likelihood below the optimum, nats",
+    )
     ax.legend(loc="lower left")
     return fig
 
