@@ -202,7 +202,9 @@ def test_all_ways_lead_to_one_optimum(model: str) -> None:
     ids=["annealed-accelerated", "SAEM", "annealed-incremental", "incremental-hard", "online-respawn", "SEM-annealed"],
 )  # fmt: skip
 @pytest.mark.parametrize(
-    "model", ["Gaussian mixture", "MAP", "variational mixture", "Poisson mixture", "factorial HMM"]
+    "model",
+    ["Gaussian mixture", "MAP", "variational mixture", "Poisson mixture",
+     pytest.param("factorial HMM", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_modes_compose(model: str, options: dict[str, Any]) -> None:
     result, given = run(model, "full batch", **options)

@@ -271,6 +271,9 @@ def test_a_fit_with_a_part_that_is_known(kept: str) -> None:
     result = torchem.fit(model, x + 0.3, init=None, max_iter=15, tol=0, progress=False)
     assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
     close((model.weights if kept == "probs" else getattr(model, kept))[0], known, rtol=1e-12)
+    many = torchem.fit(copy.deepcopy(model), x + 0.3, seed=1, restarts=2, max_iter=8, tol=0, progress=False)
+    assert all(b >= a - 1e-9 * abs(a) for h in many.histories for a, b in itertools.pairwise(h))
+    close((many.model.weights if kept == "probs" else getattr(many.model, kept))[0], known, rtol=1e-12)
     model.component.unfreeze()
     model.mixing.unfreeze()
     assert torchem.fit(model, x + 0.3, init=None, max_iter=15, tol=0, progress=False).n_iter == 15

@@ -137,6 +137,8 @@ class Variational(Wrapper):
         if self._still:
             return torch.zeros(self.replicas, dtype=torch.float64, device=self.device)
         names = [name for name, leaf in posterior.items() if isinstance(leaf, Tensor)]
+        # A prior is common to all replicas.
+        start = {name: prior[name].expand_as(posterior[name]) for name in names}
 
         def norm(values: dict[str, Tensor]) -> Tensor:
             return self._family.log_normalizer_given(posterior.like({**posterior, **values}))
@@ -144,8 +146,8 @@ class Variational(Wrapper):
         norm_q, pull, *_ = torch.func.vjp(norm, {name: posterior[name] for name in names})
         slopes = pull(torch.ones_like(norm_q))[0]
         lead = len(self.replicas)
-        terms = [(slopes[name] * (posterior[name] - prior[name])).flatten(lead).sum(-1) for name in names]
-        return torch.stack(terms).sum(0) - norm_q + norm({name: prior[name] for name in names})
+        terms = [(slopes[name] * (posterior[name] - start[name])).flatten(lead).sum(-1) for name in names]
+        return torch.stack(terms).sum(0) - norm_q + norm(start)
 
     def penalized(self, stats: Stats) -> Stats:
         """Statistics alone: `maximize` adds the prior."""

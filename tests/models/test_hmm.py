@@ -799,14 +799,22 @@ def test_streamed_tables_give_the_same_statistics(name: str, beta: float, monkey
         torch.cat([torch.ones(8, 40, 1), randn(8, 40, 1, seed=9)], -1).double(),
     )
     batch = Batch(x, u=u, lengths=lengths, weight=rand(8, seed=3).round(decimals=1))
+
+    def again() -> Any:
+        generator = rng(6)
+        return lambda shape: torch.rand(shape, generator=generator, dtype=torch.float64)
+
     with torch.no_grad():
-        whole = model.e_step(batch, beta=beta)
+        whole, drawn = model.e_step(batch, beta=beta), model.e_step(batch, "sample", beta, again())
         monkeypatch.setattr("torchem.models.hmm._TABLES", 1)
         assert model._block(batch) == 16
         monkeypatch.setattr(HMM, "infer", lambda *given: pytest.fail("all tables at once"))
         close_stats(model.e_step(batch, beta=beta), whole)
         many = model.replicate(2)
         assert isinstance(many, HMM)
+        monkeypatch.setattr(HMM, "infer_sample", lambda *given, **more: pytest.fail("all tables at once"))
+        monkeypatch.setattr("torchem.models.hmm._TABLES", 1)
+        close_stats(model.e_step(batch, "sample", beta, again()), drawn)
         close_stats(many.e_step(batch, beta=beta).map(lambda leaf: leaf[1]), whole)
 
 

@@ -1,5 +1,6 @@
 """Hidden Markov models: a chain of discrete states behind a sequence of observations."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -287,18 +288,23 @@ class HMM(DiscreteModel):
         self, path: Tensor, score: Tensor, initial: Tensor, batch: Batch, potentials: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Expectations that are one path of the chain that inference runs on, ``[*r, N, T]``, for each sequence."""
-        mass = torch.ones_like(score) if batch.weight is None else batch.weight.to(score).expand_as(score)
-        # A path is −1 in the padding and where there is none: those frames count for nothing.
-        gamma = torch.nn.functional.one_hot(path.clamp(min=0), initial.shape[-1]).to(initial)
-        gamma = gamma * torch.where(path >= 0, mass.unsqueeze(-1), 0.0).unsqueeze(-1)
-        ahead = torch.where(path[..., 1:, None] >= 0, gamma[..., 1:, :], 0.0)
-        before = (gamma[..., :-1, :] > 0).to(gamma)
+        gamma, before, ahead = self._indicators(path, score, initial, batch)
         first = gamma[..., 0, :].to(torch.float64).sum_to_size(initial.shape)
         if self.varying(potentials["transition"]):
             pairs = before.unsqueeze(-1) * ahead.unsqueeze(-2)
         else:
             pairs = (before.flatten(-3, -2).mT @ ahead.flatten(-3, -2)).to(torch.float64).unsqueeze(-3)
         return self._folded(first, pairs, gamma, batch, potentials)
+
+    @staticmethod
+    def _indicators(path: Tensor, score: Tensor, initial: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """States of paths ``[*r, N, T]`` as numbers, weighted, and those before and, weighted, after each step."""
+        mass = torch.ones_like(score) if batch.weight is None else batch.weight.to(score).expand_as(score)
+        # A path is −1 in the padding and where there is none: those frames count for nothing.
+        gamma = torch.nn.functional.one_hot(path.clamp(min=0), initial.shape[-1]).to(initial)
+        gamma = gamma * torch.where(path >= 0, mass.unsqueeze(-1), 0.0).unsqueeze(-1)
+        ahead = torch.where(path[..., 1:, None] >= 0, gamma[..., 1:, :], 0.0)
+        return gamma, (gamma[..., :-1, :] > 0).to(gamma), ahead
 
     def _folded(
         self, first: Tensor, pairs: Tensor | None, gamma: Tensor, batch: Batch, potentials: dict[str, Tensor]
@@ -347,7 +353,9 @@ class HMM(DiscreteModel):
 
     def _expected(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
         plain, beta = (infer.infer, infer.beta) if isinstance(infer, Tempered) else (infer, 1.0)
-        streamed = plain == self.infer and self._block(batch) and not torch.is_grad_enabled()
+        draws = plain.keywords["uniforms"] if isinstance(plain, functools.partial) else None
+        known = plain == self.infer or (isinstance(plain, functools.partial) and plain.func == self.infer_sample)
+        streamed = known and self._block(batch) and not torch.is_grad_enabled()
         if not streamed or torch._C._are_functorch_transforms_active():
             return super()._e_step(batch, infer)
         kernels = self._kernels()
@@ -356,7 +364,7 @@ class HMM(DiscreteModel):
         for piece in self.stream(batch):
             tables = {slot: kernel for slot, kernel in kernels.items() if slot != "transition"}
             potentials = {slot: kernel.log_potential(piece) for slot, kernel in tables.items()}
-            log_z, expected = self._streamed(potentials, piece, gate, beta)
+            log_z, expected = self._streamed(potentials, piece, gate, beta, draws)
             for slot, kernel in tables.items():
                 kernel.collect(piece, expected[slot])
             total = total + weighted(log_z, piece)
@@ -364,11 +372,11 @@ class HMM(DiscreteModel):
         return self._assembled(kernels, total, batch)
 
     def _streamed(
-        self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel, beta: float = 1.0
+        self, potentials: dict[str, Tensor], batch: Batch, gate: Kernel, beta: float, uniforms: Uniforms | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`infer` with the transition's tables made, and their expectations taken, block by block of time.
 
-        At an inverse temperature other than one as `Tempered` does it.
+        At an inverse temperature other than one as `Tempered` does it; with ``uniforms`` as `infer_sample`.
         """
         wide = Expansion(self.n_components, self.emission.memory, batch.x.device)
         first = potentials["initial"]
@@ -385,6 +393,15 @@ class HMM(DiscreteModel):
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
         block = self._block(batch) or batch.x.shape[1]
         parts = initial * beta, table, emission * beta
+        if uniforms is not None:
+            log_z, path = chain.stream_sample(*parts, batch.lengths, uniforms(emission.shape[:-1]), block)
+            gamma, before, ahead = self._indicators(path, log_z, initial, batch)
+            for start in range(0, batch.x.shape[1], block):
+                stop, origin = min(start + block, batch.x.shape[1]), max(start, 1)
+                pairs = before[..., origin - 1 : stop - 1, :].unsqueeze(-1) * ahead[..., origin - 1 : stop - 1, None, :]
+                collect(start, stop, pairs if start else torch.nn.functional.pad(pairs, (0, 0, 0, 0, 1, 0)))
+            first = gamma[..., 0, :].to(torch.float64).sum_to_size(initial.shape)
+            return log_z / beta, self._folded(first, None, gamma, batch, potentials)
         log_z, first, gamma = chain.stream_expectations(*parts, batch.lengths, weight, block, collect)
         return log_z / beta, self._folded(first, None, gamma, batch, potentials)
 

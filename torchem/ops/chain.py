@@ -357,27 +357,8 @@ def stream_expectations(
     Returns:
         log Z ``[*b]``, expectations of the first state in the shape of ``initial``, posteriors ``[*b, T, K]``.
     """
-    frames = emission.shape[-2]
-    starts = list(range(0, frames, block))
-    log_z = torch.zeros(emission.shape[:-2], dtype=torch.float64, device=emission.device)
-    message, messages = initial, []
-
-    def part(start: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Steps, emissions and lengths of the chain from the frame before the block (silent) to its last."""
-        stop = min(start + block, frames)
-        inside = emission[..., start:stop, :]
-        steps = table(max(start, 1), stop)
-        left = None if lengths is None else (lengths - start).clamp(max=stop - start)
-        if start:
-            inside = torch.cat([torch.zeros_like(inside[..., :1, :]), inside], -2)
-            left = None if left is None else (left + 1).clamp(min=1)
-        return steps, inside, left
-
-    for start in starts:
-        messages.append(message)
-        steps, inside, left = part(start)
-        gain, message = _last_message(message, steps, inside, left)
-        log_z += gain
+    frames, part = emission.shape[-2], _blocks(table, emission, lengths, block)
+    starts, log_z, messages = _messages(initial, part, emission, block)
     # Only at its end is a chain known to be impossible.
     mass = torch.ones_like(log_z) if weight is None else weight.to(log_z).expand_as(log_z)
     weight = torch.where(log_z == -torch.inf, 0.0, mass)
@@ -385,8 +366,7 @@ def stream_expectations(
     gamma = torch.empty_like(emission)
     for start, message in zip(reversed(starts), reversed(messages), strict=True):
         steps, inside, left = part(start)
-        ends = torch.tensor(inside.shape[-2] - 1, device=emission.device) if left is None else left - 1
-        last = torch.arange(inside.shape[-2], device=emission.device) == ends.unsqueeze(-1)
+        last = _last_frames(inside, left)
         inside = torch.where(last.unsqueeze(-1), inside + behind.unsqueeze(-2), inside)
         _, first, pairs, share = expectations(message, steps, inside, left, weight)
         gamma[..., start : start + block, :] = share if start == 0 else share[..., 1:, :]
@@ -397,6 +377,82 @@ def stream_expectations(
         behind = torch.where(message == -torch.inf, -torch.inf, share[..., 0, :].log() - message)
         behind = torch.where((behind == -torch.inf).all(-1, keepdim=True), 0.0, behind).to(emission)
     return log_z.to(emission), first, gamma
+
+
+_Block = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _blocks(
+    table: Callable[[int, int], Tensor], emission: Tensor, lengths: Tensor | None, block: int
+) -> Callable[[int], _Block]:
+    """Gives steps, emissions and lengths of the chain from the frame before a block (silent) to its last."""
+    frames = emission.shape[-2]
+
+    def part(start: int) -> _Block:
+        stop = min(start + block, frames)
+        inside = emission[..., start:stop, :]
+        steps = table(max(start, 1), stop)
+        left = None if lengths is None else (lengths - start).clamp(max=stop - start)
+        if start:
+            inside = torch.cat([torch.zeros_like(inside[..., :1, :]), inside], -2)
+            left = None if left is None else (left + 1).clamp(min=1)
+        return steps, inside, left
+
+    return part
+
+
+def _messages(
+    initial: Tensor, part: Callable[[int], _Block], emission: Tensor, block: int
+) -> tuple[list[int], Tensor, list[Tensor]]:
+    """Where blocks start, log Z ``[*b]``, and the message at the start of each."""
+    starts = list(range(0, emission.shape[-2], block))
+    log_z = torch.zeros(emission.shape[:-2], dtype=torch.float64, device=emission.device)
+    message, messages = initial, []
+    for start in starts:
+        messages.append(message)
+        gain, message = _last_message(message, *part(start))
+        log_z += gain
+    return starts, log_z, messages
+
+
+def _last_frames(inside: Tensor, left: Tensor | None) -> Tensor:
+    """``[*b or 1, T]`` Boolean, True at the last valid frame."""
+    ends = torch.tensor(inside.shape[-2] - 1, device=inside.device) if left is None else left - 1
+    return torch.arange(inside.shape[-2], device=inside.device) == ends.unsqueeze(-1)
+
+
+@torch.no_grad()
+def stream_sample(
+    initial: Tensor,
+    table: Callable[[int, int], Tensor],
+    emission: Tensor,
+    lengths: Tensor | None,
+    uniforms: Tensor,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """log Z ``[*b]`` and what `sample` draws from the same uniform numbers ``[*b, T]``, block by block of steps.
+
+    From the last block back, each ends in the state that the block after it has drawn. Arguments as of
+    `stream_expectations`.
+    """
+    part = _blocks(table, emission, lengths, block)
+    starts, log_z, messages = _messages(initial, part, emission, block)
+    path = torch.full(emission.shape[:-1], -1, dtype=torch.long, device=emission.device)
+    states = torch.arange(emission.shape[-1], device=emission.device)
+    after: Tensor | None = None
+    for start, message in zip(reversed(starts), reversed(messages), strict=True):
+        steps, inside, left = part(start)
+        stop = min(start + block, emission.shape[-2])
+        if after is not None:
+            # A sequence that has ended by then is free.
+            goes_on = torch.ones_like(after, dtype=torch.bool) if lengths is None else (lengths > stop).expand_as(after)
+            other = states != after.unsqueeze(-1)
+            forced = goes_on[..., None, None] & _last_frames(inside, left).unsqueeze(-1) & other.unsqueeze(-2)
+            inside = inside.masked_fill(forced, -torch.inf)
+        drawn = sample(message, steps, inside, left, uniforms=uniforms[..., max(start - 1, 0) : stop])
+        path[..., start:stop] = drawn[..., 1:] if start else drawn
+        after = drawn[..., 0]
+    return log_z.to(emission), torch.where((log_z == -torch.inf).unsqueeze(-1), -1, path)
 
 
 def _last_message(
