@@ -169,6 +169,7 @@ KEPT: dict[str, list[tuple[str, ...]]] = {
     "Categorical": [("probs",)],
     "Bernoulli": [("probs",)],
     "Poisson": [("rates",)],
+    "Exponential": [("rates",)],
 }
 CELLS = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])
 

@@ -38,6 +38,7 @@ class Exponential(Columns):
         tensor([[-2.0000, -1.6931]], grad_fn=<...>)
     """
 
+    splits: ClassVar = frozenset({"rates"})
     views: ClassVar = {"rates": "log_rate"}
     parameter: ClassVar[str] = "log_rate"
     exposure: ClassVar[str] = "total"
@@ -144,6 +145,9 @@ class Exponential(Columns):
         x = torch.where(seen, x, 0.0)
         value = count.log() - total.log() - (count + 1) * (x / total).log1p()
         value = torch.where(seen, value, 0.0).sum(-1).to(self.dtype)
+        held = self._held()
+        if held is not None:
+            value = torch.where(held[:, 0], self.log_prob(batch).reshape(value.shape), value)
         return value.unflatten(-2, batch.x.shape[:-1])
 
     def draw_predictive(
@@ -151,7 +155,10 @@ class Exponential(Columns):
     ) -> Tensor:
         count, total = posterior["count"], posterior["total"]
         rates = torch._standard_gamma(count[z], generator=generator)  # pyright: ignore[reportPrivateImportUsage]
-        return self._drawn(rates / total[z], generator)
+        rates, held = rates / total[z], self._held()
+        if held is not None:
+            rates = torch.where(held[z], self.rates.detach()[z].to(rates), rates)
+        return self._drawn(rates, generator)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
