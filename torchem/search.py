@@ -161,7 +161,7 @@ def _search(
 
 def _value(result: Result) -> float:
     """What a search climbs: the held-out score, where there is one, else the objective."""
-    return result.bound if result.scores is None else max(result.scores)
+    return result.bound if result.validation is None else result.validation[result.n_iter]
 
 
 def _noise(result: Result, tol: float) -> float:
