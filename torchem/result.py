@@ -37,8 +37,9 @@ class Result:
         histories: History of each restart.
         statuses: Status of each restart; ``"dropped"`` where it lost a race: its objective is that of its last pass.
         validation: Held-out mean log-likelihood per observation at each iterate of the best restart, if there are
-            held-out data. That of the returned parameters is the greatest.
-        scores: The best held-out score of each restart: the restart with the greatest one is returned.
+            held-out data; ``validation[n_iter]``, of the returned parameters, is the greatest since annealing ended
+            or a component was pruned.
+        scores: The best held-out score of each restart: of those that were not dropped the best is returned.
         dead: Components with next to no mass, by index.
         floored: Components whose covariance stands at the floor, by index.
         redundant: Pairs of components with mass that ended as nearly the same distribution: too many, or a saddle.

@@ -161,7 +161,7 @@ def _search(
 
 def _value(result: Result) -> float:
     """What a search climbs: the held-out score, where there is one, else the objective."""
-    return result.bound if result.scores is None else max(result.scores)
+    return result.bound if result.validation is None else result.validation[result.n_iter]
 
 
 def _noise(result: Result, tol: float) -> float:
@@ -229,7 +229,8 @@ def ranked(shares: Tensor, log_prob: Tensor, weight: Tensor) -> list[tuple[int, 
 
     Example:
         >>> shares = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]).double()
-        >>> ranked(shares, torch.zeros(4, 3).double(), torch.ones(4, 1).double())[0]
+        >>> fit = torch.tensor([0.0, 0.0, -9.0]).double().expand(4, 3)
+        >>> ranked(shares, fit, torch.ones(4, 1).double())[0]
         (0, 1, 2)
     """
     together = (shares * weight).mT @ shares
