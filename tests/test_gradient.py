@@ -524,7 +524,6 @@ def bare() -> Any:
         (lambda: torchem.variational(torchem.GaussianMixture(3, 2)), {"direct": True}, "whose objective is a bound"),
         (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), {"direct": True}, "whose objective is a bound"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_fits_refuse(make: Callable[[], Any], options: dict[str, Any], message: str) -> None:
     with as_users_run_it(), pytest.raises((InvalidArgument, InvalidType), match=message):
