@@ -14,7 +14,7 @@ from tests.laws import cases
 from tests.laws.cases import close
 from torchem.batch import Batch
 from torchem.factor import Factor, Prior
-from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson
+from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson, Product
 from torchem.priors import (
     Beta,
     Dirichlet,
@@ -398,3 +398,41 @@ def test_a_prior_keeps_a_component_of_one_point_from_collapsing() -> None:
 def test_bad_priors_of_other_families(build, said: str) -> None:
     with pytest.raises(torchem.errors.TorchemError, match=said):
         build()
+
+
+def test_pruning_keeps_priors_and_those_of_parts() -> None:
+    keep = torch.tensor([0, 2])
+    mixture: Any = torchem.GaussianMixture(3, 2, "diag").double()
+    mixture.mixing.prior = Dirichlet([2.0, 3.0, 4.0])
+    mixture.component.prior = NormalInverseGamma([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]], scale=[1.0, 2.0])
+    before = log_prior(mixture.component)
+    mixture.prune(keep)
+    assert mixture.mixing.prior.config() == {"concentration": [2.0, 4.0]}
+    assert mixture.component.prior.config()["mean"] == [[0.0, 0.0], [2.0, 2.0]]
+    assert mixture.component.prior.config()["scale"] == [1.0, 2.0]
+    assert torch.isfinite(log_prior(mixture.component))
+    assert float(log_prior(mixture.component).detach()) != float(before.detach())
+
+    parts: Any = [Poisson(3, 1), Bernoulli(3, 1)]
+    parts[0].prior, parts[1].prior = Gamma([[1.0], [2.0], [3.0]], 0.5), Beta(2.0, [[1.0], [2.0], [3.0]])
+    chain: Any = torchem.HMM(Categorical(3), Categorical(3, 3), Product(parts)).double()
+    chain.initial.prior, chain.transition.prior = Dirichlet(2.0), StickyDirichlet(3.0)
+    chain.prune(keep)
+    kept = [part.prior.config() for part in chain.emission.parts().values()]
+    assert kept == [{"shape": [[1.0], [3.0]], "rate": 0.5}, {"a": 2.0, "b": [[1.0], [3.0]]}]
+    assert chain.initial.prior.config() == {"concentration": 2.0}
+    assert chain.transition.prior.config()["stickiness"] == 3.0
+
+
+def test_a_fit_that_prunes_goes_on_under_its_priors() -> None:
+    x = torch.cat([cases.randn(100, 1, seed=1), cases.randn(100, 1, seed=2) + 9])
+    model: Any = torchem.GaussianMixture(3, 1).double()
+    model.component.prior = NormalInverseWishart()
+    model.weights = [0.5, 0.5 - 1e-9, 1e-9]
+    model.means = [[0.0], [9.0], [400.0]]
+    result = torchem.fit(model, x, init=None, dead="prune", seed=0, progress=False)
+    assert result.pruned == [2]
+    assert isinstance(model.component.prior, NormalInverseWishart)
+    objective = float((model.log_prob(x).sum() + model.log_prior()).detach())
+    again = torchem.fit(model, x, init=None, seed=0, progress=False)
+    assert again.history[0] == pytest.approx(objective, rel=1e-9)

@@ -516,9 +516,13 @@ class Factor(nn.Module, ABC):
         """A factor with only the components ``keep``, for pruning."""
         raise NotImplementedError(f"{type(self).__name__} cannot be pruned; define select")
 
+    def pruned(self, keep: Tensor) -> "Factor":
+        """`select` with what belongs to the factor: its prior, and what wraps it."""
+        return self.rewrap(self.select(keep), keep)
+
     def rewrap(self, pruned: "Factor", keep: Tensor) -> "Factor":
         """What stands for this factor once it is ``pruned`` to the components ``keep``: with its prior, and wrapped."""
-        pruned.prior = self.prior
+        pruned.prior = None if self._prior is None else self._prior.selected(self, keep)
         return pruned
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:

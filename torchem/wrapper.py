@@ -121,6 +121,9 @@ class Wrapper(Factor):
     def select(self, keep: Tensor) -> Any:
         return self.rewrap(self.factor.select(keep), keep)
 
+    def pruned(self, keep: Tensor) -> Any:
+        return self.select(keep)
+
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:
         raise NotImplementedError(f"{cls.__name__} wraps a family's own example")

@@ -200,7 +200,7 @@ class Autoregressive(Composite):
         return self.joined({_PART: self.regression.initialize_at(batch, index)})
 
     def select(self, keep: Tensor) -> "Autoregressive":
-        return Autoregressive(self.regression.select(keep), self.lags, self.intercept)
+        return Autoregressive(self.regression.pruned(keep), self.lags, self.intercept)
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``[n, D]`` given states ``z [n]`` and what `context` made of the frames before, in ``batch.u``."""

@@ -214,7 +214,7 @@ class Mixture(Composite):
     def select(self, keep: Tensor) -> "Mixture":
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         parts = (index.unsqueeze(-1) * self._m + torch.arange(self._m, device=index.device)).flatten()
-        return Mixture(self.mixing.select(index), self.component.select(parts))
+        return Mixture(self.mixing.pruned(index), self.component.pruned(parts))
 
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:

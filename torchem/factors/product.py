@@ -184,7 +184,7 @@ class Product(Composite):
             factor.prepare(_Columns(moments, columns))
 
     def select(self, keep: Tensor) -> "Product":
-        return Product([factor.select(keep) for factor in self._factors()], self.columns)
+        return Product([factor.pruned(keep) for factor in self._factors()], self.columns)
 
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:

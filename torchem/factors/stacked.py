@@ -171,7 +171,7 @@ class Stacked(Composite):
     def select(self, keep: Tensor) -> "Stacked":
         index = (keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep).tolist()
         kept = [(part, [k - own.start for k in index if own.start <= k < own.stop]) for _, part, own in self._each()]
-        return Stacked([part.select(torch.tensor(places)) for part, places in kept if places])
+        return Stacked([part.pruned(torch.tensor(places)) for part, places in kept if places])
 
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:

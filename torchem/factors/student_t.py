@@ -290,7 +290,7 @@ class StudentT(Composite):
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         small = StudentT(len(index), self.n_features, self.covariance_type, self.covariance_floor, self.floor_type)
         small = small.to(self.device, self.dtype)
-        small.normal = self.normal.select(keep)
+        small.normal = self.normal.pruned(keep)
         small.log_freedom.data = self.log_freedom.detach()[index].clone()
         mask = self.frozen("log_freedom")
         if mask is not None:

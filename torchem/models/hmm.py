@@ -681,14 +681,14 @@ class HMM(DiscreteModel):
         """Keep only some states, in place; tables are renormalised."""
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         if not isinstance(self.initial, Stationary):
-            self.initial = self.initial.select(index)
+            self.initial = self.initial.pruned(index)
         table = self._table("transition")
         small = table.unwrapped.among(index)
-        self.transition, self.emission = table.rewrap(small, index), self.emission.select(index)
+        self.transition, self.emission = table.rewrap(small, index), self.emission.pruned(index)
         if isinstance(self.initial, Stationary):
             self.initial = Stationary(small)
         if self.end is not None:
-            self.end = self.end.select(index)
+            self.end = self.end.pruned(index)
 
     # ---- data -------------------------------------------------------------------------------------------------
 

@@ -256,8 +256,8 @@ class Mixture(DiscreteModel):
 
     def prune(self, keep: Tensor) -> None:
         """Keep only some components, in place; weights are renormalised."""
-        self.mixing = self.mixing.select(keep)
-        self.component = self.component.select(keep)
+        self.mixing = self.mixing.pruned(keep)
+        self.component = self.component.pruned(keep)
 
 
 class GaussianMixture(Mixture):

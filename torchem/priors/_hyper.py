@@ -49,6 +49,19 @@ def expand(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> Te
         ) from error
 
 
+def chosen(value: Tensor | None, keep: Tensor, rank: int) -> Tensor | None:
+    """A hyper-parameter of the components ``keep`` alone, where each has its own: then it has so many axes.
+
+    Example:
+        >>> keep = torch.tensor([0, 2])
+        >>> chosen(torch.ones(3, 2), keep, 2).shape, chosen(torch.ones(2), keep, 2).shape
+        (torch.Size([2, 2]), torch.Size([2]))
+    """
+    if value is None or value.dim() < rank or len(value) == 1:
+        return value
+    return value[keep.to(value.device)]
+
+
 def plain(value: Tensor | None) -> Any:
     """A hyper-parameter as numbers and lists."""
     return None if value is None else value.tolist()

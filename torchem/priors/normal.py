@@ -6,7 +6,7 @@ more degrees of freedom than the posterior does.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from torchem.errors import invalid
 from torchem.factor import Factor, Moments, Prior, conjugate
 from torchem.ops import linalg
 from torchem.ops.gaussian import LOG_2PI, Entrywise, Structure
-from torchem.priors._hyper import expand, hyper, number, plain
+from torchem.priors._hyper import chosen, expand, hyper, number, plain
 from torchem.stats import Stats
 
 
 class _Normal(Prior, ABC):
     """What is common: degrees of freedom, the scale, and how the mode's statistics come from the posterior's."""
 
+    #: Axes of a mean that each component has to itself.
+    mean_rank: ClassVar[int] = 2
     mean: Tensor | None
     dof: float | None
     scale: Tensor | None
@@ -74,6 +76,17 @@ class _Normal(Prior, ABC):
         given = {name: getattr(self, name) for name in self.config()}
         out = type(self)(**given | {name: known[name] for name in self._open})
         # Another fit completes it from other data.
+        out._open = self._open
+        return out
+
+    def selected(self, factor: Factor, keep: Tensor) -> Prior:
+        structure, k, d = self._structure(factor), factor.n_components, factor.n_features
+        assert k is not None and d is not None
+        given = {name: getattr(self, name) for name in self.config()}
+        given["mean"] = chosen(self.mean, keep, self.mean_rank)
+        if not structure.shared:
+            given["scale"] = chosen(self.scale, keep, len(structure.shape(k, d)))
+        out = type(self)(**given)
         out._open = self._open
         return out
 
@@ -232,6 +245,8 @@ class MatrixNormalInverseWishart(_Normal):
         tensor([[[0.1000, 0.0000],
                  [0.0000, 0.1000]]], dtype=torch.float64)
     """
+
+    mean_rank: ClassVar[int] = 3
 
     def __init__(self, mean: Any = None, precision: Any = 1.0, dof: float | None = None, scale: Any = None):
         self.mean = hyper("mean", mean)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchem.errors import invalid
 from torchem.factor import Factor, Moments, Prior, conjugate
-from torchem.priors._hyper import expand, hyper, plain
+from torchem.priors._hyper import chosen, expand, hyper, plain
 from torchem.stats import Stats
 
 
@@ -75,6 +75,9 @@ class Beta(_Cells):
             raise invalid("a, b", "positive finite numbers", "None", "1 and 1 are the uniform law")
         self.a, self.b = first, second
 
+    def selected(self, factor: Factor, keep: Tensor) -> Prior:
+        return Beta(chosen(self.a, keep, 2), chosen(self.b, keep, 2))
+
     def pseudo(self, factor: Factor) -> tuple[Tensor, Tensor]:
         a, b = self._cells(factor, "a", self.a), self._cells(factor, "b", self.b)
         return a + b, a
@@ -133,6 +136,11 @@ class Gamma(_Cells):
         mean = torch.where(mean > 0, mean, 1.0)
         out = Gamma(self.shape, self.shape * mean if self._times(factor) else self.shape / mean)
         out._open = True
+        return out
+
+    def selected(self, factor: Factor, keep: Tensor) -> Prior:
+        out = Gamma(chosen(self.shape, keep, 2), chosen(self.rate, keep, 2))
+        out._open = self._open
         return out
 
     @staticmethod
