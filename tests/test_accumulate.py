@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,29 @@ def test_a_stream_without_end_is_weighed_by_what_was_seen() -> None:
     assert found is not None
     assert float(found["x"]) == pytest.approx(15.0)  # with 1 / t it is the sum of all
     assert float(found["count"]) == pytest.approx(6.0)
+
+
+def test_a_burn_in_longer_than_a_pass_is_refused() -> None:
+    rule = Stochastic(burn_in=4)
+    with pytest.raises(InvalidArgument, match=r"^burn_in: expected fewer batches than the 4 of a pass, got 4"):
+        torchem.fit(torchem.GaussianMixture(2, 1), torch.randn(20, 1), accumulate=rule, batch_size=5, progress=False)
+
+
+def test_a_rule_serves_one_fit_at_a_time() -> None:
+    x, rule = torch.randn(40, 1), Stochastic()
+    options = {"accumulate": rule, "batch_size": 10, "max_iter": 2, "tol": 0, "progress": False}
+
+    def within(now: Any) -> None:
+        torchem.fit(torchem.GaussianMixture(2, 1), x, **options)
+
+    with pytest.raises(InvalidArgument, match=r"^accumulate: .* got a Stochastic that another fit is using"):
+        torchem.fit(torchem.GaussianMixture(2, 1), x, callbacks=[within], **options)
+    model = torchem.GaussianMixture(2, 1)
+    torchem.fit(model, x, **options)  # one after the other
+    with pytest.raises(InvalidArgument, match=r"^rule: .* got one that a fit has used"):
+        torchem.partial_fit(model, x, rule)
+    rule.reset()
+    torchem.partial_fit(model, x, rule)
 
 
 def test_burn_in_and_averages() -> None:

@@ -216,6 +216,15 @@ def test_stochastic_em_of_draws_comes_near_the_optimum() -> None:
     assert saem.bound == pytest.approx(best, abs=4.0)
 
 
+@pytest.mark.parametrize("anneal", [[0.3, 0.6], lambda passes: 0.5, lambda passes: passes / 30])
+def test_schedules_must_come_to_one(anneal: Any) -> None:
+    x = blobs(30, 2, 3)
+    with pytest.raises(
+        InvalidArgument, match=r"^anneal: expected a schedule that comes to 1 within max_iter=19 passes"
+    ):
+        fit(mixture(3, 2), x, anneal=anneal, max_iter=19)
+
+
 def test_draws_come_from_the_fits_own_generator() -> None:
     x = blobs(60, 2, 3, gap=0.5)
     before = torch.get_rng_state()

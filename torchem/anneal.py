@@ -54,6 +54,12 @@ class Annealing:
         self.betas = betas if betas[-1] == 1 else [*betas, 1.0]
         self.place = self.passes = 0
 
+    def at(self, passes: int) -> float:
+        """The inverse temperature after so many passes."""
+        if self.function is not None:
+            return self.function(passes)
+        return self.betas[min(passes // _HOLD, len(self.betas) - 1)]
+
     @property
     def beta(self) -> float:
         """The present inverse temperature."""

@@ -128,7 +128,12 @@ class Trainer:
             raise invalid("seed", "a whole number of at least 0, or None", repr(seed), "give for example seed=0")
         one_of("dead", dead, ("floor", "respawn", "prune", "raise"))
         one_of("e_step", e_step, ("soft", "hard", "sample"))
-        Annealing(anneal := anneal if callable(anneal) or anneal is None else tuple(anneal))
+        schedule = Annealing(anneal := anneal if callable(anneal) or anneal is None else tuple(anneal))
+        if max_iter and (last := schedule.at(max_iter)) != 1:
+            raise invalid(
+                "anneal", f"a schedule that comes to 1 within max_iter={max_iter} passes (of a list each value is held "
+                "for ten)", last, "raise max_iter, or shorten it",
+            )  # fmt: skip
         if anneal is not None and e_step == "hard":
             raise invalid(
                 "anneal", "None when e_step='hard'", anneal,
@@ -218,6 +223,12 @@ class Trainer:
         validation: Any = None,
     ) -> Result:
         """As `fit`, without a word on how it ended."""
+        with _reserved(self.accumulate):
+            return self._climb(model, data, weights, inputs, lengths, labels, validation)
+
+    def _climb(
+        self, model: LatentModel, data: Any, weights: Any, inputs: Any, lengths: Any, labels: Any, validation: Any
+    ) -> Result:
         if not isinstance(model, LatentModel):
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
         name = type(model).__name__
@@ -279,6 +290,25 @@ class Trainer:
                     if runs[-1].status == "interrupted":
                         break
                 return report(model, runs, survey, k)
+
+
+#: Rules that a fit is using.
+_SERVING: set[int] = set()
+
+
+@contextlib.contextmanager
+def _reserved(rule: Accumulator) -> Iterator[None]:
+    """Keep a rule to one fit at a time: it holds the statistics of one."""
+    if id(rule) in _SERVING:
+        raise invalid(
+            "accumulate", "a rule of this fit alone", f"a {type(rule).__name__} that another fit is using",
+            "make one for each fit",
+        )  # fmt: skip
+    _SERVING.add(id(rule))
+    try:
+        yield
+    finally:
+        _SERVING.discard(id(rule))
 
 
 def _mean(parts: list[Stats]) -> Stats:
@@ -737,6 +767,11 @@ class _Loop:
                 if enough:
                     break
             ready = self.rule.flush()
+            if ready is None and last is None and isinstance(total, Tensor):
+                raise invalid(
+                    "burn_in", f"fewer batches than the {self.source.batches} of a pass",
+                    getattr(self.rule, "burn_in", 0), "lower it, or cut the data into smaller batches",
+                )  # fmt: skip
             if ready is None and last is None:
                 raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
             if ready is not None:
@@ -1114,6 +1149,8 @@ def partial_fit(
     if not isinstance(rule, Stochastic):
         raise wrong_type("rule", "a torchem.Stochastic", rule, "make one for the stream and pass it every time")
     gradient.check(model)
+    if rule.weight is not None:
+        raise invalid("rule", "one that began with this stream", "one that a fit has used", "make a new one for it")
     source = Source(model, data, None, weights, inputs, lengths, labels)
     score = total = 0.0
     with torch.no_grad(), declared_precision(model.device):
