@@ -261,7 +261,7 @@ def paired(slots: str = "mixture") -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"e_step": "hard"}, {"e_step": "sample"}, {"anneal": [0.5, 0.8], "max_iter": 12},
+        {}, {"e_step": "hard"}, {"e_step": "sample"}, {"anneal": [0.5], "max_iter": 12},
         {"batch_size": 50}, {"weights": True},
     ],
     ids=["soft", "hard", "sampled", "annealed", "batches", "weights"],
