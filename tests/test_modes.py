@@ -11,7 +11,17 @@ import torch
 import torchem
 from torchem import priors
 from torchem.errors import ConvergenceWarning, InvalidArgument, SymmetryWarning
-from torchem.factors import Categorical, Gaussian, LinearGaussian, Neural, Poisson, SoftmaxRegression
+from torchem.factors import (
+    Categorical,
+    Gaussian,
+    LinearGaussian,
+    Neural,
+    Poisson,
+    SoftmaxRegression,
+    Stacked,
+    StudentT,
+    Uniform,
+)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -88,6 +98,11 @@ def climbed() -> torchem.GaussianMixture:
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "Gaussian mixture": (lambda: torchem.GaussianMixture(3, 2), points),
     "Poisson mixture": (lambda: torchem.Mixture(Categorical(2), Poisson(2, 1)), counts),
+    "Student's t mixture": (lambda: torchem.Mixture(Categorical(3), StudentT(3, 2)), points),
+    "clusters and noise": (
+        lambda: torchem.Mixture(Categorical(4), Stacked([Gaussian(3, 2), Uniform(1, 2)])),
+        points,
+    ),
     "mixture of regressions": (lambda: torchem.Mixture(Categorical(2), LinearGaussian(2, 2, 1)), lines),
     "mixture of experts": (lambda: torchem.Mixture(SoftmaxRegression(2, 2), LinearGaussian(2, 2, 1)), lines),
     "Gaussian HMM": (lambda: torchem.GaussianHMM(2, 2), sequences),

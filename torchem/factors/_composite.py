@@ -166,10 +166,13 @@ class Composite(Factor):
 
     def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         own: dict[str, dict[str, Tensor]] = {path: {} for path in self.parts()}
+        mine = {name: self.keep_frozen(name, value) for name, value in values.items() if name in self._parameters}
         for name, value in values.items():
+            if name in mine:
+                continue
             path = next(path for path in own if name.startswith(f"{path}."))
             own[path][name.removeprefix(f"{path}.")] = value
-        return self.joined({path: part.kept(own[path]) for path, part in self.parts().items()})
+        return mine | self.joined({path: part.kept(own[path]) for path, part in self.parts().items()})
 
     def paths(self) -> list[str]:
         """The views of all parts under their paths."""
