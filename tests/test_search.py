@@ -273,7 +273,7 @@ def test_components_that_are_not_moved_stay() -> None:
         (torchem.perturb, lambda: torchem.GaussianMixture(1, 2), {}, "model: expected at least 2 components"),
         (
             torchem.perturb,
-            lambda: torchem.FactorialHMM.gaussian([2, 2], 2),
+            lambda: torchem.AmortizedModel(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), 1),
             {},
             "model: expected a mixture or a hidden",
         ),

@@ -348,6 +348,16 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         x = torch.cat([frames(1), counts(), classes(4)], -1)
         return ModelCase(hmm(factors.Product(parts)), ragged(x))  # pyright: ignore
 
+    def stacked() -> ModelCase:
+        """Two states with outliers and one of noise, beside a column of waiting times."""
+        t = factors.StudentT(STATES - 1, 2)
+        t.means, t.freedom = 2 * randn(STATES - 1, 2, seed=50), [3.0, 6.0]
+        noisy = factors.Stacked([t, factors.Uniform(1, 2, -20.0, 20.0)])
+        times = factors.Exponential(STATES, 1)
+        times.rates = 0.5 + rand(STATES, 1, seed=51)
+        x = torch.cat([frames(2), rand(SEQUENCES, FRAMES, 1, seed=52)], -1)
+        return ModelCase(hmm(factors.Product([noisy, times])), ragged(x))
+
     def parts() -> ModelCase:
         table = Categorical(STATES, 2)
         table.probs = randn(STATES, 2, seed=39).softmax(-1)
@@ -377,6 +387,7 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-Product", product
     yield "HMM-Counts", lambda: ModelCase(hmm(Counts.example()[0]), ragged(counts()))
     yield "HMM-Mixture", parts
+    yield "HMM-Stacked", stacked
     yield "HMM-LinearGaussian", regression
     yield "HMM-Autoregressive", autoregressive
     yield "HMM-MeanAdjustedAutoregression", adjusted
