@@ -767,10 +767,11 @@ class _Loop:
                 if enough:
                     break
             ready = self.rule.flush()
-            if ready is None and last is None and isinstance(total, Tensor):
+            waits = getattr(self.rule, "burn_in", 0)
+            if ready is None and last is None and isinstance(total, Tensor) and waits:
                 raise invalid(
-                    "burn_in", f"fewer batches than the {self.source.batches} of a pass",
-                    getattr(self.rule, "burn_in", 0), "lower it, or cut the data into smaller batches",
+                    "burn_in", f"fewer batches than the {self.source.batches} of a pass", waits,
+                    "lower it, or cut the data into smaller batches",
                 )  # fmt: skip
             if ready is None and last is None:
                 raise invalid("data", "at least one batch", "an empty pass", "check the loader's sampler")
