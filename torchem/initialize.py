@@ -136,10 +136,17 @@ def _different(sample: Batch, k: int, generator: torch.Generator) -> Tensor:
     """Random rows that differ in value, as far as there are as many: components that start equal stay equal."""
     weight = torch.ones(len(sample)) if sample.weight is None else sample.weight.cpu()
     draw = _distinct(sample, max(k, int((weight > 0).sum())), generator)
-    place = sample.x[draw.to(sample.x.device)].unique(dim=0, return_inverse=True)[1].cpu()
-    turn = torch.arange(len(draw))
-    first = torch.full((int(place.max()) + 1,), len(draw)).scatter_reduce(0, place, turn, "amin").sort().values
-    return draw[first[:k]] if len(first) >= k else draw[:k]
+    size = 0
+    while True:
+        # Sorting rows is dear, and the first few drawn hold enough values as a rule.
+        size = min(len(draw), max(4 * k, 8 * size))
+        place = sample.x[draw[:size].to(sample.x.device)].unique(dim=0, return_inverse=True)[1].cpu()
+        turn = torch.arange(size)
+        first = torch.full((int(place.max()) + 1,), size).scatter_reduce(0, place, turn, "amin").sort().values
+        if len(first) >= k:
+            return draw[first[:k]]
+        if size == len(draw):
+            return draw[:k]
 
 
 def _distinct(sample: Batch, k: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import jaxtyping
@@ -17,6 +18,7 @@ from tests.laws.paths import all_paths
 from torchem.batch import Batch, concatenate
 from torchem.model import DiscreteModel, LatentModel
 from torchem.models import HMM, GaussianMixture
+from torchem.models.frames import FramesPass
 from torchem.models.stationary import Stationary
 
 pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
@@ -31,6 +33,16 @@ def test_every_model_has_cases() -> None:
     # What approximates its posterior keeps laws of its own, in tests/models.
     covered = {type(build().model) for build in cases.MODEL_CASES.values()} | cases.APPROXIMATE
     assert concrete <= covered, f"give these a classmethod example(): {concrete - covered}"
+
+
+@every_model()
+def test_passes_are_the_factors_own_kernels(build: Callable[[], ModelCase]) -> None:
+    model = build().model
+    kernels, tables = model._kernels(), model.table_slots()
+    for slot, factor in model.slots():
+        if slot not in tables:
+            asked = kernels[slot].kernel if isinstance(kernels[slot], FramesPass) else kernels[slot]
+            assert type(asked) is type(factor.kernel())
 
 
 def test_every_factor_stands_in_a_chain() -> None:
