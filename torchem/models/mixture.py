@@ -268,7 +268,7 @@ class GaussianMixture(Mixture):
     Args:
         n_components: K.
         n_features: D.
-        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        covariance_type: ``"full"``, ``"tied"``, ``"diag"``, ``"spherical"``, or one of mclust's; see `Gaussian`.
         covariance_floor: Smallest variance, relative to the data's (see `Gaussian`).
         floor_type: ``"relative"``, ``"absolute"`` or ``"additive"``.
 
