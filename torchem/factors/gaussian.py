@@ -10,6 +10,7 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior
+from torchem.factors._scale import column_variances
 from torchem.ops import gaussian as ops
 from torchem.ops import missing
 from torchem.ops.geometry import GEOMETRIES, NAMES
@@ -327,30 +328,12 @@ class Gaussian(Factor, Conjugate):
 
     def _learn(self, moments: Moments) -> None:
         """Scale and origin from the moments of the data."""
-        mean, variance = moments.mean, moments.variance
-        if mean.shape != (self._d,):
+        if moments.mean.shape != (self._d,):
             return
-        # Sources tell the weight of what they saw in each column; a mean of nothing may be NaN as well.
-        absent = mean.isnan() | (getattr(moments, "weight", torch.ones_like(mean)) == 0)
-        if bool(absent.any()):
-            column = int(absent.nonzero()[0])
-            raise invalid("data", "an observed entry in each column", f"none in column {column}", "drop that column")
-        limit = torch.finfo(self.dtype)
-        size = mean.square() + variance
-        if not bool((size < limit.max * 1e-6).all()):
-            raise invalid(
-                "data", f"numbers whose squares are well within the range of {self.dtype}",
-                f"a column of size {float(size.sqrt().amax()):.3g}",
-                "rescale it" + ("" if self.dtype == torch.float64 else ", or use model.double()"),
-            )  # fmt: skip
-        # A constant column, or one too small to be squared, has no scale of its own; it takes that of the others, or of
-        # its value, or one.
-        noise = (64 * limit.eps * mean.abs()).square() + limit.tiny * 1e6
-        spread = variance[variance > noise]
-        fallback = spread.mean() if spread.numel() else (mean.square().amax() * 1e-12).clamp(min=1e-12)
+        unit = column_variances(moments, self.dtype)
         with torch.no_grad():
-            self.unit = torch.where(variance > noise, variance, fallback).to(self.unit)
-            self.origin = mean.to(self.origin).unsqueeze(0)
+            self.unit = unit.to(self.unit)
+            self.origin = moments.mean.to(self.origin).unsqueeze(0)
         self.direct, self.version = True, self.version + 1
 
     def project(self) -> None:
