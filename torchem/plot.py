@@ -489,7 +489,7 @@ def _gaussians(model: Any, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
     k = len(means)
     if covariances.shape == (k, d, d):
         dense = covariances
-    elif covariances.shape == (d, d) and component.covariance_type == "tied":
+    elif covariances.shape == (d, d) and component.structure.shared:
         dense = np.broadcast_to(covariances, (k, d, d))
     else:
         dense = covariances.reshape(k, -1, 1) * np.eye(d)

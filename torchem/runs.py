@@ -311,7 +311,8 @@ def components(model: Any, columns: list[str]) -> list[dict[str, Any]]:
 def _variances(part: Any, k: int, d: int) -> list[float]:
     """Variance of each column under component k, whatever the covariance type."""
     covariances = part.covariances.detach()
-    own = covariances if getattr(part, "covariance_type", "full") == "tied" else covariances[k]
+    shared = getattr(getattr(part, "structure", None), "shared", None)
+    own = covariances if shared else covariances[k]
     if own.dim() == 2:
         return own.diagonal().tolist()
     return own.expand(d).tolist()

@@ -6,6 +6,7 @@ from torchem.factors.categorical import Categorical
 from torchem.factors.exponential import Exponential
 from torchem.factors.gaussian import Gaussian
 from torchem.factors.linear_gaussian import LinearGaussian
+from torchem.factors.low_rank import LowRankGaussian
 from torchem.factors.mean_adjusted import MeanAdjustedAutoregression
 from torchem.factors.mixture import Mixture
 from torchem.factors.neural import Neural
@@ -23,6 +24,7 @@ __all__ = [
     "Exponential",
     "Gaussian",
     "LinearGaussian",
+    "LowRankGaussian",
     "MeanAdjustedAutoregression",
     "Mixture",
     "Neural",

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,12 +10,17 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior
+from torchem.factors._scale import column_variances
 from torchem.ops import gaussian as ops
 from torchem.ops import missing
+from torchem.ops.geometry import GEOMETRIES, NAMES
 from torchem.priors import NormalInverseGamma, NormalInverseWishart
 from torchem.stats import Stats
 
-CovarianceType = Literal["full", "tied", "diag", "spherical"]
+CovarianceType = Literal[
+    "full", "tied", "diag", "spherical",
+    "EII", "VII", "EEI", "VEI", "EVI", "VVI", "EEE", "VEE", "EVE", "VVE", "EEV", "VEV", "EVV", "VVV",
+]  # fmt: skip
 FloorType = Literal["relative", "absolute", "additive"]
 
 #: Largest bound on the rounding of a log-density, in nats per feature, at which moments about one origin are used.
@@ -42,7 +47,12 @@ class Gaussian(Factor, Conjugate):
     Args:
         n_components: K, the number of states.
         n_features: D, the number of columns.
-        covariance_type: ``"full"`` [K, D, D], ``"tied"`` [D, D], ``"diag"`` [K, D] or ``"spherical"`` [K].
+        covariance_type: ``"full"`` [K, D, D], ``"tied"`` [D, D], ``"diag"`` [K, D] or ``"spherical"`` [K]; or a
+            geometry Σ_k = λ_k D_k A_k D_kᵀ by mclust's letters for volume, shape and orientation, each E (equal), V
+            (varying) or I (identity): ``"EII"``, ``"VII"`` [K], ``"EEI"``, ``"VEI"``, ``"EVI"``, ``"VVI"`` [K, D],
+            ``"EEE"`` [D, D], ``"VEE"``, ``"EVE"``, ``"VVE"``, ``"EEV"``, ``"VEV"``, ``"EVV"``, ``"VVV"`` [K, D, D].
+            VII, VVI, EEE and VVV are the first four in another order. What is assigned of the others is moved into the
+            geometry when a fit begins; they have no conjugate prior.
         covariance_floor: Smallest variance that the M-step allows.
         floor_type: ``"relative"``: eigenvalues of Δ^−½ Σ Δ^−½ are clipped at the floor, Δ the data's variance per
             column, which is the exact maximiser under that constraint and independent of units; ``"absolute"``:
@@ -52,7 +62,8 @@ class Gaussian(Factor, Conjugate):
     Raises:
         InvalidArgument: For sizes below one, an unknown option or a negative floor.
 
-    Source: C. M. Bishop (2006), section 9.2; for the clip, M. Ingrassia (2004).
+    Source: C. M. Bishop (2006), section 9.2; for the clip, M. Ingrassia (2004); for the geometries, G. Celeux,
+        G. Govaert (1995).
 
     Example:
         >>> g = Gaussian(2, 3, covariance_type="diag")
@@ -83,7 +94,7 @@ class Gaussian(Factor, Conjugate):
         for name, size in (("n_components", n_components), ("n_features", n_features)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise invalid(name, "a positive whole number", repr(size), "give at least 1")
-        one_of("covariance_type", covariance_type, ops.STRUCTURES)
+        one_of("covariance_type", covariance_type, get_args(CovarianceType))
         one_of("floor_type", floor_type, ("relative", "absolute", "additive"))
         if not (isinstance(covariance_floor, (int, float)) and 0 <= covariance_floor < math.inf):
             raise invalid("covariance_floor", "a finite number of at least 0", covariance_floor, "use the default 1e-6")
@@ -91,8 +102,12 @@ class Gaussian(Factor, Conjugate):
         self.covariance_type: CovarianceType = covariance_type
         self.covariance_floor = float(covariance_floor)
         self.floor_type: FloorType = floor_type
-        self.structure = ops.STRUCTURES[covariance_type]
-        self.shared_parameters = frozenset({"scale"} if self.structure.shared else ())
+        #: What components share of their covariances, beyond what the structure says.
+        self.geometry = GEOMETRIES.get(covariance_type)
+        name = NAMES.get(covariance_type, covariance_type)
+        self.structure = self.geometry.structure if self.geometry is not None else ops.STRUCTURES[name]
+        coupled = self.structure.shared or self.geometry is not None
+        self.shared_parameters = frozenset({"scale"} if coupled else ())
         self.new_parameter("mean", torch.zeros(n_components, n_features))
         self.new_parameter("scale", torch.zeros(self.structure.shape(n_components, n_features)))
         self.new_buffer("origin", torch.zeros(1, n_features))
@@ -152,7 +167,7 @@ class Gaussian(Factor, Conjugate):
                 "covariances", f"shape {list(self.scale.shape)} ({self.covariance_type})", list(covariances.shape),
                 "see covariance_type for the shape",
             )  # fmt: skip
-        if self.covariance_type in ("full", "tied"):
+        if not isinstance(self.structure, ops.Entrywise):
             size = covariances.abs().amax() + torch.finfo(torch.float64).tiny
             if bool(((covariances - covariances.mT).abs() > 1e-5 * size).any()):
                 raise invalid("covariances", "symmetric matrices", "an asymmetric one", "pass (C + C.mT) / 2")
@@ -232,6 +247,12 @@ class Gaussian(Factor, Conjugate):
         mean = torch.where(count > _EMPTY, mean, self.mean.to(torch.float64))
         mean = self.keep_frozen("mean", mean).to(torch.float64)
         scatter = self.structure.scatter(stats["count"], stats["first"], stats["second"], mean - origin)
+        if self.geometry is not None:
+            if self.floor_type == "additive":
+                more = self.structure.add(torch.zeros_like(scatter), self.covariance_floor)
+                scatter = scatter + self.structure.multiplied(more, mass)
+            raw = self.structure.raw(self._shaped(scatter, stats["dof"], self.scale)).to(self.dtype)
+            return {"mean": mean.to(self.dtype), "scale": self.keep_frozen("scale", raw)}
         covariances = self.structure.divided(scatter, mass.clamp(min=_EMPTY))
         raw = self.structure.raw(self._floored(covariances))
         # What received no mass stays; a covariance that is shared, as long as no component has any.
@@ -240,9 +261,29 @@ class Gaussian(Factor, Conjugate):
         raw = torch.where(enough.reshape(*enough.shape, *[1] * event), raw.to(self.dtype), self.scale)
         return {"mean": mean.to(self.dtype), "scale": self.keep_frozen("scale", raw)}
 
+    def _shaped(self, scatter: Tensor, dof: Tensor, raw: Tensor) -> Tensor:
+        """Covariances of the geometry from their scatter, beginning at those of ``raw``."""
+        assert self.geometry is not None
+        floor = max(0.0 if self.floor_type == "additive" else self.covariance_floor, 1e-15)
+        before = self.structure.covariances(raw.to(torch.float64))
+        return self.geometry.estimate(scatter, dof, before, self._unit(), floor)
+
+    def _nearest(self, raw: Tensor) -> Tensor:
+        """Covariances of the geometry that are most likely for data with those of ``raw``."""
+        covariances = self.structure.covariances(raw.to(torch.float64))
+        ones = covariances.new_ones(*self.replicas, self._k)
+        dof = self.structure.counts(ones, self._d)
+        return self._shaped(self.structure.multiplied(covariances, self.structure.mass(dof)), dof, raw)
+
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.geometry is not None:  # optimisers may leave it
+            values = {**values, "scale": self.structure.raw(self._nearest(values["scale"])).to(values["scale"])}
+        return super().kept(values)
+
     def _unit(self) -> Tensor:
         unit = self.unit.to(torch.float64)
-        return unit if self.floor_type == "relative" else torch.ones_like(unit)
+        unit = unit if self.floor_type == "relative" else torch.ones_like(unit)
+        return unit if self.geometry is None else self.geometry.unit(unit)
 
     def _floored(self, covariances: Tensor) -> Tensor:
         if self.floor_type == "additive":
@@ -287,39 +328,23 @@ class Gaussian(Factor, Conjugate):
 
     def _learn(self, moments: Moments) -> None:
         """Scale and origin from the moments of the data."""
-        mean, variance = moments.mean, moments.variance
-        if mean.shape != (self._d,):
+        if moments.mean.shape != (self._d,):
             return
-        # Sources tell the weight of what they saw in each column; a mean of nothing may be NaN as well.
-        absent = mean.isnan() | (getattr(moments, "weight", torch.ones_like(mean)) == 0)
-        if bool(absent.any()):
-            column = int(absent.nonzero()[0])
-            raise invalid("data", "an observed entry in each column", f"none in column {column}", "drop that column")
-        limit = torch.finfo(self.dtype)
-        size = mean.square() + variance
-        if not bool((size < limit.max * 1e-6).all()):
-            raise invalid(
-                "data", f"numbers whose squares are well within the range of {self.dtype}",
-                f"a column of size {float(size.sqrt().amax()):.3g}",
-                "rescale it" + ("" if self.dtype == torch.float64 else ", or use model.double()"),
-            )  # fmt: skip
-        # A constant column, or one too small to be squared, has no scale of its own; it takes that of the others, or of
-        # its value, or one.
-        noise = (64 * limit.eps * mean.abs()).square() + limit.tiny * 1e6
-        spread = variance[variance > noise]
-        fallback = spread.mean() if spread.numel() else (mean.square().amax() * 1e-12).clamp(min=1e-12)
+        unit = column_variances(moments, self.dtype)
         with torch.no_grad():
-            self.unit = torch.where(variance > noise, variance, fallback).to(self.unit)
-            self.origin = mean.to(self.origin).unsqueeze(0)
+            self.unit = unit.to(self.unit)
+            self.origin = moments.mean.to(self.origin).unsqueeze(0)
         self.direct, self.version = True, self.version + 1
 
     def project(self) -> None:
-        if self.floor_type == "additive" or self.frozen("scale") is not None:
+        if self.frozen("scale") is not None or (self.floor_type == "additive" and self.geometry is None):
             return
         with torch.no_grad():
             covariances = self.covariances.to(torch.float64)
-            clipped = self._floored(covariances)
-            changed = (clipped - covariances).abs() > 1e-9 * covariances.abs().amax()
+            clipped = self._floored(covariances) if self.geometry is None else self._nearest(self.scale)
+            # Of a geometry float32 keeps its own digits.
+            tolerance = 1e-9 if self.geometry is None else max(1e-9, 100 * torch.finfo(self.dtype).eps)
+            changed = (clipped - covariances).abs() > tolerance * covariances.abs().amax()
             if bool(changed.any()):
                 self.scale.data = self.structure.raw(clipped).to(self.scale)
 
@@ -542,15 +567,18 @@ class Gaussian(Factor, Conjugate):
     def n_parameters(self) -> int:
         k, d = self._k, self._d
         total = 0
-        for name, size in (("mean", k * d), ("scale", self.structure.n_parameters(k, d))):
+        covariances = self.structure if self.geometry is None else self.geometry
+        for name, size in (("mean", k * d), ("scale", covariances.n_parameters(k, d))):
             mask = self.frozen(name)
             kept = 0.0 if mask is None else float(mask.double().mean())
             total += round(size * (1 - kept))
         return total
 
     def check_mask(self, name: str, mask: Tensor) -> None:
-        if name == "covariances" and self.covariance_type == "tied" and mask.dim():
-            raise invalid("mask", "no mask (one covariance serves all components)", list(mask.shape), "freeze it whole")
+        if self.views[name] in self.shared_parameters and mask.dim():
+            raise invalid(
+                "mask", "no mask (components have covariances in common)", list(mask.shape), "freeze it whole"
+            )
         super().check_mask(name, mask)
 
     def select(self, keep: Tensor) -> "Gaussian":
@@ -559,7 +587,7 @@ class Gaussian(Factor, Conjugate):
         small = small.to(self.device, self.dtype)
         with torch.no_grad():
             small.mean.copy_(self.mean[index])
-            small.scale.copy_(self.scale if self.covariance_type == "tied" else self.scale[index])
+            small.scale.copy_(self.scale if self.structure.shared else self.scale[index])
         small.origin = self.origin if self.origin.shape[0] == 1 else self.origin[index]
         small.unit, small.direct = self.unit, self.direct
         for name in ("mean", "scale"):

@@ -199,7 +199,8 @@ class StudentT(Composite):
     def expands(self) -> bool:
         """Whether the bound is taken at the best mean of u, each component's own."""
         normal = self.normal
-        return not normal.structure.shared and normal.prior is None and normal.frozen("scale") is None
+        coupled = "scale" in normal.shared_parameters
+        return not coupled and normal.prior is None and normal.frozen("scale") is None
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """−½ Σ n log |Σ| − ½ (N + ν n) log α − (B + ν A) / 2α + n (½ν log ½ν − log Γ(½ν)) + ½ν L, at the best α or 1.

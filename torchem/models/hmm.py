@@ -745,7 +745,7 @@ class GaussianHMM(HMM):
     Args:
         n_states: K.
         n_features: D.
-        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        covariance_type: ``"full"``, ``"tied"``, ``"diag"``, ``"spherical"``, or one of mclust's; see `Gaussian`.
         covariance_floor: Smallest variance, relative to the data's (see `Gaussian`).
         floor_type: ``"relative"``, ``"absolute"`` or ``"additive"``.
 

@@ -1,6 +1,6 @@
 """Finite mixtures: one discrete latent per observation."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,7 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
-from torchem.factors import Categorical, Gaussian
+from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Uniforms
 from torchem.ops import reduce
@@ -268,7 +268,9 @@ class GaussianMixture(Mixture):
     Args:
         n_components: K.
         n_features: D.
-        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        covariance_type: ``"full"``, ``"tied"``, ``"diag"``, ``"spherical"``, or one of mclust's; see `Gaussian`.
+            ``"low_rank"``: W_k W_kᵀ + Ψ_k; see `LowRankGaussian`, whose loadings are ``m.component.loadings``.
+        rank: Columns of W_k; for ``"low_rank"`` alone.
         covariance_floor: Smallest variance, relative to the data's (see `Gaussian`).
         floor_type: ``"relative"``, ``"absolute"`` or ``"additive"``.
 
@@ -285,20 +287,32 @@ class GaussianMixture(Mixture):
     """
 
     mixing: Categorical
-    component: Gaussian
+    component: Gaussian | LowRankGaussian
 
     def __init__(
         self,
         n_components: int,
         n_features: int,
-        covariance_type: CovarianceType = "full",
+        covariance_type: CovarianceType | Literal["low_rank"] = "full",
+        rank: int | None = None,
         *,
         covariance_floor: float = 1e-6,
         floor_type: FloorType = "relative",
     ):
-        component = Gaussian(n_components, n_features, covariance_type, covariance_floor, floor_type)
+        if (covariance_type == "low_rank") != (rank is not None):
+            raise invalid(
+                "rank", "a number of scores for covariance_type='low_rank', and none for others",
+                f"rank={rank} and covariance_type={covariance_type!r}", "give both or neither",
+            )  # fmt: skip
+        floor = {"covariance_floor": covariance_floor, "floor_type": floor_type}
+        if covariance_type == "low_rank":
+            assert rank is not None
+            component = LowRankGaussian(n_components, n_features, rank, **floor)
+        else:
+            component = Gaussian(n_components, n_features, covariance_type, **floor)
         super().__init__(Categorical(n_components), component)
         self.n_features = n_features
+        self.rank = rank
         self.covariance_type = covariance_type
         self.covariance_floor = covariance_floor
         self.floor_type = floor_type
@@ -314,11 +328,16 @@ class GaussianMixture(Mixture):
 
     @property
     def covariances(self) -> Float[Tensor, "*shape"]:
-        """Covariances in scikit-learn's shapes; assignable."""
+        """Covariances in scikit-learn's shapes; assignable, but for those of low rank."""
         return self.component.covariances
 
     @covariances.setter
     def covariances(self, value: Any) -> None:
+        if isinstance(self.component, LowRankGaussian):
+            raise invalid(
+                "covariances", "component.loadings and component.noise_variances", "covariances of low rank",
+                "assign those",
+            )  # fmt: skip
         self.component.covariances = value
 
     def config(self) -> dict[str, Any]:

@@ -151,6 +151,58 @@ def clip_spectrum(matrix: Float[Tensor, "*n d d"], floor: float) -> Float[Tensor
     return _clip(matrix, floor)
 
 
+def _gaps(values: Tensor) -> Tensor:
+    """1 / (λ_j − λ_i) off the diagonal, zero where two eigenvalues are equal."""
+    gap = values.unsqueeze(-2) - values.unsqueeze(-1)
+    near = gap.abs() <= 1e-12 * values.abs().amax(-1)[..., None, None]
+    return torch.where(near, 0.0, 1 / torch.where(near, 1.0, gap))
+
+
+class _Eigh(torch.autograd.Function):
+    """Eigenvectors whose derivative leaves out how equal eigenvalues turn into each other: torch's own is NaN there."""
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return _eigh(matrix)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        inner = _gaps(values) * (vectors.mT @ grads[1]) + torch.diag_embed(grads[0])
+        slope = vectors @ inner @ vectors.mT
+        return (slope + slope.mT) / 2
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        values, vectors = ctx.saved_tensors
+        inner = vectors.mT @ ((tangents[0] + tangents[0].mT) / 2) @ vectors
+        return inner.diagonal(dim1=-2, dim2=-1), vectors @ (_gaps(values) * inner)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, matrix: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return eigh(matrix.movedim(in_dims[0], 0)), (0, 0)
+
+
+def eigh(matrix: Float[Tensor, "*n d d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d d"]]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric matrices, with gradients where eigenvalues are equal.
+
+    Of eigenvectors only what does not depend on their signs (or, at equal eigenvalues, on their basis) may be used:
+    Σ_j f_j v_j v_jᵀ.
+
+    Source: K. B. Petersen, M. S. Pedersen (2012), equations 67 and 68.
+
+    Example:
+        >>> eigh(torch.diag(torch.tensor([3.0, 1.0])))[0]
+        tensor([1., 3.])
+    """
+    return _Eigh.apply(matrix)  # pyright: ignore[reportReturnType]
+
+
 def cholesky(matrix: Float[Tensor, "*n d d"]) -> Float[Tensor, "*n d d"]:
     """Lower Cholesky factor that is NaN, instead of an exception, where there is none."""
     factor, info = torch.linalg.cholesky_ex(matrix)

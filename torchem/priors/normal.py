@@ -131,6 +131,11 @@ class _MeanAndCovariance(_Normal):
         if structure is None or not hasattr(factor, "origin") or isinstance(structure, Entrywise) != entrywise:
             got = f"{type(factor).__name__} {getattr(factor, 'covariance_type', '')}".rstrip()
             raise invalid("prior", f"a Gaussian with {wanted} covariances to stand over", got, "use its own prior")
+        if getattr(factor, "geometry", None) is not None:
+            raise invalid(
+                "prior", f"covariances that are {wanted} (what is shared in part has no conjugate prior)",
+                getattr(factor, "covariance_type", ""), "use one of those, or no prior",
+            )  # fmt: skip
         return structure
 
     def posterior_stats(self, factor: Factor) -> Stats:
