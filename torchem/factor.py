@@ -185,6 +185,9 @@ class Factor(nn.Module, ABC):
     handles_missing: ClassVar[bool] = False
     #: Whether parameters may carry a leading replica axis; where not, restarts run one after the other.
     replicates: ClassVar[bool] = True
+    #: Whether columns are independent given the state, and whether x is counted: single values have a probability.
+    columnwise: bool = False
+    discrete: ClassVar[bool] = False
     #: How components are told apart at the start when ``init="auto"``.
     default_init: ClassVar[str] = "random"
     #: Public constrained views and the parameter behind each, for `freeze`.
@@ -650,12 +653,14 @@ class _FamilyKernel(Kernel):
         base = self.family.base_measure(batch)
         if base is not None:
             value = value + base.reshape(-1, 1)
+        # Features may be of a greater precision, where their products cancel.
+        value = value.to(self.family.dtype)
         return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         k = expected.shape[-1]
         flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, k)
-        self.total = self.total + outside(flat, self.t).to(torch.float64)
+        self.total = self.total + outside(flat.to(self.t.dtype), self.t).to(torch.float64)
         self.count = self.count + flat.sum(-2, dtype=torch.float64)
 
     def stats(self) -> Stats:

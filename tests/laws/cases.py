@@ -358,6 +358,23 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         x = torch.cat([frames(2), rand(SEQUENCES, FRAMES, 1, seed=52)], -1)
         return ModelCase(hmm(factors.Product([noisy, times])), ragged(x))
 
+    def tallies() -> ModelCase:
+        """Counts of every kind, and one column that is sometimes not recorded."""
+        votes, spread = factors.Multinomial(STATES, 2, trials=6), factors.NegativeBinomial(STATES, 1)
+        votes.probs = randn(STATES, 2, seed=53).softmax(-1)
+        spread.means, spread.dispersions = 1 + 6 * rand(STATES, 1, seed=54), 0.2 + rand(STATES, 1, seed=55)
+        rare, some = factors.ZeroInflated(spread), factors.Poisson(STATES, 1)
+        rare.zero_probs, some.rates = 0.1 + 0.6 * rand(STATES, 1, seed=56), 1 + 4 * rand(STATES, 1, seed=57)
+        x = torch.cat([counts(), (counts()[..., :1] - 2).clamp(min=0), counts()[..., :1] + 1], -1)
+        return ModelCase(hmm(factors.Product([votes, rare, factors.Truncated(some, low=1)])), ragged(x))
+
+    def positive() -> ModelCase:
+        sizes, times = factors.Gamma(STATES, 1), factors.Exponential(STATES, 1)
+        sizes.shapes, sizes.rates = 0.5 + 3 * rand(STATES, 1, seed=58), 0.5 + rand(STATES, 1, seed=59)
+        times.rates = 0.3 + rand(STATES, 1, seed=60)
+        x = 0.1 + 2 * rand(SEQUENCES, FRAMES, 2, seed=61) * (1.0 + regimes().unsqueeze(-1))
+        return ModelCase(hmm(factors.Product([sizes, factors.Censored(times, high=2.5)])), ragged(x))
+
     def parts() -> ModelCase:
         table = Categorical(STATES, 2)
         table.probs = randn(STATES, 2, seed=39).softmax(-1)
@@ -386,6 +403,8 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-Poisson", poisson
     yield "HMM-Product", product
     yield "HMM-Counts", lambda: ModelCase(hmm(Counts.example()[0]), ragged(counts()))
+    yield "HMM-Counts-Product", tallies
+    yield "HMM-Positive", positive
     yield "HMM-Mixture", parts
     yield "HMM-Stacked", stacked
     yield "HMM-LinearGaussian", regression

@@ -3,35 +3,47 @@
 from torchem.factors.autoregressive import Autoregressive
 from torchem.factors.bernoulli import Bernoulli
 from torchem.factors.categorical import Categorical
+from torchem.factors.censored import Censored
 from torchem.factors.exponential import Exponential
+from torchem.factors.gamma import Gamma
 from torchem.factors.gaussian import Gaussian
 from torchem.factors.linear_gaussian import LinearGaussian
 from torchem.factors.low_rank import LowRankGaussian
 from torchem.factors.mean_adjusted import MeanAdjustedAutoregression
 from torchem.factors.mixture import Mixture
+from torchem.factors.multinomial import Multinomial
+from torchem.factors.negative_binomial import NegativeBinomial
 from torchem.factors.neural import Neural
 from torchem.factors.poisson import Poisson
 from torchem.factors.product import Product
 from torchem.factors.softmax_regression import SoftmaxRegression
 from torchem.factors.stacked import Stacked
 from torchem.factors.student_t import StudentT
+from torchem.factors.truncated import Truncated
 from torchem.factors.uniform import Uniform
+from torchem.factors.zero_inflated import ZeroInflated
 
 __all__ = [
     "Autoregressive",
     "Bernoulli",
     "Categorical",
+    "Censored",
     "Exponential",
+    "Gamma",
     "Gaussian",
     "LinearGaussian",
     "LowRankGaussian",
     "MeanAdjustedAutoregression",
     "Mixture",
+    "Multinomial",
+    "NegativeBinomial",
     "Neural",
     "Poisson",
     "Product",
     "SoftmaxRegression",
     "Stacked",
     "StudentT",
+    "Truncated",
     "Uniform",
+    "ZeroInflated",
 ]

@@ -1,19 +1,18 @@
 """Independent columns of waiting times."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor, Moments
-from torchem.factors._columns import Columns
-from torchem.priors import Gamma
-from torchem.stats import Stats
+from torchem.factors._rates import Rates
+from torchem.ops import tails
 
 
-class Exponential(Columns):
+class Exponential(Rates):
     """Independent exponential columns given the state.
 
     log p(x | k) = Σ_d log λ_kd − λ_kd x_d, over the entries observed (NaN is missing).
@@ -38,12 +37,8 @@ class Exponential(Columns):
         tensor([[-2.0000, -1.6931]], grad_fn=<...>)
     """
 
-    splits: ClassVar = frozenset({"rates"})
-    views: ClassVar = {"rates": "log_rate"}
-    parameter: ClassVar[str] = "log_rate"
     exposure: ClassVar[str] = "total"
 
-    log_rate: Tensor
     unit: Tensor
 
     def __init__(self, n_components: int, n_features: int, mean_floor: float = 1e-6):
@@ -53,23 +48,6 @@ class Exponential(Columns):
         self.mean_floor = mean_floor
         #: Mean of each column in the data; zero before any was seen.
         self.new_buffer("unit", torch.zeros(n_components, n_features))
-
-    @property
-    def rates(self) -> Tensor:
-        """Rates ``[*r, K, D]``: reciprocals of the means; assignable."""
-        return self.log_rate.exp()
-
-    @rates.setter
-    def rates(self, value: Any) -> None:
-        rates = as_tensor(value, "rates").to(self.device, torch.float64)
-        if rates.shape != self.log_rate.shape:
-            raise invalid(
-                "rates", f"shape {list(self.log_rate.shape)}", list(rates.shape), "give one row per component"
-            )
-        if not bool(((rates > 0) & rates.isfinite()).all()):
-            raise invalid("rates", "finite positive numbers", "another entry", "correct it")
-        with torch.no_grad():
-            self.log_rate.copy_(rates.log())
 
     def refresh(self) -> None:
         """No cell is ever fixed at a bound."""
@@ -121,51 +99,17 @@ class Exponential(Columns):
         mean = (-self.log_rate.detach().to(torch.float64)).exp()
         return (mean <= self._least() * (1 + 1e-5)).any(-1)
 
-    # ---- conjugate prior: gamma -------------------------------------------------------------------------------
-
-    def log_normalizer(self, posterior: Stats) -> Tensor:
-        """Gamma: Σ log Γ(count) − count log total."""
-        count, total = posterior["count"], posterior["total"]
-        return (count.lgamma() - count * total.log()).sum((-2, -1))
-
-    def expected_natural(self, posterior: Stats) -> Stats:
-        """E log λ for each count and −E λ for each total."""
-        count, total = posterior["count"], posterior["total"]
-        return Stats(count=count.digamma() - total.log(), total=-count / total)
-
-    def weak_prior(self) -> Gamma:
-        """A shape of one, and the mean of the data."""
-        return Gamma(1.0)
-
-    def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
-        """Lomax: an exponential time whose rate is gamma (N. L. Johnson et al. 1994, section 20.1)."""
-        count, total = (value.unsqueeze(-3) for value in (posterior["count"], posterior["total"]))
-        x = batch.x.to(torch.float64).reshape(-1, 1, self.n_features)
-        seen = ~x.isnan()
-        x = torch.where(seen, x, 0.0)
-        value = count.log() - total.log() - (count + 1) * (x / total).log1p()
-        value = torch.where(seen, value, 0.0).sum(-1).to(self.dtype)
-        held = self._held()
-        if held is not None:
-            value = torch.where(held[:, 0], self.log_prob(batch).reshape(value.shape), value)
-        return value.unflatten(-2, batch.x.shape[:-1])
-
-    def draw_predictive(
-        self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
-    ) -> Tensor:
-        count, total = posterior["count"], posterior["total"]
-        rates = torch._standard_gamma(count[z], generator=generator)  # pyright: ignore[reportPrivateImportUsage]
-        rates, held = rates / total[z], self._held()
-        if held is not None:
-            rates = torch.where(held[z], self.rates.detach()[z].to(rates), rates)
-        return self._drawn(rates, generator)
-
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
-    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
-        return self._drawn(self.rates.detach()[z], generator)
+    def mixed(self, x: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
+        """Lomax: an exponential time whose rate is gamma (N. L. Johnson et al. 1994, section 20.1)."""
+        return shape.log() - rate.log() - (shape + 1) * (x / rate).log1p()
 
-    def _drawn(self, rates: Tensor, generator: torch.Generator | None) -> Tensor:
+    def tail(self, limit: Tensor, upper: bool) -> tails.Tail:
+        """What lies at or beyond limits that broadcast to ``[*r, …, K, D]``; see `torchem.ops.tails`."""
+        return tails.exponential(tails.against(self.rates, limit), limit.clamp(min=0.0), upper)
+
+    def drawn(self, rates: Tensor, generator: torch.Generator | None) -> Tensor:
         return (torch.empty_like(rates).exponential_(generator=generator) / rates).to(self.dtype)
 
     @classmethod

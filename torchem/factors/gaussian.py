@@ -12,7 +12,7 @@ from torchem.errors import invalid, one_of
 from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior
 from torchem.factors._scale import column_variances
 from torchem.ops import gaussian as ops
-from torchem.ops import missing
+from torchem.ops import missing, tails
 from torchem.ops.geometry import GEOMETRIES, NAMES
 from torchem.priors import NormalInverseGamma, NormalInverseWishart
 from torchem.stats import Stats
@@ -229,6 +229,11 @@ class Gaussian(Factor, Conjugate):
         found = missing.conditional(self.structure, self.mean, self.scale, x.reshape(-1, self._d))
         mean, variance = (value.to(self.dtype).transpose(-3, -2).unflatten(-3, x.shape[:-1]) for value in found)
         return mean, variance
+
+    def tail(self, limit: Tensor, upper: bool) -> tails.Tail:
+        """What lies at or beyond limits of each column, broadcast to ``[*r, …, K, D]``; see `torchem.ops.tails`."""
+        scale = self.structure.variances(self.scale, self._k, self._d).sqrt()
+        return tails.normal(tails.against(self.mean, limit), tails.against(scale, limit), limit, upper)
 
     def kernel(self) -> Kernel:
         return _GaussianKernel(self)

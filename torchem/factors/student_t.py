@@ -13,6 +13,7 @@ from torchem.factors._composite import Composite
 from torchem.factors.gaussian import CovarianceType, FloorType, Gaussian
 from torchem.ops import gaussian as ops
 from torchem.ops import missing
+from torchem.ops.special import shape_from_gap
 from torchem.stats import Stats
 
 #: Degrees of freedom stay between these: the density of fewer has no use, more are a Gaussian's.
@@ -21,8 +22,6 @@ _LEAST, _MOST = 0.1, 1e4
 _START = 10.0
 #: Mass below which a component keeps its degrees of freedom.
 _EMPTY = 1e-30
-#: Steps of Newton's method, each of which doubles the digits.
-_NEWTON = 8
 
 
 class StudentT(Composite):
@@ -326,19 +325,8 @@ class StudentT(Composite):
 
 
 def _freedom(target: Tensor) -> Tensor:
-    """ν with log ½ν − ψ(½ν) = target, within bounds.
-
-    The left side is close to 1/ν + 1/3ν²: convex in 1/ν, along which Newton's steps come from one side.
-    """
-    target = target.clamp(min=1e-12)
-    y = 1.5 * ((1 + 4 * target / 3).sqrt() - 1)
-    for _ in range(_NEWTON):
-        half = 1 / (2 * y)
-        slope = half * torch.polygamma(1, half) - 1
-        value = half.log() - half.digamma() - target
-        # d/dy (log ½y⁻¹ − ψ(½y⁻¹)) = (½y⁻¹ ψ′(½y⁻¹) − 1) / y
-        y = (y - value * y / slope).clamp(min=0.5 / _MOST, max=2 / _LEAST)
-    return (1 / y).clamp(min=_LEAST, max=_MOST)
+    """ν with log ½ν − ψ(½ν) = target, within bounds."""
+    return 2 * shape_from_gap(target, _LEAST / 2, _MOST / 2)
 
 
 class _StudentKernel(Kernel):
