@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,17 @@ from tests.laws.cases import FactorCase, close, close_dict, close_stats, every_f
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument
 from torchem.factor import Conjugate, Factor
-from torchem.factors import Categorical, Exponential, Gaussian, Stacked, StudentT, Uniform
+from torchem.factors import (
+    Categorical,
+    Categoricals,
+    Exponential,
+    Gaussian,
+    Stacked,
+    StudentT,
+    Uniform,
+    VonMises,
+    VonMisesFisher,
+)
 from torchem.stats import Stats
 
 
@@ -161,10 +172,21 @@ def support(factor: Factor, batch: Batch) -> tuple[Batch, Tensor] | None:
     d = batch.x.shape[-1]
     if isinstance(factor, Categorical):
         return Batch(torch.arange(factor.shape[-1]).unsqueeze(-1)), torch.zeros(factor.shape[-1])
+    if isinstance(factor, Categoricals):
+        points = torch.cartesian_prod(*map(torch.arange, factor.sizes))
+        return Batch(points.double()), torch.zeros(len(points))
+    if isinstance(factor, VonMisesFisher):
+        return _sphere()
     if d > 2 or batch.u is not None:
         return None
     if isinstance(factor, Gaussian):
         return _normal_grid(factor, d)
+    if isinstance(factor, VonMises):
+        # An even grid over whole periods is exact to rounding.
+        t = torch.arange(200, dtype=torch.float64) * (2 * math.pi / 200)
+        return Batch(torch.cartesian_prod(t, t)), torch.full(
+            (40_000,), 2 * math.log(2 * math.pi / 200), dtype=torch.float64
+        )
     if isinstance(factor, (Stacked, Uniform)):
         # Cells about whose edges the sides of the boxes lie.
         t = (torch.arange(-300, 300, dtype=torch.float64) + 0.5) / 25
@@ -181,6 +203,16 @@ def support(factor: Factor, batch: Batch) -> tuple[Batch, Tensor] | None:
         return Batch(points), points.log().sum(-1) + d * (t[1] - t[0]).log()
     axis = torch.arange(80.0, dtype=torch.float64)
     return Batch(torch.cartesian_prod(*[axis] * d).reshape(-1, d)), torch.zeros(80**d)
+
+
+def _sphere() -> tuple[Batch, Tensor]:
+    """Gauss's points of the height, an even grid of the angle about the axis: the sphere in space."""
+    height, weight = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(60))
+    angle = torch.arange(120, dtype=torch.float64) * (2 * math.pi / 120)
+    z, t = torch.cartesian_prod(height, angle).unbind(-1)
+    wide = (1 - z.square()).sqrt()
+    volume = weight.repeat_interleave(120) * (2 * math.pi / 120)
+    return Batch(torch.stack([wide * t.cos(), wide * t.sin(), z], -1)), volume.log()
 
 
 def _normal_grid(factor: Gaussian, d: int) -> tuple[Batch, Tensor]:
@@ -299,8 +331,8 @@ def test_frozen_components_stay_and_the_others_move_as_before(build, device: tor
     for frozen in build().factor.views:
         case = build().to(device)
         factor = case.factor
-        if factor.views[frozen] in factor.shared_parameters or isinstance(factor, Categorical):
-            continue
+        if factor.views[frozen] in factor.shared_parameters or isinstance(factor, (Categorical, Categoricals)):
+            continue  # of tables single cells are kept
         stats = factor.stats(case.batch, case.expected)
         mask = torch.arange(factor.n_components, device=device) == 1
         factor.freeze(frozen, mask=mask)

@@ -3,7 +3,9 @@
 from torchem.factors.autoregressive import Autoregressive
 from torchem.factors.bernoulli import Bernoulli
 from torchem.factors.categorical import Categorical
+from torchem.factors.categoricals import Categoricals
 from torchem.factors.exponential import Exponential
+from torchem.factors.from_distribution import FromDistribution
 from torchem.factors.gaussian import Gaussian
 from torchem.factors.linear_gaussian import LinearGaussian
 from torchem.factors.mean_adjusted import MeanAdjustedAutoregression
@@ -15,12 +17,16 @@ from torchem.factors.softmax_regression import SoftmaxRegression
 from torchem.factors.stacked import Stacked
 from torchem.factors.student_t import StudentT
 from torchem.factors.uniform import Uniform
+from torchem.factors.von_mises import VonMises
+from torchem.factors.von_mises_fisher import VonMisesFisher
 
 __all__ = [
     "Autoregressive",
     "Bernoulli",
     "Categorical",
+    "Categoricals",
     "Exponential",
+    "FromDistribution",
     "Gaussian",
     "LinearGaussian",
     "MeanAdjustedAutoregression",
@@ -32,4 +38,6 @@ __all__ = [
     "Stacked",
     "StudentT",
     "Uniform",
+    "VonMises",
+    "VonMisesFisher",
 ]
