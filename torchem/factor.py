@@ -411,6 +411,10 @@ class Factor(nn.Module, ABC):
         expected = expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
         return self.maximize(self.gather(batch, expected))
 
+    def guess(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """Where an optimiser begins to climb to the first parameters; what is left out stays as it is."""
+        return {}
+
     def prepare(self, moments: Moments) -> None:
         """Learn the scale of the data before the first E-step of a fit, in place; complete the prior from it."""
         if self._prior is not None:

@@ -229,6 +229,8 @@ class Gradient(Wrapper):
         if self.sufficient:
             return outer(self.factor.initialize(batch, expected))
         moving = _freed(self.factor)
+        for name, value in self.factor.guess(batch, expected).items():
+            moving.get_parameter(name).data = value.detach().to(torch.float64)
         tensors = [moving.get_parameter(name) for name in movable(self.factor)]
         expected = expected.detach().to(torch.float64)
         batch = batch.map(lambda value: value.double() if value.dtype == torch.float32 else value)

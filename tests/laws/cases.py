@@ -338,6 +338,19 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         factor.probs = randn(STATES, 4, seed=37).softmax(-1)
         return ModelCase(hmm(factor), ragged(classes(4)))
 
+    def categoricals() -> ModelCase:
+        factor = factors.Categoricals(STATES, [2, 4])
+        factor.tables = [randn(STATES, m, seed=53 + m).softmax(-1) for m in factor.sizes]
+        return ModelCase(hmm(factor), ragged(torch.cat([(counts()[..., :1] > 3).double(), classes(4)], -1)))
+
+    def angles() -> ModelCase:
+        """Turning angles beside lengths of steps."""
+        turns, steps = factors.VonMises(STATES, 1), factors.Exponential(STATES, 1)
+        turns.means, turns.concentrations = 2 * randn(STATES, 1, seed=54), 1 + 5 * rand(STATES, 1, seed=55)
+        steps.rates = 0.5 + rand(STATES, 1, seed=51)
+        x = torch.cat([frames(1).clamp(-3, 3), rand(SEQUENCES, FRAMES, 1, seed=52)], -1)
+        return ModelCase(hmm(factors.Product([turns, steps])), ragged(x))
+
     def poisson() -> ModelCase:
         factor = factors.Poisson(STATES, 2)
         factor.rates = 1 + 6 * rand(STATES, 2, seed=38)
@@ -400,6 +413,8 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         yield f"HMM-Gaussian-{kind}", lambda kind=kind: ModelCase(hmm(gaussian(STATES, 2, kind)), ragged(frames(2)))
     yield "HMM-Bernoulli", bernoulli
     yield "HMM-Categorical", categorical
+    yield "HMM-Categoricals", categoricals
+    yield "HMM-VonMises", angles
     yield "HMM-Poisson", poisson
     yield "HMM-Product", product
     yield "HMM-Counts", lambda: ModelCase(hmm(Counts.example()[0]), ragged(counts()))

@@ -16,6 +16,7 @@ from torchem.errors import InvalidArgument
 from torchem.factor import Conjugate, Factor
 from torchem.factors import (
     Categorical,
+    Categoricals,
     Censored,
     Exponential,
     Gamma,
@@ -25,6 +26,8 @@ from torchem.factors import (
     Stacked,
     StudentT,
     Uniform,
+    VonMises,
+    VonMisesFisher,
     ZeroInflated,
 )
 from torchem.factors._bounded import Bounded
@@ -179,6 +182,11 @@ def support(factor: Factor, batch: Batch) -> tuple[Batch, Tensor] | None:
         # All rows of six.
         rows = torch.cartesian_prod(*[torch.arange(7.0, dtype=torch.float64)] * d)
         return Batch(rows[rows.sum(-1) == 6]), torch.zeros(math.comb(6 + d - 1, d - 1))
+    if isinstance(factor, Categoricals):
+        points = torch.cartesian_prod(*map(torch.arange, factor.sizes))
+        return Batch(points.double()), torch.zeros(len(points))
+    if isinstance(factor, VonMisesFisher):
+        return _sphere()
     if d > 2 or batch.u is not None:
         return None
     if isinstance(factor, (Bounded, ZeroInflated)) and not factor.factor.unwrapped.discrete:
@@ -188,6 +196,12 @@ def support(factor: Factor, batch: Batch) -> tuple[Batch, Tensor] | None:
         return _pieces([(axis, torch.zeros(300))] * d)
     if isinstance(factor, Gaussian):
         return _normal_grid(factor, d)
+    if isinstance(factor, VonMises):
+        # An even grid over whole periods is exact to rounding.
+        t = torch.arange(200, dtype=torch.float64) * (2 * math.pi / 200)
+        return Batch(torch.cartesian_prod(t, t)), torch.full(
+            (40_000,), 2 * math.log(2 * math.pi / 200), dtype=torch.float64
+        )
     if isinstance(factor, (Stacked, Uniform)):
         # Cells about whose edges the sides of the boxes lie.
         t = (torch.arange(-300, 300, dtype=torch.float64) + 0.5) / 25
@@ -224,6 +238,16 @@ def _measure(factor: Factor, column: int) -> tuple[Tensor, Tensor]:
     ends = [value for value in factor.limits()[:, column] if value.isfinite() and isinstance(factor, Censored)]
     points = torch.cat([inner, torch.stack(ends)]) if ends else inner
     return points, torch.cat([(weights * (high - low) / 2).log(), torch.zeros(len(ends))])
+
+
+def _sphere() -> tuple[Batch, Tensor]:
+    """Gauss's points of the height, an even grid of the angle about the axis: the sphere in space."""
+    height, weight = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(60))
+    angle = torch.arange(120, dtype=torch.float64) * (2 * math.pi / 120)
+    z, t = torch.cartesian_prod(height, angle).unbind(-1)
+    wide = (1 - z.square()).sqrt()
+    volume = weight.repeat_interleave(120) * (2 * math.pi / 120)
+    return Batch(torch.stack([wide * t.cos(), wide * t.sin(), z], -1)), volume.log()
 
 
 def _normal_grid(factor: Gaussian, d: int) -> tuple[Batch, Tensor]:
@@ -346,8 +370,8 @@ def test_frozen_components_stay_and_the_others_move_as_before(build, device: tor
     for frozen in build().factor.views:
         case = build().to(device)
         factor = case.factor
-        if factor.views[frozen] in factor.shared_parameters or isinstance(factor, Categorical):
-            continue
+        if factor.views[frozen] in factor.shared_parameters or isinstance(factor, (Categorical, Categoricals)):
+            continue  # of tables single cells are kept
         stats = factor.stats(case.batch, case.expected)
         mask = torch.arange(factor.n_components, device=device) == 1
         factor.freeze(frozen, mask=mask)

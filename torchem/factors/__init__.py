@@ -3,8 +3,10 @@
 from torchem.factors.autoregressive import Autoregressive
 from torchem.factors.bernoulli import Bernoulli
 from torchem.factors.categorical import Categorical
+from torchem.factors.categoricals import Categoricals
 from torchem.factors.censored import Censored
 from torchem.factors.exponential import Exponential
+from torchem.factors.from_distribution import FromDistribution
 from torchem.factors.gamma import Gamma
 from torchem.factors.gaussian import Gaussian
 from torchem.factors.linear_gaussian import LinearGaussian
@@ -21,14 +23,18 @@ from torchem.factors.stacked import Stacked
 from torchem.factors.student_t import StudentT
 from torchem.factors.truncated import Truncated
 from torchem.factors.uniform import Uniform
+from torchem.factors.von_mises import VonMises
+from torchem.factors.von_mises_fisher import VonMisesFisher
 from torchem.factors.zero_inflated import ZeroInflated
 
 __all__ = [
     "Autoregressive",
     "Bernoulli",
     "Categorical",
+    "Categoricals",
     "Censored",
     "Exponential",
+    "FromDistribution",
     "Gamma",
     "Gaussian",
     "LinearGaussian",
@@ -45,5 +51,7 @@ __all__ = [
     "StudentT",
     "Truncated",
     "Uniform",
+    "VonMises",
+    "VonMisesFisher",
     "ZeroInflated",
 ]

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from torchem.batch import Batch
 from torchem.errors import invalid, wrong_type
-from torchem.factor import Factor, Kernel, StreamedPass
-from torchem.stats import Stats
+from torchem.factor import Factor
+from torchem.factors._climbed import Climbed
 
 
-class Neural(Factor):
+class Neural(Climbed):
     """An observed child whose log-density is a network's output.
 
     log p(x | k) = module(x)_k, or module(x, u)_k where it reads covariates.
@@ -50,9 +50,7 @@ class Neural(Factor):
         tensor([[-2.9189, -0.9189]], grad_fn=<...>)
     """
 
-    sufficient: ClassVar[bool] = False
-    replicates: ClassVar[bool] = False
-    default_init: ClassVar[str] = "kmeans"
+    called: ClassVar[str] = "a network by itself"
 
     module: nn.Module
 
@@ -121,9 +119,6 @@ class Neural(Factor):
         value = value if self.states is None else value[:, self.states]
         return value.to(self.dtype).unflatten(0, batch.x.shape[:-1])
 
-    def kernel(self) -> Kernel:
-        return _NeuralPass(self)
-
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Draws ``[n, D]`` by the module's own ``sample(z)``, or ``sample(z, u)``, if it has one."""
         draw = getattr(self.module, "sample", None)
@@ -131,32 +126,6 @@ class Neural(Factor):
             raise NotImplementedError("a Neural factor samples where its module has a method sample(z)")
         z = z if self.states is None else torch.tensor(self.states, device=z.device)[z]
         return draw(z, batch.u) if self.inputs and batch is not None else draw(z)
-
-    # ---- EM ---------------------------------------------------------------------------------------------------
-
-    def stats(self, batch: Batch, expected: Tensor) -> Stats:
-        """``value []``: Σ expected · log p(x | z) at the current parameters."""
-        return self.valued(self.log_prob(batch), expected)
-
-    @staticmethod
-    def valued(log_prob: Tensor, expected: Tensor) -> Stats:
-        """What stands for statistics, given the log-densities."""
-        terms = torch.where(expected > 0, expected * log_prob, 0.0)  # what is impossible may be −inf
-        return Stats(value=terms.sum(dtype=torch.float64), shared=("value",))
-
-    def expected_log_prob(self, stats: Stats) -> Tensor:
-        """Q of the parameters that the statistics were taken at: it is no function of statistics."""
-        return stats["value"]
-
-    def penalized(self, stats: Stats) -> Stats:
-        """Statistics alone: a prior joins the objective that is climbed."""
-        return stats
-
-    def maximize(self, stats: Stats) -> dict[str, Tensor]:
-        raise invalid(
-            "Neural", "an optimiser to climb Q with, which is no function of statistics", "a network by itself",
-            "wrap it: torchem.Gradient(Neural(…), torch.optim.Adam, steps=10, lr=1e-2)",
-        )  # fmt: skip
 
     # ---- freezing, bookkeeping --------------------------------------------------------------------------------
 
@@ -218,17 +187,3 @@ class _Normal(nn.Module):
     def sample(self, z: Tensor) -> Tensor:
         noise = torch.randn(len(z), self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device)
         return (self.mean[z] + self.log_scale[z].exp() * noise).detach()
-
-
-class _NeuralPass(StreamedPass):
-    """A pass that runs the network once for each piece."""
-
-    factor: Neural
-
-    def log_potential(self, batch: Batch) -> Tensor:
-        self.value = self.factor.log_prob(batch)
-        return self.value
-
-    def collect(self, batch: Batch, expected: Tensor) -> None:
-        stats = Neural.valued(self.value, expected)
-        self.total = stats if self.total is None else self.total + stats

@@ -49,7 +49,7 @@ class _Concentrations(Prior, ABC):
 
     def log_prob(self, factor: Factor) -> Tensor:
         alpha, support = self._alpha(factor)
-        log_probs = torch.where(support, factor.log_table(_NOTHING).to(torch.float64).reshape(alpha.shape), 0.0)
+        log_probs = torch.where(support, cast(Any, factor).log_probs().to(torch.float64), 0.0)
         inside = torch.where(support, alpha, 1.0)
         total = torch.where(support, alpha, 0.0).sum(-1)
         rows = total.lgamma() - inside.lgamma().sum(-1) + ((inside - 1) * log_probs).sum(-1)
@@ -93,7 +93,7 @@ class Dirichlet(_Concentrations):
         value, shape = self.concentration, tuple(getattr(factor, "shape", ()))
         # As tables are pruned: weights of their categories, a transition matrix of both, an emission of its states.
         for axis in range(-value.dim(), 0):
-            states = axis == -len(shape) or (axis == -1 and shape[-2:-1] in ((), shape[-1:]))
+            states = axis == -len(shape) or (axis == -1 and len(shape) < 3 and shape[-2:-1] in ((), shape[-1:]))
             if states and value.shape[axis] == shape[axis]:
                 value = value.index_select(axis, index)
         return Dirichlet(value)

@@ -1,0 +1,234 @@
+"""Several columns of categories: the answers of latent class analysis."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchem.batch import Batch, as_tensor, values_known
+from torchem.errors import invalid
+from torchem.factor import Factor, Kernel, Prior, outside
+from torchem.factors._tables import SMOOTH, Table, apart
+from torchem.priors import Dirichlet
+from torchem.stats import Stats
+
+
+class Categoricals(Table):
+    """Independent columns of categories given the state, each with a number of categories of its own.
+
+    log p(x | k) = Σ_d log π_kd(x_d), over the entries observed (NaN is missing).
+
+    ``Mixture(Categorical(K), Categoricals(K, [2, 3, 4]))`` is latent class analysis of three questions. Columns hold
+    whole numbers from 0. Potentials and statistics are one matrix product each, over indicators of all categories. A
+    category that nobody chose gets a finite, tiny probability, or what a Dirichlet prior gives it; a zero that a user
+    assigns is structural.
+
+    Args:
+        n_components: K, the number of states.
+        sizes: How many categories each column has, ``[D]``.
+
+    Raises:
+        InvalidArgument: If a size is less than one or none is given.
+
+    Source: L. A. Goodman (1974); A. L. McCutcheon (1987).
+
+    Example:
+        >>> c = Categoricals(1, [2, 3])
+        >>> c.tables = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]]]
+        >>> c.log_prob(Batch(torch.tensor([[1.0, 2.0], [torch.nan, 2.0]]))).exp()
+        tensor([[0.2500],
+                [0.5000]], grad_fn=<...>)
+    """
+
+    default_init: ClassVar[str] = "random"
+
+    def __init__(self, n_components: int, sizes: Sequence[int]):
+        self.sizes = [size if isinstance(size, int) else -1 for size in sizes]
+        for name, values in (("n_components", [n_components]), ("sizes", self.sizes)):
+            if not values or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in values):
+                got = n_components if name == "n_components" else list(sizes)
+                raise invalid(name, "whole numbers of at least 1", got, "count the categories of each column")
+        widest = max(self.sizes)
+        super().__init__(n_components, len(self.sizes), widest)
+        # Columns with fewer categories have no support in what is left of their rows.
+        self.support = self._real()[None].repeat(n_components, 1, 1)
+        self._column = [d for d, size in enumerate(self.sizes) for _ in range(size)]
+        self._code = [j for size in self.sizes for j in range(size)]
+        self._cells = [d * widest + j for d, j in zip(self._column, self._code, strict=True)]
+        #: Whether a user has excluded any category.
+        self.forbids = False
+        self.refresh()
+
+    def _real(self) -> Tensor:
+        """``[D, M]`` Boolean, True where a column has the category."""
+        sizes = torch.tensor(self.sizes, device=self.device)
+        return torch.arange(self.shape[-1], device=self.device) < sizes.unsqueeze(-1)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.forbids = not bool((self.support | ~self._real()).all())
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    def assign_probs(self, value: Any, argument: str) -> None:
+        """``[*r, K, D, M]``, zero beyond the categories of a column."""
+        table = as_tensor(value, argument)
+        if table.shape == self.logits.shape and bool((table.to(self.device) * ~self._real() != 0).any()):
+            raise invalid(
+                argument, f"zeros beyond the categories of a column ({self.sizes})", "another number there",
+                "assign to tables: a list of [K, M_d]",
+            )  # fmt: skip
+        super().assign_probs(table, argument)
+        self.refresh()
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """Probabilities of each column, D of ``[*r, K, M_d]``; assignable."""
+        return [self.probs[..., d, :size] for d, size in enumerate(self.sizes)]
+
+    @tables.setter
+    def tables(self, value: Any) -> None:
+        parts = [as_tensor(own, "tables").to(self.device, torch.float64) for own in value]
+        shapes = [(*self.logits.shape[:-2], size) for size in self.sizes]
+        if [tuple(own.shape) for own in parts] != shapes:
+            raise invalid("tables", f"shapes {shapes}", [tuple(own.shape) for own in parts], "give one for each column")
+        padded = [torch.nn.functional.pad(own, (0, self.shape[-1] - own.shape[-1])) for own in parts]
+        self.assign_probs(torch.stack(padded, -2), "tables")
+
+    @property
+    def n_components(self) -> int:
+        return self.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        return self.shape[1]
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Codes as they come: they are compared, whatever their type."""
+        return x
+
+    def check(self, batch: Batch) -> None:
+        super().check(batch)
+        if not values_known() or not batch.x.numel():
+            return
+        x = batch.x.detach().reshape(-1, self.n_features)
+        sizes = torch.tensor(self.sizes, device=x.device)
+        good = (x >= 0) & (x < sizes)
+        if x.is_floating_point():
+            good = good & (x == x.round()) | x.isnan()
+        if bool(good.all()):
+            return
+        row, column = (~good).nonzero()[0].tolist()
+        size, own = self.sizes[column], x[:, column]
+        shifted = float(own.nan_to_num(nan=1.0).min()) >= 1 and float(own.nan_to_num(nan=1.0).max()) == size
+        raise invalid(
+            "data", f"whole numbers from 0 to {size - 1} in column {column}", f"{x[row, column].item():g} in row {row}",
+            "subtract 1: codes count from 0" if shifted else "recode the categories, NaN where one is missing",
+        )  # fmt: skip
+
+    # ---- the distribution -------------------------------------------------------------------------------------
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        return self.kernel().log_potential(batch)
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``counts [*r, K, D, M]`` of observed categories."""
+        kernel = self.kernel()
+        kernel.log_potential(batch)
+        kernel.collect(batch, expected)
+        return kernel.stats()
+
+    def kernel(self) -> Kernel:
+        return _IndicatorKernel(self)
+
+    def row_size(self) -> int:
+        return 3 * len(self._cells) + 4 * self.n_components
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the indicators of all categories in turn, ``[*r, 1s, K, ΣM_d]``."""
+        probs = self.probs.flatten(-2)[..., self._cells]
+        probs = probs.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), *probs.shape[-2:])
+        return probs, probs * (1 - probs)
+
+    def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        counts = self.gather(batch, expected)["counts"]
+        smooth = (counts + SMOOTH * counts.mean(-3, keepdim=True)).transpose(-3, -2)
+        return Stats(counts=apart(smooth).transpose(-3, -2))
+
+    # ---- conjugate prior: Dirichlet ---------------------------------------------------------------------------
+
+    def weak_prior(self) -> Dirichlet:
+        """A total concentration of one for each column."""
+        return Dirichlet([[1.0 / size] for size in self.sizes])
+
+    def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
+        return _IndicatorKernel(self, prior.expected_natural(self, posterior)["counts"])
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def select(self, keep: Tensor) -> "Categoricals":
+        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        small = Categoricals(len(index), self.sizes).to(self.device, self.dtype)
+        small.logits.data, small.support = self.logits.detach()[index].clone(), self.support[index]
+        if (mask := self.frozen("logits")) is not None:
+            small.register_buffer("frozen_logits", mask[index] if mask.dim() else mask)
+        small.refresh()
+        return small
+
+    def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        rows = self.probs.detach()[z].flatten(0, 1)
+        return torch.multinomial(rows, 1, generator=generator).view(len(z), -1)
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        """Columns of two, four and three categories, some answers missing."""
+        generator = torch.Generator().manual_seed(0)
+        family = cls(3, [2, 4, 3]).double()
+        draws = (2 * torch.randn(family.shape, generator=generator, dtype=torch.float64)).exp() * family.support
+        family.probs = draws / draws.sum(-1, keepdim=True)
+        x = torch.stack([torch.randint(0, m, (40,), generator=generator) for m in family.sizes], -1).double()
+        holes = torch.rand(40, 3, generator=generator) < 0.2
+        return family, Batch(x.masked_fill(holes, torch.nan))
+
+
+class _IndicatorKernel(Kernel):
+    """One product of indicators of all categories and their log-probabilities for all components and replicas."""
+
+    def __init__(self, family: Categoricals, logs: Tensor | None = None):
+        self.family, self.logs = family, logs
+        table = family.log_probs() if logs is None else family._forbidding(logs).to(family.dtype)
+        table = table.flatten(-2)[..., family._cells]
+        # A product with −∞ would be NaN wherever its category was not chosen.
+        self.excluded = (table == -torch.inf).to(table) if family.forbids else None
+        self.table = table if self.excluded is None else torch.where(table == -torch.inf, 0.0, table)
+        self.column = torch.tensor(family._column, device=family.device)
+        self.code = torch.tensor(family._code, device=family.device, dtype=family.dtype)
+        self.total: Tensor | float = 0.0
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        self.axes = batch.x.shape[:-1]
+        x = batch.x.reshape(-1, batch.x.shape[-1]).to(self.code)
+        # What is missing, NaN, is equal to nothing.
+        self.hot = (x[:, self.column] == self.code).to(self.code)
+        # State-major in memory, so that reductions over states run along contiguous observations.
+        value = self.table @ self.hot.mT
+        if self.excluded is not None:
+            value = torch.where(self.excluded @ self.hot.mT > 0.5, -torch.inf, value)
+        return value.mT.unflatten(-2, self.axes) if len(self.axes) != 1 else value.mT
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, expected.shape[-1])
+        self.total = self.total + outside(flat.to(self.hot), self.hot).to(torch.float64)
+
+    def stats(self) -> Stats:
+        if not isinstance(self.total, Tensor):
+            raise RuntimeError("a kernel has no statistics before its first piece")
+        d, m = self.family.shape[1:]
+        counts = self.total.new_zeros(*self.total.shape[:-1], d * m)
+        place = torch.tensor(self.family._cells, device=counts.device)
+        return Stats(counts=counts.index_copy(-1, place, self.total).unflatten(-1, (d, m)))
+
+    def inner(self) -> Tensor:
+        stats = self.stats()
+        return self.family.expected_log_prob(stats) if self.logs is None else self.family._inner(stats, self.logs)
