@@ -226,6 +226,16 @@ class _ColumnsKernel(Kernel):
         self.family, self.natural = family, natural
         self.total: Tensor | float = 0.0
         self.count: Tensor | float = 0.0
+        #: Slopes and constants of the potentials by the type that pieces are computed in.
+        self.forms: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def _form(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype not in self.forms:
+            if self.natural is None:
+                self.forms[dtype] = self.family.natural(getattr(self.family, self.family.parameter).to(dtype))
+            else:
+                self.forms[dtype] = self.natural["total"].to(dtype), -self.natural["count"].to(dtype)
+        return self.forms[dtype]
 
     def log_potential(self, batch: Batch) -> Tensor:
         family, x = self.family, batch.x.to(self.family.dtype)
@@ -237,11 +247,7 @@ class _ColumnsKernel(Kernel):
             x = torch.where(missing, 0.0, x)
             self.seen = (~missing).to(x)
         self.t, base = family.entries(x)
-        if self.natural is None:
-            parameter = getattr(family, family.parameter)
-            value = self._linear(*family.natural(parameter.to(self.t.dtype)))
-        else:
-            value = self._linear(self.natural["total"].to(self.t.dtype), -self.natural["count"].to(self.t.dtype))
+        value = self._linear(*self._form(self.t.dtype))
         if base is not None:
             value = value + (base if self.seen is None else base * self.seen).sum(-1)
         if family.restricted:

@@ -35,8 +35,8 @@ def with_factorials(x: Tensor) -> tuple[Tensor, Tensor]:
         tensor([1., 6.])
     """
     # Looking up is several times faster than lgamma, but has no derivative in x.
-    if values_known() and not x.requires_grad and x.numel() and float(x.max()) < len(_LOG_FACTORIALS):
-        return x, _LOG_FACTORIALS.to(x).take(x.to(torch.long))
+    if values_known() and not x.requires_grad and x.numel() and float(x.amax()) < len(_LOG_FACTORIALS):
+        return x, _LOG_FACTORIALS.to(x).index_select(0, x.to(torch.int32).flatten()).view_as(x)
     # The terms of large counts are large and cancel: float32 would leave errors of a nat at a million.
     x = x.to(torch.float64)
     return x, (x + 1).lgamma()

@@ -203,23 +203,23 @@ class _IndicatorKernel(Kernel):
         self.excluded = (table == -torch.inf).to(table) if family.forbids else None
         self.table = table if self.excluded is None else torch.where(table == -torch.inf, 0.0, table)
         self.column = torch.tensor(family._column, device=family.device)
-        self.code = torch.tensor(family._code, device=family.device, dtype=family.dtype)
+        self.code = torch.tensor(family._code, device=family.device, dtype=family.dtype).unsqueeze(-1)
         self.total: Tensor | float = 0.0
 
     def log_potential(self, batch: Batch) -> Tensor:
         self.axes = batch.x.shape[:-1]
         x = batch.x.reshape(-1, batch.x.shape[-1]).to(self.code)
         # What is missing, NaN, is equal to nothing.
-        self.hot = (x[:, self.column] == self.code).to(self.code)
-        # State-major in memory, so that reductions over states run along contiguous observations.
-        value = self.table @ self.hot.mT
+        # Observations run along the rows, as they do in all that is made of it: contiguous for copies and reductions.
+        self.hot = (x.mT.contiguous().index_select(0, self.column) == self.code).to(self.code)
+        value = self.table @ self.hot
         if self.excluded is not None:
-            value = torch.where(self.excluded @ self.hot.mT > 0.5, -torch.inf, value)
+            value = torch.where(self.excluded @ self.hot > 0.5, -torch.inf, value)
         return value.mT.unflatten(-2, self.axes) if len(self.axes) != 1 else value.mT
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, expected.shape[-1])
-        self.total = self.total + outside(flat.to(self.hot), self.hot).to(torch.float64)
+        self.total = self.total + outside(flat.to(self.hot), self.hot.mT).to(torch.float64)
 
     def stats(self) -> Stats:
         if not isinstance(self.total, Tensor):

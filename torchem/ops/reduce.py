@@ -102,7 +102,19 @@ def responsibilities(joint: Float[Tensor, "*n k"]) -> tuple[Float[Tensor, "*n"],
     # exp is up to a hundred times slower where it underflows, and products with what is left are slow as well; such
     # weights count for nothing, so they are cut off above the smallest normal number.
     limits = torch.finfo(joint.dtype)
-    below = (joint - top.clamp(min=limits.min)).clamp(min=0.9 * math.log(limits.tiny))
-    weight = torch.nn.functional.threshold(below.exp(), limits.tiny**0.75, 0.0)
-    total = weight.sum(-1, keepdim=True).clamp(min=0.5)
-    return (top + total.log()).squeeze(-1), weight / total
+    below, floor, least = joint - top.clamp(min=limits.min), 0.9 * math.log(limits.tiny), limits.tiny**0.75
+    if _watched(joint):
+        weight = torch.nn.functional.threshold(below.clamp(min=floor).exp(), least, 0.0)
+        total = weight.sum(-1, keepdim=True).clamp(min=0.5)
+        return (top + total.log()).squeeze(-1), weight / total
+    # The same in place: new memory for every step costs several times what the arithmetic does.
+    weight = torch.threshold_(below.clamp_(min=floor).exp_(), least, 0.0)
+    total = weight.sum(-1, keepdim=True).clamp_(min=0.5)
+    return (top + total.log()).squeeze(-1), weight.div_(total)
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether derivatives, transforms or a compiler follow what is computed from a tensor."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return x.requires_grad and torch.is_grad_enabled()
