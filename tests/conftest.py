@@ -2,12 +2,10 @@
 
 import os
 
-from jaxtyping import install_import_hook
+import tests.typecheck  # the hook looks it up as an attribute of its package
 
-import tests.typecheck  # noqa: F401  the hook looks it up as an attribute of its package
-
-# Before anything imports torchem: from here on every annotation in it is checked at each call.
-install_import_hook("torchem", "tests.typecheck.checked")
+# Before anything imports torchem.
+tests.typecheck.install()
 
 import hypothesis
 import pytest

@@ -1,9 +1,12 @@
 """The checker of annotations that the import hook applies to every function of torchem."""
 
+import functools
 from collections.abc import Callable
-from types import UnionType
+from dataclasses import is_dataclass
+from types import FunctionType, UnionType
 from typing import Any, Self, Union, get_args, get_origin
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
 
 #: An int is a float here, as it is for type checkers (PEP 484).
@@ -23,3 +26,46 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     hints = getattr(function, "__annotations__", {})
     function.__annotations__ = {name: Any if _opaque(hint) else hint for name, hint in hints.items()}
     return beartype(conf=_CONF)(function)
+
+
+def _shaped(hint: Any) -> bool:
+    """Whether a hint names sizes that must agree from argument to argument."""
+    return getattr(hint, "__module__", "").startswith("jaxtyping") or any(map(_shaped, get_args(hint)))
+
+
+def _switched(plain: Callable[..., Any], strict: Callable[..., Any]) -> Callable[..., Any]:
+    """The checked function, unless checks are switched off."""
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (plain if jaxtyping.config.jaxtyping_disable else strict)(*args, **kwargs)
+
+    return call
+
+
+def install() -> None:
+    """From here on check every annotation in torchem at each call: types, and sizes by name.
+
+    Following sizes costs tens of microseconds a call, and checking a function anew each time that it is defined inside
+    another costs milliseconds. So sizes are followed where annotations name some, and inner functions are left alone.
+    """
+    follow = jaxtyping.jaxtyped
+
+    def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
+        def decorate(thing: Any) -> Any:
+            hints = getattr(thing, "__annotations__", {}).values()
+            if any(map(_shaped, hints)) or not isinstance(thing, (type, FunctionType)):
+                return follow(typechecker=typechecker)(thing)
+            if "<locals>" in thing.__qualname__:
+                return thing
+            if isinstance(thing, FunctionType):
+                return _switched(thing, typechecker(thing))
+            if is_dataclass(thing) and "__init__" in vars(thing):
+                thing.__init__ = _switched(thing.__init__, typechecker(thing.__init__))
+            return thing
+
+        return decorate
+
+    # What the hook writes above each function looks this name up.
+    jaxtyping.jaxtyped = jaxtyped  # pyright: ignore[reportAttributeAccessIssue]
+    jaxtyping.install_import_hook("torchem", "tests.typecheck.checked")
