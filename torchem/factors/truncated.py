@@ -13,6 +13,8 @@ from torchem.factors._bounded import Bounded
 from torchem.ops.tails import Tail, log_difference
 from torchem.stats import Stats
 
+#: Largest logarithm of how many entries were not recorded for each that was.
+_MOST = 600.0
 #: Rounds of drawing again what fell outside.
 _ROUNDS = 10_000
 
@@ -177,8 +179,8 @@ class _TruncatedKernel(Kernel):
         if self.count is None:
             raise RuntimeError("a kernel has no statistics before its first piece")
         for limit, (log_p, first, second) in self.outside:
-            # Entries that were not recorded, for each that was.
-            weight = self.count * (log_p - self.inside).exp()
+            # Entries that were not recorded, for each that was; of a law far outside more than there are numbers for.
+            weight = self.count * (log_p - self.inside).clamp(max=_MOST).exp()
             pivot = torch.where(limit.isfinite(), limit, 1.0)
             total = total + self.family.hidden_stats(pivot, weight, weight * first, weight * second)
         return Stats(factor=total)
