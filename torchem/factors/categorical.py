@@ -8,15 +8,12 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Conjugate, Factor, Kernel, Prior, StreamedPass
+from torchem.factors._tables import apart
 from torchem.priors import Dirichlet
 from torchem.stats import Stats
 
 #: Share of the average component that every emission starts with, so that none of its probabilities begins at zero.
 _SMOOTH = 0.01
-#: How far emissions start at least from the frequencies in all data: root mean square of their log-ratios ...
-_SPREAD = 0.5
-#: ... as far as differences below rounding need not be blown up for it.
-_MOST = 1e4
 
 
 class Categorical(Factor, Conjugate):
@@ -178,7 +175,7 @@ class Categorical(Factor, Conjugate):
     def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         counts = self.gather(batch, expected)["counts"]
         # A probability of zero, as hard clusters often give, could never grow again.
-        return Stats(counts=_apart(counts + _SMOOTH * counts.mean(-2, keepdim=True)))
+        return Stats(counts=apart(counts + _SMOOTH * counts.mean(-2, keepdim=True)))
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -389,17 +386,3 @@ class _ExpectedPass(StreamedPass):
 
     def inner(self) -> Tensor:
         return self.categories._inner(self.stats(), self.logs)
-
-
-def _apart(counts: Tensor) -> Tensor:
-    """Counts ``[*r, K, M]`` with the log-ratios of each row to all rows together scaled up where they are small.
-
-    Random responsibilities of many observations give every state nearly the frequencies of all: a saddle, which EM
-    leaves so slowly that it seems to have converged.
-    """
-    rows, overall = counts.sum(-1, keepdim=True), counts.sum(-2, keepdim=True)
-    share = overall / overall.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
-    ratio = torch.where(counts > 0, counts / (rows * share), 1.0).log()
-    size = (share * ratio.square()).sum(-1, keepdim=True).mean(-2, keepdim=True).sqrt()
-    power = (_SPREAD / size.clamp(min=_SPREAD / _MOST)).clamp(min=1.0)
-    return rows * share * (power * ratio).exp()

@@ -9,6 +9,7 @@ from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, outside
 from torchem.factors._counts import check_counts, with_factorials
+from torchem.factors._tables import apart
 from torchem.ops.missing import any_missing
 from torchem.priors import Dirichlet
 from torchem.stats import Stats
@@ -183,7 +184,7 @@ class Multinomial(Factor, Conjugate):
     def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         counts = self.gather(batch, expected)["counts"]
         # A probability of zero, as hard clusters often give, could never grow again.
-        return Stats(counts=counts + _SMOOTH * counts.mean(-2, keepdim=True))
+        return Stats(counts=apart(counts + _SMOOTH * counts.mean(-2, keepdim=True)))
 
     # ---- conjugate prior: Dirichlet ---------------------------------------------------------------------------
 
