@@ -503,8 +503,11 @@ class DiscreteModel(LatentModel):
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
         """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
-        tables, emit = self.table_slots(), Factor.scorer if score else Factor.kernel
-        return {slot: _TablePass(f, score) if slot in tables else emit(f) for slot, f in self.slots()}
+        tables = self.table_slots()
+        return {
+            slot: _TablePass(f, score) if slot in tables else f.scorer() if score else f.kernel()
+            for slot, f in self.slots()
+        }
 
     def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
         kernels = self._kernels()
