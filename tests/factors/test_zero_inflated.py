@@ -14,7 +14,18 @@ from tests.regressions.common import as_users_run_it
 from torchem import priors
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument, InvalidType
-from torchem.factors import Bernoulli, Categorical, Gamma, Gaussian, NegativeBinomial, Poisson, Product, ZeroInflated
+from torchem.factors import (
+    Bernoulli,
+    Categorical,
+    Censored,
+    Gamma,
+    Gaussian,
+    NegativeBinomial,
+    Poisson,
+    Product,
+    Truncated,
+    ZeroInflated,
+)
 
 #: Articles of 915 biochemists: bioChemists of R's pscl (J. S. Long 1990), how often there were so many.
 ARTICLES = {0: 275, 1: 246, 2: 178, 3: 84, 4: 67, 5: 27, 6: 17, 7: 12, 8: 1, 9: 2, 10: 1, 11: 1, 12: 2, 16: 1, 19: 1}
@@ -73,6 +84,20 @@ def test_intercepts_are_those_of_pscl() -> None:
     result = torchem.fit(model, articles(), seed=0, accelerate="squarem", tol=1e-12, max_iter=3000, progress=False)
     assert climbs(result)
     assert result.bound == pytest.approx(-1609.93674715, abs=0.02)
+
+
+def test_around_limits() -> None:
+    """Counts without zeros and a hurdle: with nothing but intercepts the likelihood is that of inflated zeros."""
+    model = torchem.Mixture(Categorical(1), z := ZeroInflated(Truncated(Poisson(1, 1), low=1))).double()
+    result = torchem.fit(model, articles(), seed=0, tol=1e-13, max_iter=500, progress=False)
+    assert result.bound == pytest.approx(-1679.39108421, abs=1e-7)
+    assert float(z.zero_probs.detach()) == pytest.approx(275 / 915, rel=1e-6)
+    z.freeze("rates")
+    assert z.n_parameters() == 1
+    z = ZeroInflated(Censored(Poisson(2, 1).double(), high=4))
+    z.rates, z.zero_probs = [[1.0], [5.0]], [[0.3], [0.1]]
+    every = z.log_prob(Batch(torch.arange(5.0, dtype=torch.float64).unsqueeze(-1)))
+    close(every.exp().sum(0), torch.ones(2))
 
 
 def test_views_of_what_it_wraps_are_its_own() -> None:

@@ -53,7 +53,7 @@ class NegativeBinomial(Cells):
     """
 
     views: ClassVar = {"means": "log_mean", "dispersions": "log_dispersion"}
-    discrete: ClassVar[bool] = True
+    discrete = True
 
     log_mean: Tensor
     log_dispersion: Tensor

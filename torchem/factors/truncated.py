@@ -70,7 +70,7 @@ class Truncated(Bounded):
         """log P(inside), and for both sides where the outside begins and its tail, ``[*r, K, D]``."""
         low, high = self.limits()
         # Of counts the limits themselves are within.
-        gap = 1.0 if self.factor.unwrapped.discrete else 0.0
+        gap = 1.0 if self.discrete else 0.0
         outside = [(low - gap, self.tail(low - gap, False)), (high + gap, self.tail(high + gap, True))]
         from_low = torch.where(low.isfinite(), self.tail(low, True)[0], 0.0)
         to_high = torch.where(high.isfinite(), self.tail(high, False)[0], 0.0)
