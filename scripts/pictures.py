@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw the pictures of docs/modes: one for each mode, from fits that take seconds.
+"""Draw the pictures of docs/modes and docs/models, from fits that take seconds.
 
-    python scripts/pictures.py                     # all of them, into docs/images/modes
+    python scripts/pictures.py                     # all of them, into docs/images
     python scripts/pictures.py stochastic hard     # some
 
 Backgrounds are transparent and lines grey, so that pages may be light or dark.
@@ -461,6 +461,144 @@ PICTURES: dict[str, Callable[[], Any]] = {
 }
 
 
+# ---- pictures of models: counts, positive numbers, limits ---------------------------------------------------------
+
+#: Articles of 915 biochemists (J. S. Long 1990; bioChemists of R's pscl), how often there were so many.
+ARTICLES = {0: 275, 1: 246, 2: 178, 3: 84, 4: 67, 5: 27, 6: 17, 7: 12, 8: 1, 9: 2, 10: 1, 11: 1, 12: 2, 16: 1, 19: 1}
+
+
+def one(factor: Any) -> Any:
+    """A mixture of one component: the law itself."""
+    return torchem.Mixture(torchem.factors.Categorical(1), factor).double()
+
+
+def counts() -> Any:
+    """Three laws for one column of counts; two groups of rows of three categories."""
+    factors = torchem.factors
+    x = torch.tensor([float(x) for x, n in ARTICLES.items() for _ in range(n)]).double().unsqueeze(-1)
+    every = torch.arange(13.0).double().unsqueeze(-1)
+    fig, axes = figure(1.2, 1, height=3.4)
+    left, right = axes[0]
+    left.bar(every[:, 0], [ARTICLES.get(i, 0) for i in range(13)], color=GREY, alpha=0.35, width=0.9)
+    for shift, (name, factor, colour) in enumerate((
+        ("Poisson", factors.Poisson(1, 1), ORANGE),
+        ("zero-inflated Poisson", factors.ZeroInflated(factors.Poisson(1, 1)), GREEN),
+        ("negative binomial", factors.NegativeBinomial(1, 1), BLUE),
+    )):  # fmt: skip
+        law = one(factor)
+        torchem.fit(law, x, seed=0, tol=1e-9, max_iter=1000)
+        expected = 915 * law.log_prob(every).exp().detach()
+        left.plot(every[:, 0] + 0.2 * (shift - 1), expected, "o", color=colour, markersize=4.5, label=name)
+    left.set(xlabel="articles", title="biochemists", yscale="log", ylim=(0.4, 500))
+    left.legend()
+    truth = factors.Multinomial(2, 3).double()
+    truth.probs = [[0.6, 0.25, 0.15], [0.2, 0.3, 0.5]]
+    rows = []
+    for state in (0, 1):
+        for size in range(10, 40):
+            truth.size.fill_(size)
+            rows.append(truth.sample(torch.full((5,), state), generator=rng(100 * state + size)))
+    x = torch.cat(rows)
+    model = torchem.Mixture(factors.Categorical(2), factors.Multinomial(2, 3)).double()
+    torchem.fit(model, x, seed=0)
+    label = model.most_likely(x)
+
+    def place(share: Tensor) -> Tensor:
+        corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.866]]).double()
+        return share @ corners
+
+    ring = place(torch.eye(3).double()[[0, 1, 2, 0]])
+    right.plot(*ring.T, color=GREY, lw=1)
+    for k in (0, 1):
+        right.plot(*place(x / x.sum(-1, keepdim=True))[label == k].T, ".", color=(BLUE, ORANGE)[k], alpha=0.6)
+        right.plot(*place(model.component.probs.detach())[k], "P", color=(BLUE, ORANGE)[k], markersize=13, mec="white")
+    for corner, name, align in ((ring[0], "first", "right"), (ring[1], "second", "left"), (ring[2], "third", "center")):
+        above = 0.03 if name == "third" else -0.03
+        right.text(corner[0], corner[1] + above, name, ha=align, va="bottom" if above > 0 else "top")
+    right.set(aspect="equal", xlim=(-0.18, 1.22), ylim=(-0.12, 1.0), title="shares of three categories")
+    right.axis("off")
+    return fig
+
+
+def positive() -> Any:
+    """Two gamma components; survival under one and two exponential ones."""
+    factors = torchem.factors
+    x = faithful()[:, 1:].double()
+    fig, axes = figure(1, 1, height=3.2)
+    left, right = axes[0]
+    model = torchem.Mixture(factors.Categorical(2), g := factors.Gamma(2, 1)).double()
+    torchem.fit(model, x, seed=0, max_iter=2000, tol=1e-7, accelerate="squarem")
+    grid = torch.linspace(40, 100, 300).double().unsqueeze(-1)
+    left.hist(x[:, 0], bins=30, density=True, color=GREY, alpha=0.35)
+    each = (model.weights * g.log_prob(torchem.Batch(grid)).exp()).detach()
+    for k, colour in ((0, BLUE), (1, ORANGE)):
+        left.fill_between(grid[:, 0], each[:, k], color=colour, alpha=0.25)
+        left.plot(grid[:, 0], each[:, k], color=colour)
+    left.set(xlabel="minutes between eruptions", yticks=[], title="two gamma components")
+    times = torch.empty(400, 1, dtype=torch.float64).exponential_(generator=rng(3))
+    times[::4] *= 9.0
+    t = torch.linspace(0, 30, 200).double().unsqueeze(-1)
+    right.step(times[:, 0].sort().values, torch.arange(400, 0, -1) / 400, color=GREY, where="post", label="data")
+    for k, colour in ((1, ORANGE), (2, BLUE)):
+        law = torchem.Mixture(factors.Categorical(k), e := factors.Exponential(k, 1)).double()
+        torchem.fit(law, times, seed=0, restarts=5, tol=1e-8, max_iter=2000)
+        share = ((-t * e.rates[:, 0]).exp() * law.weights).sum(-1).detach()
+        right.plot(t[:, 0], share, color=colour, label=f"{k} component{'s' * (k > 1)}")
+    right.set(xlabel="time t", title="share that lasts longer than t", yscale="log", ylim=(2e-3, 1.2), xlim=(0, 30))
+    right.legend()
+    return fig
+
+
+def censored() -> Any:
+    """A detection limit, and counts without zeros: as they are, and told of the limit."""
+    factors = torchem.factors
+    limit, fig_axes = 0.2, figure(1.2, 1, height=3.2)
+    (fig, axes), group = fig_axes, torch.arange(1200) % 2
+    left, right = axes[0]
+    means, scales = torch.tensor([1.2, 5.0]).double(), torch.tensor([1.2, 1.0]).double()
+    truth = means[group] + scales[group] * torch.randn(1200, generator=rng(1), dtype=torch.float64)
+    x = truth.clamp(min=limit).unsqueeze(-1)
+    grid = torch.linspace(-3.5, 8.5, 400).double().unsqueeze(-1)
+    seen = x[x > limit]
+    edges = np.arange(limit, 8.5, 0.3)
+    left.hist(seen, bins=edges, weights=np.full(len(seen), 1 / (1200 * 0.3)), color=GREY, alpha=0.35)
+    share = float((x <= limit).double().mean())
+    left.bar(limit - 0.15, share / 0.3, width=0.3, color=GREY, alpha=0.7)
+    exact = (torch.distributions.Normal(means, scales).log_prob(grid).exp() / 2).sum(-1)
+    left.plot(grid[:, 0], exact, color=GREY, lw=5, alpha=0.5, label="truth")
+    naive = mixture(2, 1, "diag")
+    torchem.fit(naive, x, seed=0, tol=1e-7, max_iter=500)
+    left.plot(grid[:, 0], naive.log_prob(grid).exp().detach(), "--", color=ORANGE, label="as recorded")
+    inside = factors.Gaussian(2, 1, "diag")
+    model = torchem.Mixture(factors.Categorical(2), factors.Censored(inside, low=limit)).double()
+    torchem.fit(model, x, seed=0, tol=1e-8, max_iter=2000)
+    model.component = inside
+    left.plot(grid[:, 0], model.log_prob(grid).exp().detach(), color=BLUE, label="censored")
+    left.axvline(limit, color=GREY, ls=":")
+    left.set(title="a detection limit", yticks=[], ylim=(0, 0.6))
+    left.legend(loc="upper right")
+    drawn = torch.poisson(torch.full((600, 1), 1.6).double(), generator=rng(2))
+    x, every = drawn[drawn[:, 0] > 0], torch.arange(9.0).double().unsqueeze(-1)
+    right.bar(every[1:, 0], [int((x == i).sum()) for i in range(1, 9)], color=GREY, alpha=0.35, width=0.9)
+    right.bar(0, int((drawn == 0).sum()), color="none", edgecolor=GREY, ls=":", width=0.9)
+    plain, law = one(factors.Poisson(1, 1)), one(factors.Truncated(inner := factors.Poisson(1, 1), low=1))
+    torchem.fit(plain, x, seed=0)
+    torchem.fit(law, x, seed=0, tol=1e-9, max_iter=1000)
+    rate = float(inner.rates.detach())
+    law.component, total = inner, len(x) / (1 - np.exp(-rate))
+    for model, size, colour, name in ((plain, len(x), ORANGE, "as recorded"), (law, total, BLUE, "truncated")):
+        expected = size * model.log_prob(every).exp().detach()
+        right.plot(every[:, 0], expected, "o--" if colour == ORANGE else "o-", color=colour, lw=1.2, label=name)
+    right.set(title="counts without zeros", xlabel="count", yticks=[])
+    right.legend()
+    return fig
+
+
+#: Those of docs/models.
+MODELS: dict[str, Callable[[], Any]] = {"counts": counts, "positive": positive, "censored": censored}
+PICTURES |= MODELS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=", ".join(PICTURES))
@@ -470,10 +608,10 @@ def main() -> None:
         parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
     mpl.use("Agg")
     warnings.filterwarnings("ignore")
-    folder = ROOT / "docs" / "images" / "modes"
-    folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         for name in options.names or PICTURES:
+            folder = ROOT / "docs" / "images" / ("models" if name in MODELS else "modes")
+            folder.mkdir(parents=True, exist_ok=True)
             fig = PICTURES[name]()
             # No version and no date: the same picture is the same file.
             fig.savefig(folder / f"{name}.png", metadata={"Software": None})

@@ -430,7 +430,8 @@ def test_sizes_follow_for_any_model(capsys, work):
 
 
 def test_any_emission_is_told_about(capsys, work):
-    (work / "d.csv").write_text("a,b\n" + "".join(f"{i // 20 % 2},{(i // 20 + 1) % 2}\n" for i in range(100)))
+    rows = [f"{i // 20 % 2},{(i // 20 + 1) % 2},{1 + 3 * (i // 20 % 2) + i % 7}\n" for i in range(100)]
+    (work / "d.csv").write_text("a,b,c\n" + "".join(rows))
     text = """
 model:
   class_path: torchem.HMM
@@ -442,10 +443,16 @@ output: out
 """
     table = "{class_path: torchem.factors.Categorical.rebuild, init_args: {shape: [2, 3]}}"
     gaussian = "{class_path: torchem.factors.Gaussian, init_args: {covariance_type: diag}}"
+    inside = "{class_path: torchem.factors.Gaussian, init_args: {n_components: 2, n_features: 1}}"
+    limits = f"{{class_path: torchem.factors.Censored, init_args: {{factor: {inside}, high: 8}}}}"
     for emission, columns, key in (
         (table, "[a]", "probability"),
         ("torchem.factors.Bernoulli", "[a, b]", "probability"),
         (gaussian, "[a, b]", "mean"),
+        ("torchem.factors.Multinomial", "[a, b]", "probability"),
+        ("torchem.factors.NegativeBinomial", "[a, c]", "mean"),
+        ("torchem.factors.Gamma", "[c]", "mean"),
+        (limits, "[c]", "mean"),
     ):
         (work / "e.yaml").write_text(text.format(emission, columns))
         ok(capsys, "fit", "e.yaml")

@@ -187,7 +187,7 @@ class Factor(nn.Module, ABC):
     replicates: ClassVar[bool] = True
     #: Whether columns are independent given the state, and whether x is counted: single values have a probability.
     columnwise: bool = False
-    discrete: ClassVar[bool] = False
+    discrete: bool = False
     #: How components are told apart at the start when ``init="auto"``.
     default_init: ClassVar[str] = "random"
     #: Public constrained views and the parameter behind each, for `freeze`.

@@ -345,7 +345,8 @@ def levels(model: Any) -> dict[str, list[list[float]]]:
     """
     emission = model.emission
     for view, kind in (("rates", "rate"), ("probs", "probability")):
-        if hasattr(emission, view):
+        # Beside other parameters a rate alone says little.
+        if set(emission.views) == {view}:
             return {kind: getattr(emission, view).tolist()}
     if emission.memory or getattr(emission, "lags", 0):
         return {}  # what is expected depends on what was before

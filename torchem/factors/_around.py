@@ -33,7 +33,7 @@ class Around(Composite):
         InvalidArgument: For another one.
     """
 
-    columnwise: ClassVar[bool] = True
+    columnwise = True
     #: Views of its own and the part and view that each stands for.
     own: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
@@ -72,6 +72,11 @@ class Around(Composite):
         """True."""
         return True
 
+    @property
+    def discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the factor inside is of counts."""
+        return self.factor.unwrapped.discrete
+
     # ---- views ------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -107,6 +112,10 @@ class Around(Composite):
         """Let the M-step move these views (all of them when empty) again."""
         super().unfreeze(*map(self._path, names))
         return self
+
+    def paths(self) -> list[str]:
+        # Those of a factor inside that is around another itself.
+        return [*super().paths(), *(f"factor.{view}" for view in self.factor.views)]
 
     # ---- single entries ---------------------------------------------------------------------------------------
 

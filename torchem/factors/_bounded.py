@@ -59,7 +59,7 @@ class Bounded(Around):
             raise invalid(
                 name, f"finite numbers, one or {self._d}, None for a column without", side, "give one for each column"
             )
-        if self.factor.unwrapped.discrete and not all(float(v).is_integer() for v in given):
+        if self.discrete and not all(float(v).is_integer() for v in given):
             raise invalid(name, "whole numbers for counts", side, "round it")
         return listed if isinstance(side, (list, tuple)) else float(side)
 
@@ -76,7 +76,7 @@ class Bounded(Around):
 
     def prepare(self, moments: Moments) -> None:
         super().prepare(moments)
-        if moments.variance.shape == (self._d,) and not self.factor.unwrapped.discrete:
+        if moments.variance.shape == (self._d,) and not self.discrete:
             scale = moments.variance.sqrt()
             self.step.copy_(torch.where(scale > 0, scale, 1.0))
 

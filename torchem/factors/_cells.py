@@ -31,7 +31,7 @@ class Grid(Factor):
     """
 
     handles_missing: ClassVar[bool] = True
-    columnwise: ClassVar[bool] = True
+    columnwise = True
     default_init: ClassVar[str] = "kmeans"
 
     def __init__(self, n_components: int, n_features: int):
@@ -130,7 +130,7 @@ class Cells(Grid):
         return _CellsKernel(self)
 
     def row_size(self) -> int:
-        return 8 * self._d * self._k
+        return 16 * self._d * self._k
 
 
 class _CellsKernel(Kernel):

@@ -35,7 +35,7 @@ class Columns(Factor, Conjugate):
     """
 
     handles_missing: ClassVar[bool] = True
-    columnwise: ClassVar[bool] = True
+    columnwise = True
     default_init: ClassVar[str] = "kmeans"
     #: Name of the one parameter, ``[K, D]``.
     parameter: ClassVar[str]

@@ -42,7 +42,7 @@ class Bernoulli(Columns):
     splits: ClassVar = frozenset({"probs"})
     views: ClassVar = {"probs": "logits"}
     parameter: ClassVar[str] = "logits"
-    discrete: ClassVar[bool] = True
+    discrete = True
 
     logits: Tensor
 

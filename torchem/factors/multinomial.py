@@ -1,25 +1,23 @@
 """Rows of counts of categories."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
-from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, outside
+from torchem.factor import Factor, Kernel, Moments, Prior, outside
 from torchem.factors._counts import check_counts, with_factorials
+from torchem.factors._tables import SMOOTH, Table, apart
 from torchem.ops.missing import any_missing
-from torchem.priors import Dirichlet
 from torchem.stats import Stats
 
-#: Share of the average component that every component starts with, so that none of its probabilities begins at zero.
-_SMOOTH = 0.01
 #: Size of rows from which float32 would leave errors of a thousandth of a nat.
 _LARGE = 256
 
 
-class Multinomial(Factor, Conjugate):
+class Multinomial(Table):
     """Rows of counts of C categories, their number given: words of documents, votes, reads of genes.
 
     log p(x | n, k) = log n! − Σ_c log x_c! + Σ_c x_c log π_kc, with n = Σ_c x_c of the row.
@@ -51,30 +49,21 @@ class Multinomial(Factor, Conjugate):
                 [0.0000, 0.2250]], grad_fn=<...>)
     """
 
-    handles_missing: ClassVar[bool] = True
     default_init: ClassVar[str] = "kmeans"
-    views: ClassVar = {"probs": "logits"}
+    #: Under a posterior all of a table is kept or none: the law of what was seen is known for these alone.
+    splits: ClassVar = frozenset()
 
-    logits: Tensor
-    support: Tensor
     size: Tensor
 
     def __init__(self, n_components: int, n_features: int, trials: int | None = None):
-        super().__init__()
         for name, value in (("n_components", n_components), ("n_features", n_features), ("trials", trials)):
             given = name != "trials" or value is not None
             if given and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise invalid(name, "a positive whole number", repr(value), "give at least 1")
-        self.shape, self.trials = (n_components, n_features), trials
-        self.new_parameter("logits", torch.zeros(self.shape))
-        #: Which categories each state may give.
-        self.new_buffer("support", torch.ones(self.shape, dtype=torch.bool))
+        super().__init__(n_components, n_features)
+        self.trials = trials
         #: Of the rows that are drawn.
         self.new_buffer("size", torch.tensor(float(trials or 1)))
-        self.restricted = False
-
-    def refresh(self) -> None:
-        self.restricted = not bool(self.support.all())
 
     @property
     def n_components(self) -> int:
@@ -84,24 +73,12 @@ class Multinomial(Factor, Conjugate):
     def n_features(self) -> int:
         return self.shape[1]
 
-    @property
-    def probs(self) -> Tensor:
-        """Probabilities ``[*r, K, C]``; assignable, rows must sum to one."""
-        return self._logs().exp()
-
-    @probs.setter
-    def probs(self, value: Any) -> None:
-        table = as_tensor(value, "probs").to(self.device, torch.float64)
-        if table.shape != self.logits.shape:
-            raise invalid("probs", f"shape {list(self.logits.shape)}", list(table.shape), "give one row per component")
-        if not bool((table >= 0).all()) or bool(((table.sum(-1) - 1).abs() > 1e-4).any()):
-            raise invalid(
-                "probs", "rows of probabilities that sum to one", "others, or NaN", "divide each row by its sum"
-            )
-        self.support.copy_(table > 0)
-        self.refresh()
-        with torch.no_grad():
-            self.logits.copy_(torch.where(table > 0, table, 1.0).log())
+    def freeze(self, *names: str, mask: Tensor | None = None) -> "Multinomial":
+        """Keep probabilities through every M-step; of some states or cells with a mask; see `Factor.freeze`."""
+        if mask is not None and (whole := as_tensor(mask, "mask")).shape == self.shape[:1]:
+            mask = whole.unsqueeze(-1).expand(self.shape).clone()
+        super().freeze(*names, mask=mask)
+        return self
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
@@ -109,13 +86,9 @@ class Multinomial(Factor, Conjugate):
 
     # ---- the distribution -------------------------------------------------------------------------------------
 
-    def _logs(self) -> Tensor:
-        logits = self.logits.masked_fill(~self.support, -torch.inf) if self.restricted else self.logits
-        return logits.log_softmax(-1)
-
     def log_table(self, batch: Batch) -> Tensor:
         """Log-probabilities of the categories, ``[*r, 1, K, C]``."""
-        return self._logs().unsqueeze(-3)
+        return self.log_probs().unsqueeze(-3)
 
     def log_prob(self, batch: Batch) -> Tensor:
         return self.kernel().log_potential(batch)
@@ -128,7 +101,7 @@ class Multinomial(Factor, Conjugate):
         return kernel.stats()
 
     def kernel(self) -> Kernel:
-        return _MultinomialKernel(self, self._logs())
+        return _MultinomialKernel(self, self.log_probs())
 
     def row_size(self) -> int:
         return 5 * self.n_features + 4 * self.n_components
@@ -136,7 +109,7 @@ class Multinomial(Factor, Conjugate):
     def prepare(self, moments: Moments) -> None:
         super().prepare(moments)
         if self.trials is None and moments.mean.shape == (self.n_features,):
-            self.size.fill_(moments.mean.sum().round().clamp(min=1))
+            self.size.copy_(moments.mean.sum().round().clamp(min=1).expand_as(self.size))
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of each count in a row of the size that `sample` draws."""
@@ -163,66 +136,16 @@ class Multinomial(Factor, Conjugate):
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
-    def _shared(self, counts: Tensor) -> Tensor:
-        """Logits of probabilities in proportion to counts, where a row has any."""
-        counts = torch.where(self.support, counts, 0.0)
-        total = counts.sum(-1, keepdim=True)
-        share = counts / total.clamp(min=torch.finfo(counts.dtype).tiny)
-        logits = share.clamp(min=torch.finfo(self.dtype).tiny).log().to(self.dtype)
-        return torch.where((total > 0) & self.support, logits, self.logits)
-
-    def maximize(self, stats: Stats) -> dict[str, Tensor]:
-        return {"logits": self.keep_frozen("logits", self._shared(stats["counts"]))}
-
-    def expected_log_prob(self, stats: Stats) -> Tensor:
-        return self._inner(self._logs(), stats)
-
-    def _inner(self, logs: Tensor, stats: Stats) -> Tensor:
-        return (stats["counts"] * torch.where(self.support, logs.to(torch.float64), 0.0)).sum((-2, -1))
-
     def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         counts = self.gather(batch, expected)["counts"]
         # A probability of zero, as hard clusters often give, could never grow again.
-        return Stats(counts=counts + _SMOOTH * counts.mean(-2, keepdim=True))
+        return Stats(counts=apart(counts + SMOOTH * counts.mean(-2, keepdim=True)))
 
     # ---- conjugate prior: Dirichlet ---------------------------------------------------------------------------
 
-    def log_normalizer(self, posterior: Stats) -> Tensor:
-        """Dirichlet: Σ log Γ(α_c) − log Γ(Σ α) over the support."""
-        alpha, total = self._alpha(posterior)
-        return torch.where(self.support, alpha.lgamma(), 0.0).sum((-2, -1)) - total.lgamma().sum(-1)
-
-    def _alpha(self, posterior: Stats) -> tuple[Tensor, Tensor]:
-        """α, ones off the support, and Σ α."""
-        counts = posterior["counts"]
-        return torch.where(self.support, counts, 1.0), torch.where(self.support, counts, 0.0).sum(-1)
-
-    def expected_natural(self, posterior: Stats) -> Stats:
-        """E log π_c = ψ(α_c) − ψ(Σ α), zero off the support."""
-        alpha, total = self._alpha(posterior)
-        return Stats(counts=torch.where(self.support, alpha.digamma() - total.digamma().unsqueeze(-1), 0.0))
-
-    def weak_prior(self) -> Dirichlet:
-        """A total concentration of one for each row."""
-        return Dirichlet(1.0 / self.n_features)
-
-    def settle(self, posterior: Stats) -> dict[str, Tensor]:
-        return {"logits": self._shared(posterior["counts"])}
-
-    def strengths(self, posterior: Stats) -> dict[str, Tensor]:
-        return {"log_total": self._alpha(posterior)[1].log()}
-
-    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
-        logits = self.logits.to(torch.float64).masked_fill(~self.support, -torch.inf)
-        total = strengths["log_total"].to(torch.float64).unsqueeze(-1)
-        return Stats(counts=(logits.log_softmax(-1) + total).exp())
-
     def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         logs = prior.expected_natural(self, posterior)["counts"]
-        return _MultinomialKernel(self, logs.masked_fill(~self.support, -torch.inf))
-
-    def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
-        return self._inner(prior.expected_natural(self, posterior)["counts"], stats)
+        return _MultinomialKernel(self, self._forbidding(logs))
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         """Dirichlet–multinomial of what was seen (J. E. Mosimann 1962): shares of some categories are Dirichlet too."""
@@ -256,11 +179,6 @@ class Multinomial(Factor, Conjugate):
         return self._drawn(draws / draws.sum(-1, keepdim=True), generator)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
-
-    def n_parameters(self) -> int:
-        mask = self.frozen("logits")
-        rows = (self.support.sum(-1) - 1).clamp(min=0)
-        return int((rows if mask is None else rows * ~mask.expand(rows.shape)).sum())
 
     def select(self, keep: Tensor) -> "Multinomial":
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
@@ -347,4 +265,4 @@ class _MultinomialKernel(Kernel):
         return Stats(counts=self.total)
 
     def inner(self) -> Tensor:
-        return self.family._inner(self.logs, self.stats())
+        return self.family._inner(self.stats(), self.logs.to(torch.float64))

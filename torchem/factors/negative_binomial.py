@@ -33,6 +33,7 @@ class NegativeBinomial(Cells):
 
     *M-step.* The likelihood does not change when u has any mean ν and μ becomes μ / ν, so the bound may be taken at the
     best ν. Its maximum is at the mean of the data, and where log r − ψ(r) = log ū − mean of E log u: a gamma law's.
+    Where counts vary no more than Poisson ones, α falls ever more slowly (``accelerate="squarem"`` helps).
 
     Args:
         n_components: K, the number of states.
@@ -52,7 +53,7 @@ class NegativeBinomial(Cells):
     """
 
     views: ClassVar = {"means": "log_mean", "dispersions": "log_dispersion"}
-    discrete: ClassVar[bool] = True
+    discrete = True
 
     log_mean: Tensor
     log_dispersion: Tensor

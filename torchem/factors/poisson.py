@@ -36,7 +36,7 @@ class Poisson(Rates):
         tensor([[-1.6931, -1.9206]], grad_fn=<...>)
     """
 
-    discrete: ClassVar[bool] = True
+    discrete = True
     demand: ClassVar[str] = "finite numbers of at least zero"
 
     def __init__(self, n_components: int, n_features: int):

@@ -13,6 +13,8 @@ from torchem.factors._bounded import Bounded
 from torchem.ops.tails import Tail, log_difference
 from torchem.stats import Stats
 
+#: Largest logarithm of how many entries were not recorded for each that was.
+_MOST = 600.0
 #: Rounds of drawing again what fell outside.
 _ROUNDS = 10_000
 
@@ -68,7 +70,7 @@ class Truncated(Bounded):
         """log P(inside), and for both sides where the outside begins and its tail, ``[*r, K, D]``."""
         low, high = self.limits()
         # Of counts the limits themselves are within.
-        gap = 1.0 if self.factor.unwrapped.discrete else 0.0
+        gap = 1.0 if self.discrete else 0.0
         outside = [(low - gap, self.tail(low - gap, False)), (high + gap, self.tail(high + gap, True))]
         from_low = torch.where(low.isfinite(), self.tail(low, True)[0], 0.0)
         to_high = torch.where(high.isfinite(), self.tail(high, False)[0], 0.0)
@@ -177,8 +179,8 @@ class _TruncatedKernel(Kernel):
         if self.count is None:
             raise RuntimeError("a kernel has no statistics before its first piece")
         for limit, (log_p, first, second) in self.outside:
-            # Entries that were not recorded, for each that was.
-            weight = self.count * (log_p - self.inside).exp()
+            # Entries that were not recorded, for each that was; of a law far outside more than there are numbers for.
+            weight = self.count * (log_p - self.inside).clamp(max=_MOST).exp()
             pivot = torch.where(limit.isfinite(), limit, 1.0)
             total = total + self.family.hidden_stats(pivot, weight, weight * first, weight * second)
         return Stats(factor=total)

@@ -24,7 +24,8 @@ class ZeroInflated(Around):
     A zero is *structural* with probability π; what is not follows ``factor``, whose views are read and assigned through
     this one. Around counts (Poisson, negative binomial) a zero may be of either kind. Around continuous columns
     (exponential, gamma, normal) a zero is structural for certain, and the density is with respect to Lebesgue measure
-    and a unit mass at zero: log π at zero, log(1 − π) f(x) elsewhere.
+    and a unit mass at zero: log π at zero, log(1 − π) f(x) elsewhere. Around counts without zeros (`Truncated`) it is a
+    hurdle model of counts.
 
     *E-step.* A zero in column d of state k is structural with probability π / (π + (1 − π) f(0)).
 
@@ -86,15 +87,11 @@ class ZeroInflated(Around):
             return (factor.log_prob(batch) if score else factor.log_potential(batch)).mT
 
         one, rest = potential(self.inflation, 1.0), potential(self.inflation, 0.0)
-        if not self._discrete:
+        if not self.discrete:
             return one, rest, torch.ones_like(one)
         both = torch.stack([one, rest + potential(self.factor, 0.0)], -1)
         zero, share = reduce.responsibilities(both)
         return zero, rest, share[..., 0]
-
-    @property
-    def _discrete(self) -> bool:
-        return self.factor.unwrapped.discrete
 
     def _split(self, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
         """Where entries are zero, where they are seen and not, and the batch with zeros as missing."""
@@ -135,8 +132,8 @@ class ZeroInflated(Around):
         """What the two parts start from."""
         zero, _, rest = self._split(batch)
         x = self.entries(batch)
-        structural = torch.where(zero, _HALF if self._discrete else 1.0, torch.where(x.isnan(), torch.nan, 0.0))
-        return batch.with_x(structural), batch.with_x(x) if self._discrete else rest
+        structural = torch.where(zero, _HALF if self.discrete else 1.0, torch.where(x.isnan(), torch.nan, 0.0))
+        return batch.with_x(structural), batch.with_x(x) if self.discrete else rest
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         zeros, rest = self._started(batch)
@@ -205,7 +202,7 @@ class _ZeroInflatedKernel(Kernel):
         chosen, left = share * self.zeros, (1 - share) * self.zeros
         inflation = family.inflation.stats(one, chosen.mT) + family.inflation.stats(zero, (left + self.others).mT)
         inner = self.inner_kernel.stats()
-        if family._discrete:
+        if family.discrete:
             inner = inner + family.factor.stats(zero, left.mT)
         return Stats(inflation=inflation, factor=inner)
 

@@ -1,5 +1,7 @@
 """Equations with the digamma function, solved by so many steps of Newton that they are pure and differentiable."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,8 @@ def inverse_digamma(value: Tensor, least: float, most: float) -> Tensor:
         >>> inverse_digamma(a.digamma(), 1e-3, 1e6)
         tensor([5.0000e-02, 2.0000e+00, 5.0000e+02], dtype=torch.float64)
     """
+    # ψ(a) < log a: no bound is cut off.
+    value = value.clamp(max=math.log(2 * most))
     a = torch.where(value >= -2.22, value.clamp(min=-2.22).exp() + 0.5, -1 / (value.clamp(max=-2.22) - _PSI_1))
     for _ in range(_STEPS):
         a = (a - (a.digamma() - value) / torch.polygamma(1, a)).clamp(min=0.5 * least)
