@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw the pictures of docs/modes: one for each mode, from fits that take seconds.
+"""Draw the pictures of docs/modes and docs/models: one for each page, from fits that take seconds.
 
-    python scripts/pictures.py                     # all of them, into docs/images/modes
+    python scripts/pictures.py                     # all of them, into docs/images/modes and docs/images/models
     python scripts/pictures.py stochastic hard     # some
 
 Backgrounds are transparent and lines grey, so that pages may be light or dark.
@@ -444,6 +444,122 @@ def search() -> Any:
     return fig
 
 
+# ---- normal families ----------------------------------------------------------------------------------------------
+
+
+def dense(model: Any) -> np.ndarray:
+    """Covariances [K, D, D] of a mixture of Gaussians, whatever their type."""
+    g = model.component
+    factor = g.structure.dense(g.scale.detach(), *g.means.shape)
+    return (factor @ factor.mT).numpy()
+
+
+def covered(ax: Any, means: Any, covariances: Any, **options: Any) -> None:
+    """Ellipses at two standard deviations."""
+    angle = np.linspace(0, 2 * np.pi, 100)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    for k, (mean, covariance) in enumerate(zip(means, covariances, strict=True)):
+        line = np.asarray(mean)[:, None] + 2 * np.linalg.cholesky(np.asarray(covariance)) @ circle
+        ax.plot(*line, **({"color": COLOURS[k]} | options))
+
+
+def gaussian_shapes() -> Any:
+    """Three clusters under the fourteen geometries, with their BIC."""
+    import matplotlib.pyplot as plt
+
+    truth = mixture()
+    truth.means = [[-4.0, 0.0], [0.5, 3.0], [3.5, -1.5]]
+    truth.covariances = [[[0.4, 0.2], [0.2, 1.7]], [[2.9, 1.6], [1.6, 1.7]], [[0.55, -0.4], [-0.4, 0.5]]]
+    x = truth.sample(600, generator=rng(4))
+    names = ["EII", "VII", "EEI", "VEI", "EVI", "VVI", "EEE", "VEE", "EVE", "VVE", "EEV", "VEV", "EVV", "VVV"]
+    same = {"VII": "spherical", "VVI": "diag", "EEE": "tied", "VVV": "full"}
+    fitted = {name: mixture(kind=name) for name in names}
+    for model in fitted.values():
+        torchem.fit(model, x, restarts=4, seed=0, max_iter=500, tol=1e-7)
+    scores = {name: torchem.criteria(model, x).bic for name, model in fitted.items()}
+    best = min(scores.values())
+    fig, axes = plt.subplots(2, 7, figsize=(8, 3.0), layout="constrained", sharex=True, sharey=True)
+    for ax, (name, model) in zip(axes.flat, fitted.items(), strict=True):
+        ax.plot(*x.T, ".", color=GREY, alpha=0.25, markersize=1.5)
+        order = model.means.detach()[:, 0].argsort()
+        covered(ax, model.means.detach()[order], dense(model)[order], lw=1.5)
+        ax.set(xticks=[], yticks=[], aspect="equal")
+        ax.spines[:].set_visible(False)
+        worse = scores[name] - best
+        ax.set_title(f"{name} {same.get(name, '')}", fontsize=9)
+        ax.set_xlabel(f"BIC +{worse:.0f}" if worse > 0 else "BIC: the best", fontsize=8.5)
+    return fig
+
+
+def low_rank() -> Any:
+    """Curves of forty readings: the held-out score by the rank, and what the loadings are."""
+    d = 40
+    t = torch.linspace(0, 1, d).double()
+    truth = torchem.GaussianMixture(2, d, "low_rank", 3).double()
+    waves = torch.stack([(2 * torch.pi * f * t).cos() for f in (1.0, 2.0, 3.0)], -1)
+    truth.means = torch.stack([2 * (-((t - 0.3) / 0.1).square()).exp(), 2 * (-((t - 0.65) / 0.12).square()).exp()])
+    truth.component.loadings = torch.stack(
+        [waves * torch.tensor([0.6, 0.4, 0.2]), waves * torch.tensor([0.2, 0.5, 0.5])]
+    )
+    truth.component.noise_variances = torch.full((2, d), 0.04)
+    x, new = truth.sample(240, generator=rng(0)), truth.sample(4000, generator=rng(1))
+    scores, ranks = [], range(1, 9)
+    found: Any = None
+    for rank in ranks:
+        model = torchem.GaussianMixture(2, d, "low_rank", rank).double()
+        torchem.fit(model, x, seed=0, max_iter=300, tol=1e-5)
+        scores.append(held_out(model, new))
+        found = model if rank == 3 else found
+    others = {}
+    for kind in ("full", "diag"):
+        model = mixture(2, d, kind)
+        torchem.fit(model, x, seed=0, max_iter=300, tol=1e-5)
+        others[kind] = held_out(model, new)
+    fig, axes = figure(1.4, 1)
+    left, right = axes[0]
+    labels = found.most_likely(x)
+    for k in range(2):
+        left.plot(t, x[labels == k][:8].T, color=COLOURS[k], alpha=0.35, lw=0.8)
+        left.plot(t, found.means[k].detach(), color=COLOURS[k], lw=2.5)
+    left.set(title="two kinds of curves of forty readings, and their means", xticks=[])
+    right.plot(ranks, scores, "o-", color=BLUE, label="low_rank")
+    for (kind, score), colour in zip(others.items(), (ORANGE, GREEN), strict=True):
+        right.axhline(score, color=colour, ls="--", lw=1.5, label=kind)
+    right.set(
+        xlabel="rank", title="held-out score, nats a curve", xticks=ranks, ylim=(others["diag"] - 3, max(scores) + 3)
+    )
+    right.legend()
+    return fig
+
+
+def student_t() -> Any:
+    """Two clusters and some outliers: ellipses of both families, and how much each point counts."""
+    from torchem.factors import Categorical, StudentT
+
+    truth = mixture(2)
+    truth.means, truth.covariances = [[-2.0, 0.0], [2.0, 0.5]], [[[0.5, 0.2], [0.2, 0.4]], [[0.4, -0.2], [-0.2, 0.6]]]
+    x = torch.cat([truth.sample(300, generator=rng(1)), 14 * torch.rand(24, 2, generator=rng(2)).double() - 7])
+    normal, heavy = mixture(2), torchem.Mixture(Categorical(2), StudentT(2, 2)).double()
+    for model in (normal, heavy):
+        torchem.fit(model, x, restarts=6, seed=0, max_iter=500, tol=1e-7)
+    part: Any = heavy.component
+    gap = x.unsqueeze(1) - part.means.detach()
+    distance = torch.einsum("nki,kij,nkj->nk", gap, torch.linalg.inv(part.scales.detach()), gap)
+    freedom = part.freedom.detach()
+    scale = ((freedom + 2) / (freedom + distance) * heavy.posterior(x).detach()).sum(-1)
+    fig, axes = figure(1, 1, sharex=True, sharey=True, height=3.6)
+    left, right = axes[0]
+    left.plot(*x.T, ".", color=GREY, alpha=0.5, markersize=4)
+    covered(left, normal.means.detach(), normal.covariances.detach())
+    left.set(title="Gaussian")
+    dots = right.scatter(*x.T, c=scale, s=10, cmap="viridis", vmin=0)
+    covered(right, part.means.detach(), part.scales.detach())
+    bar = fig.colorbar(dots, ax=right, label="weight E u")
+    bar.outline.set_visible(False)
+    right.set(title="StudentT: degrees of freedom " + " and ".join(f"{value:.1f}" for value in freedom.tolist()))
+    return fig
+
+
 PICTURES: dict[str, Callable[[], Any]] = {
     "full-batch": full_batch,
     "stochastic": stochastic,
@@ -459,22 +575,29 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "hard": hard,
     "sampled": sampled,
 }
+#: The same of docs/models.
+MODELS: dict[str, Callable[[], Any]] = {
+    "gaussian": gaussian_shapes,
+    "low-rank": low_rank,
+    "student-t": student_t,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=", ".join(PICTURES))
+    every = PICTURES | MODELS
+    parser.add_argument("names", nargs="*", help=", ".join(every))
     options = parser.parse_args()
-    unknown = set(options.names) - set(PICTURES)
+    unknown = set(options.names) - set(every)
     if unknown:
-        parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
     mpl.use("Agg")
     warnings.filterwarnings("ignore")
-    folder = ROOT / "docs" / "images" / "modes"
-    folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
-        for name in options.names or PICTURES:
-            fig = PICTURES[name]()
+        for name in options.names or every:
+            folder = ROOT / "docs" / "images" / ("models" if name in MODELS else "modes")
+            folder.mkdir(parents=True, exist_ok=True)
+            fig = every[name]()
             # No version and no date: the same picture is the same file.
             fig.savefig(folder / f"{name}.png", metadata={"Software": None})
             print(folder / f"{name}.png")
