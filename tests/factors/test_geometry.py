@@ -13,7 +13,8 @@ from torch import Tensor
 import torchem
 from tests.laws import cases
 from tests.laws import test_factor as laws
-from tests.laws.cases import FactorCase, close, randn
+from tests.laws import test_model as model_laws
+from tests.laws.cases import FactorCase, ModelCase, close, randn
 from torchem import priors
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument
@@ -175,6 +176,25 @@ def test_maximize_beats_perturbations_within_the_geometry(kind: str) -> None:
 )
 def test_the_law(law: Any, kind: str, device: torch.device) -> None:
     law(lambda: geometric(kind), device)
+
+
+@pytest.mark.parametrize("kind", ["VEV", "EVE", "VVE"])
+@pytest.mark.parametrize(
+    "law",
+    [
+        model_laws.test_em_map_under_vmap,
+        model_laws.test_em_map_of_many_problems_at_once,
+        model_laws.test_em_map_is_differentiable_in_parameters_and_data,
+    ],
+    ids=lambda law: law.__name__.removeprefix("test_"),
+)
+def test_the_em_map(law: Any, kind: str, device: torch.device) -> None:
+    def build() -> ModelCase:
+        model = torchem.GaussianMixture(2, 2, kind).double()  # pyright: ignore[reportArgumentType]
+        model.component = geometric(kind, 2, 2).factor  # pyright: ignore[reportAttributeAccessIssue]
+        return ModelCase(model, Batch(cases.blobs(24, 2, 2)))
+
+    law(build, device)
 
 
 @every_geometry

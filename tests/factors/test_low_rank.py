@@ -12,7 +12,8 @@ from torch import Tensor
 
 import torchem
 from tests.laws import cases
-from tests.laws.cases import close, rand, randn
+from tests.laws import test_model as laws
+from tests.laws.cases import ModelCase, close, rand, randn
 from tests.regressions.common import as_users_run_it
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument
@@ -146,6 +147,37 @@ def test_a_heywood_case_is_named() -> None:
     result = torchem.fit(model, x, seed=0, tol=1e-9, max_iter=2000)
     assert result.floored == [0]
     assert math.isfinite(result.bound)
+
+
+def mixed(holes: float = 0.0) -> ModelCase:
+    model = torchem.GaussianMixture(3, 4, "low_rank", 2).double()
+    model.component = family(3, 4, 2, "diag", seed=3)
+    x = cases.blobs(40, 4, 3)
+    return ModelCase(model, Batch(torch.where(rand(40, 4, seed=8) < holes, torch.nan, x)))
+
+
+@pytest.mark.parametrize("holes", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.test_bound_is_the_log_likelihood_where_it_was_computed,
+        laws.test_bound_lies_below_the_log_likelihood_elsewhere,
+        laws.test_fisher_identity,
+        laws.test_invariance_to_chunks_and_order,
+        laws.test_weights_are_repetitions,
+        laws.test_float32_near_float64,
+        laws.test_em_map_under_vmap,
+        laws.test_em_map_of_many_problems_at_once,
+    ],
+    ids=lambda law: law.__name__.removeprefix("test_"),
+)
+def test_laws_of_a_mixture(law: Any, holes: float, device: torch.device) -> None:
+    law(lambda: mixed(holes), device)
+
+
+def test_derivatives_of_a_mixture(device: torch.device) -> None:
+    laws.test_em_map_is_differentiable_in_parameters_and_data(mixed, device)
+    laws.test_log_prob_gradcheck_twice(mixed)
 
 
 # ---- the class ----------------------------------------------------------------------------------------------------

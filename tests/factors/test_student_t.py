@@ -1,6 +1,7 @@
 """Multivariate t: densities, missing entries, the expanded M-step, outliers."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,28 @@ def test_truth_is_recovered_by_a_fit(dtype: torch.dtype) -> None:
     close(found.means[order], truth.means, rtol=0, atol=0.15)
     close(found.scales[order], truth.scales, rtol=0.1, atol=0.05)
     close(found.freedom[order], truth.freedom, rtol=0.2)
+
+
+def test_a_fit_in_one_dimension_is_that_of_scipy() -> None:
+    """`scipy.stats.t.fit` climbs the likelihood by a simplex."""
+    x = scipy_stats.t(df=3.5, loc=1.0, scale=2.0).rvs(1500, random_state=3)
+    freedom, location, scale = scipy_stats.t.fit(x)
+    model: Any = torchem.Mixture(Categorical(1), StudentT(1, 1)).double()
+    result = torchem.fit(model, x[:, None], seed=0, tol=1e-12, max_iter=2000, accelerate="anderson")
+    assert result.bound >= scipy_stats.t.logpdf(x, freedom, location, scale).sum() - 1e-6
+    found = [model.component.freedom, model.component.means, model.component.scales.sqrt()]
+    assert [float(v.detach()) for v in found] == pytest.approx([freedom, location, scale], rel=1e-3)
+
+
+def test_many_degrees_of_freedom_are_found_in_few_accelerated_passes() -> None:
+    """The likelihood is flat where tails are normal: EM alone is on its way at ν = 141 after 1500 passes."""
+    x = randn(1000, 2)
+    normal = torchem.fit(torchem.GaussianMixture(1, 2).double(), x, seed=0)
+    model: Any = torchem.Mixture(Categorical(1), StudentT(1, 2)).double()
+    result = torchem.fit(model, x, seed=0, tol=1e-8, max_iter=150, accelerate="anderson")
+    assert result.converged
+    assert normal.bound - 0.05 < result.bound < normal.bound
+    assert float(model.component.freedom.detach()) > 200
 
 
 def test_outliers_do_not_move_it() -> None:

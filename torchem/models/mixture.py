@@ -287,7 +287,7 @@ class GaussianMixture(Mixture):
     """
 
     mixing: Categorical
-    component: Gaussian | LowRankGaussian
+    component: Any  # Gaussian or LowRankGaussian
 
     def __init__(
         self,
