@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw the pictures of docs/modes: one for each mode, from fits that take seconds.
+"""Draw the pictures of docs/modes and docs/models: one for each page, from fits that take seconds.
 
-    python scripts/pictures.py                     # all of them, into docs/images/modes
+    python scripts/pictures.py                     # all of them, into docs/images/modes and docs/images/models
     python scripts/pictures.py stochastic hard     # some
 
 Backgrounds are transparent and lines grey, so that pages may be light or dark.
@@ -444,6 +444,187 @@ def search() -> Any:
     return fig
 
 
+# ---- directions, classes, labels, outliers, families of one's own --------------------------------------------------
+
+
+def directions() -> Any:
+    """Three clusters on the sphere, seen from above, and turning angles with what was found."""
+    from torchem.factors import Categorical, VonMises, VonMisesFisher
+
+    truth: Any = VonMisesFisher(3, 3).double()
+    truth.directions, truth.concentrations = [[0.5, 0.1, 1.0], [-0.6, 0.5, 0.8], [0.0, -0.8, 0.7]], [60.0, 15.0, 30.0]
+    x = truth.sample(torch.arange(600) % 3, generator=rng())
+    model: Any = torchem.Mixture(Categorical(3), VonMisesFisher(3, 3)).double()
+    torchem.fit(model, x, restarts=4, seed=0)
+    fig, axes = figure(1, 1.3, height=3.4)
+    left, right = axes[0]
+    labels = model.most_likely(x)
+    angle = torch.linspace(0, 2 * torch.pi, 200).double()
+    left.plot(angle.cos(), angle.sin(), color=GREY, lw=1)
+    for k in range(3):
+        mean, kappa = model.component.directions.detach()[k], float(model.component.concentrations.detach()[k])
+        mine = x[(labels == k) & (x[:, 2] > 0)]
+        left.plot(mine[:, 0], mine[:, 1], ".", color=COLOURS[k], markersize=3, alpha=0.6)
+        # Where the density has fallen by exp(−2), as at two standard deviations of a Gaussian.
+        height = 1 - 2 / kappa
+        one = torch.linalg.cross(mean, torch.tensor([1.0, 0.0, 0.0]).double())
+        one = one / one.norm()
+        two = torch.linalg.cross(mean, one)
+        ring = height * mean.unsqueeze(-1) + (1 - height**2) ** 0.5 * (
+            one.unsqueeze(-1) * angle.cos() + two.unsqueeze(-1) * angle.sin()
+        )
+        left.plot(ring[0], ring[1], color=COLOURS[k])
+    left.set(aspect="equal", xticks=[], yticks=[], title="directions in space, from above")
+    left.axis("off")
+    turns: Any = VonMises(2, 1).double()
+    turns.means, turns.concentrations = [[0.0], [3.0]], [[6.0], [1.5]]
+    y = turns.sample((torch.arange(1500) % 3 == 0).long(), generator=rng(1))
+    found: Any = torchem.Mixture(Categorical(2), VonMises(2, 1)).double()
+    torchem.fit(found, y, restarts=5, seed=0, tol=1e-7, max_iter=500)
+    at = torch.linspace(-torch.pi, torch.pi, 400).double().unsqueeze(-1)
+    right.hist(y[:, 0].numpy(), 60, density=True, color=GREY, alpha=0.3)
+    joint = (found.component.log_prob(found.batch(at)) + found.weights.log()).exp().detach()
+    for k, colour in enumerate((BLUE, ORANGE)):
+        right.plot(at, joint[:, k], color=colour)
+    right.plot(at, joint.sum(-1), color=GREY, ls="--", lw=1.5)
+    right.set_xticks([-torch.pi, -torch.pi / 2, 0, torch.pi / 2, torch.pi], ["−π", "−π/2", "0", "π/2", "π"])
+    right.set(title="turning angles: the ends meet", yticks=[])
+    return fig
+
+
+def script(path: str) -> Any:
+    """A file of examples as a module."""
+    import runpy
+
+    return runpy.run_path(str(ROOT / "examples" / path), run_name="example")
+
+
+def latent_classes() -> Any:
+    """Answers by class, and the criterion by the number of classes."""
+    from torchem.factors import Categorical, Categoricals
+
+    example = script("answers.py")
+    x, questions = example["generate"](), example["QUESTIONS"]
+    scores, found = {}, None
+    for k in range(1, 6):
+        model: Any = torchem.Mixture(Categorical(k), Categoricals(k, [len(a) for a in questions.values()])).double()
+        torchem.fit(model, x, restarts=20, max_iter=2000, tol=1e-7, seed=0)
+        scores[k] = torchem.criteria(model, x).bic
+        found = model if k == 3 else found
+    assert found is not None
+    fig, axes = figure(3.2, 1, height=3.4)
+    left, right = axes[0]
+    order = found.weights.detach().argsort(descending=True).tolist()
+    for row, k in enumerate(order):
+        place = 0.0
+        for table in found.component.tables:
+            p = table[k].detach()
+            left.bar(place + np.arange(len(p)), 0.8 * p, 0.8, bottom=-row, color=COLOURS[row])
+            left.plot([place - 0.5, place + len(p) - 0.5], [-row, -row], color=GREY, lw=0.8)
+            place += len(p) + 0.8
+    middles, place = [], 0.0
+    for answers in questions.values():
+        middles.append(place + (len(answers) - 1) / 2)
+        place += len(answers) + 0.8
+    left.set_xticks(middles, [f"{q}\n{a[0]} …\n{a[-1]}" for q, a in questions.items()], fontsize=9)
+    left.set_yticks([0.3 - row for row in range(3)], [f"{found.weights[k].item():.0%}" for k in order])
+    left.tick_params(length=0)
+    left.spines[:].set_visible(False)
+    left.set(title="probabilities of the answers, by class and its share")
+    right.plot([*scores], [*scores.values()], "o-", color=BLUE)
+    right.set(xlabel="classes", title="BIC: lower is better", xticks=[*scores])
+    return fig
+
+
+def labels() -> Any:
+    """Errors of a mixture on new points, by how many of 300 have a label."""
+    truth = torchem.GaussianMixture(3, 2).double()
+    truth.means = [[-1.4, 0.0], [1.4, 0.0], [0.0, 1.8]]
+    test, right = truth.sample(5000, latents=True, generator=rng(999))
+    counts = [9, 18, 36, 72, 150, 300]
+    lines: dict[str, list[float]] = {"and all others, without": [], "these alone": []}
+    for n in counts:
+        for name, values in lines.items():
+            wrong = []
+            for seed in range(25):
+                x, z = truth.sample(300, latents=True, generator=rng(seed))
+                # Three points of each kind come first, so that all have a name.
+                first = torch.cat([(z == k).nonzero()[:3, 0] for k in range(3)])
+                order = torch.cat([first, torch.tensor([i for i in range(300) if i not in first.tolist()])])
+                known = torch.where(torch.arange(300) < n, z[order], -1)
+                rows = slice(0, n if name == "these alone" else 300)
+                model = mixture()
+                torchem.fit(model, x[order][rows], labels=known[rows], seed=seed, max_iter=300, tol=1e-5)
+                wrong.append(float((model.most_likely(test) != right).double().mean()))
+            values.append(100 * float(np.mean(wrong)))
+    fig, axes = figure(1, height=3.0)
+    ax = axes[0, 0]
+    for (name, values), colour in zip(lines.items(), (BLUE, ORANGE), strict=True):
+        ax.plot(range(len(counts)), values, "o-", color=colour, label=name)
+    ax.axhline(
+        100 * float((truth.most_likely(test) != right).double().mean()), color=GREY, ls=":", label="the truth itself"
+    )
+    ax.set_xticks(range(len(counts)), [str(n) for n in counts])
+    ax.set(xlabel="points with a label", title="errors on new points, %")
+    ax.legend()
+    return fig
+
+
+def outliers() -> Any:
+    """Three clusters and points anywhere: Gaussians, Student's t, and a component of noise."""
+    from torchem.factors import Categorical, Gaussian, Stacked, StudentT, Uniform
+
+    x = script("outliers.py")["generate"]()[0]
+    models: dict[str, Any] = {
+        "Gaussians": torchem.GaussianMixture(3, 2).double(),
+        "Student’s t": torchem.Mixture(Categorical(3), StudentT(3, 2)).double(),
+        "Gaussians and noise": torchem.Mixture(Categorical(4), Stacked([Gaussian(3, 2), Uniform(1, 2)])).double(),
+    }
+    fig, axes = figure(1, 1, 1, height=3.1, sharex=True, sharey=True)
+    for ax, (name, model) in zip(axes[0], models.items(), strict=True):
+        torchem.fit(model, x, restarts=20, seed=0, tol=1e-7, max_iter=1000)
+        normal = model.component
+        normal = getattr(normal, "normal", normal)
+        normal = normal.factors[0] if hasattr(normal, "factors") else normal
+        found = model.most_likely(x)
+        for k in range(4):
+            mine = found == k
+            ax.plot(*x[mine].T, ".", color=COLOURS[k] if k < 3 else GREY, markersize=4, alpha=0.7)
+        ellipses(ax, normal)
+        ax.set(title=f"{name}\nBIC {torchem.criteria(model, x).bic:.0f}", xticks=[], yticks=[])
+    return fig
+
+
+def your_own() -> Any:
+    """A family of one file, and a law of torch, on the same counts."""
+    from torchem.factors import Categorical, FromDistribution, Poisson
+
+    geometric = script("geometric.py")["Geometric"]
+    truth: Any = torchem.Mixture(Categorical(2), geometric(2, 1)).double()
+    truth.weights = [0.5, 0.5]
+    truth.component.logits.data = torch.tensor([[1.5], [-2.2]], dtype=torch.float64)
+    x = truth.sample(3000, generator=rng(2))
+    families: dict[str, Any] = {
+        "Geometric, one file": geometric(2, 1),
+        "NegativeBinomial, from torch": torchem.Gradient(
+            FromDistribution(torch.distributions.NegativeBinomial, 2, 1), torch.optim.Adam, steps=10, lr=0.05
+        ),
+        "Poisson, torchem’s own": Poisson(2, 1),
+    }
+    fig, axes = figure(1, height=3.0)
+    ax = axes[0, 0]
+    at = torch.arange(40.0).double().unsqueeze(-1)
+    ax.hist(x[:, 0].numpy(), np.arange(41) - 0.5, density=True, color=GREY, alpha=0.3)
+    for (name, family), colour in zip(families.items(), (BLUE, GREEN, ORANGE), strict=True):
+        model = torchem.Mixture(Categorical(2), family).double()
+        torchem.fit(model, x, restarts=3, seed=0, max_iter=100, tol=1e-6)
+        score = f"{held_out(model, x):.3f}".replace("-", "−")
+        ax.plot(at, model.log_prob(at).exp().detach(), color=colour, label=f"{name}: {score} nats an observation")
+    ax.set(xlim=(-0.5, 39.5), ylim=(1e-4, 1), yscale="log", title="failures before a success, two kinds: shares")
+    ax.legend()
+    return fig
+
+
 PICTURES: dict[str, Callable[[], Any]] = {
     "full-batch": full_batch,
     "stochastic": stochastic,
@@ -459,22 +640,31 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "hard": hard,
     "sampled": sampled,
 }
+#: The same of docs/models.
+MODELS: dict[str, Callable[[], Any]] = {
+    "directions": directions,
+    "latent-classes": latent_classes,
+    "labels": labels,
+    "outliers": outliers,
+    "your-own": your_own,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=", ".join(PICTURES))
+    every = PICTURES | MODELS
+    parser.add_argument("names", nargs="*", help=", ".join(every))
     options = parser.parse_args()
-    unknown = set(options.names) - set(PICTURES)
+    unknown = set(options.names) - set(every)
     if unknown:
-        parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
     mpl.use("Agg")
     warnings.filterwarnings("ignore")
-    folder = ROOT / "docs" / "images" / "modes"
-    folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
-        for name in options.names or PICTURES:
-            fig = PICTURES[name]()
+        for name in options.names or every:
+            folder = ROOT / "docs" / "images" / ("models" if name in MODELS else "modes")
+            folder.mkdir(parents=True, exist_ok=True)
+            fig = every[name]()
             # No version and no date: the same picture is the same file.
             fig.savefig(folder / f"{name}.png", metadata={"Software": None})
             print(folder / f"{name}.png")

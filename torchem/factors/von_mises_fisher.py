@@ -28,7 +28,8 @@ class VonMisesFisher(ExponentialFamily):
     *M-step.* With R = Σ γ x and n = Σ γ of a state: μ = R / |R|, and κ solves A_D(κ) = |R| / n by Newton's method.
 
     A component on a single direction would have an infinite concentration: it stays at ``concentration_cap``, the exact
-    maximum under that bound, and is named in ``result.floored``. Components without any direction have 10⁻⁶.
+    maximum under that bound, and is named in ``result.floored``. Components without any direction have 10⁻⁶. In float32
+    concentrations beyond some 10⁴ lose digits of the density: use ``model.double()`` there.
 
     Args:
         n_components: K, the number of states.
