@@ -542,7 +542,7 @@ def labels() -> Any:
     truth.means = [[-1.4, 0.0], [1.4, 0.0], [0.0, 1.8]]
     test, right = truth.sample(5000, latents=True, generator=rng(999))
     counts = [9, 18, 36, 72, 150, 300]
-    lines: dict[str, list[float]] = {"and all others, without": [], "these alone": []}
+    lines: dict[str, list[float]] = {"with all the others, unlabelled": [], "labelled points alone": []}
     for n in counts:
         for name, values in lines.items():
             wrong = []
@@ -552,7 +552,7 @@ def labels() -> Any:
                 first = torch.cat([(z == k).nonzero()[:3, 0] for k in range(3)])
                 order = torch.cat([first, torch.tensor([i for i in range(300) if i not in first.tolist()])])
                 known = torch.where(torch.arange(300) < n, z[order], -1)
-                rows = slice(0, n if name == "these alone" else 300)
+                rows = slice(0, n if name == "labelled points alone" else 300)
                 model = mixture()
                 torchem.fit(model, x[order][rows], labels=known[rows], seed=seed, max_iter=300, tol=1e-5)
                 wrong.append(float((model.most_likely(test) != right).double().mean()))

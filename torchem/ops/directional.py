@@ -56,7 +56,7 @@ def log_bessel(order: float, kappa: Float[Tensor, "*n"]) -> tuple[Float[Tensor, 
 
     Example:
         >>> log_bessel(0.5, torch.tensor(2.0, dtype=torch.float64))[0].exp() * torch.pi**0.5  # √2 e⁻² sinh 2 / 2
-        tensor(0.6942, dtype=torch.float64)
+        tensor(0.3471, dtype=torch.float64)
     """
     steps = max(0, math.ceil(_ORDER - order))
     n = order + steps
