@@ -159,7 +159,7 @@ class VonMisesFisher(ExponentialFamily):
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         kappa, d = self.log_concentration.to(torch.float64).exp(), self._d
-        ratio = directional.log_bessel(d / 2 - 1, kappa)[1].unsqueeze(-1)
+        ratio = directional.bessel_ratio(d / 2 - 1, kappa).unsqueeze(-1)
         mean = ratio * kappa.unsqueeze(-1) * self.directions
         # E x xᵀ = ρ I + (1 − D ρ) μ μᵀ with ρ = A(κ) / κ.
         variance = ratio + (1 - d * ratio) * self.directions.square() - mean.square()
