@@ -99,13 +99,6 @@ def mean_resultant(dimension: int, kappa: Float[Tensor, "*n"]) -> Float[Tensor, 
     return kappa * bessel_ratio(dimension / 2 - 1, kappa)
 
 
-@functools.cache
-def _longest(dimension: int, most: float) -> float:
-    """A_D at the largest concentration."""
-    with torch.no_grad():
-        return float(mean_resultant(dimension, torch.full((), most, dtype=torch.float64)))
-
-
 def concentration(resultant: Float[Tensor, "*n"], dimension: int, least: float, most: float) -> Float[Tensor, "*n"]:
     """κ with A_D(κ) = r, within bounds, by Newton's method from the start of Banerjee et al. (2005, equation 4.4).
 
@@ -118,7 +111,7 @@ def concentration(resultant: Float[Tensor, "*n"], dimension: int, least: float, 
         tensor(1.7968, dtype=torch.float64)
     """
     d = dimension
-    r = resultant.clamp(0.0, _longest(d, most))
+    r = resultant.clamp(min=0.0).minimum(mean_resultant(d, resultant.new_full((), most)))
     kappa = (r * (d - r.square()) / (1 - r.square())).clamp(least, most)
     for _ in range(_NEWTON):
         rho = bessel_ratio(d / 2 - 1, kappa)
