@@ -171,3 +171,41 @@ def test_aspects(model: str, aspect: str) -> None:
             ASPECTS[aspect](model)
         return
     ASPECTS[aspect](model)
+
+
+def three_forms(states: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels, −1 where there is none, as themselves, as sets of candidates and as soft labels."""
+    parts = states.unsqueeze(-1) if len(sizes) == 1 else states
+    columns = zip(parts.unbind(-1), sizes, strict=True)
+    sets = torch.cat([(own.unsqueeze(-1) == torch.arange(k)) | (own.unsqueeze(-1) < 0) for own, k in columns], -1)
+    return states, sets, 0.3 * sets.double()
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if (name, "labels") not in REFUSED])
+def test_labels_in_three_forms(model: str) -> None:
+    """They say the same, are kept by the posterior, and are refused by their place where they cannot be."""
+    twin, given = started(model)
+    shape, counted = given["data"].shape[:-1], twin.labelled
+    sizes = (counted,) if isinstance(counted, int) else counted
+    states = torch.arange(shape.numel() * len(sizes)).view(*shape, -1) % torch.tensor([k + 1 for k in sizes]) - 1
+    states = states[..., 0] if len(sizes) == 1 else states
+    u = given.get("inputs")
+    with torch.no_grad():
+        batches = [twin.batch(given["data"], u=u, labels=form) for form in three_forms(states, sizes)]
+        # What lasts of a soft label are ratios: a set is their limit.
+        values = [twin.log_prob(batch) for batch in batches]
+        for value in values[1:]:
+            close(value, values[0])
+        if len(sizes) == 1:
+            found = twin.most_likely(batches[0])
+            assert torch.equal(found[states >= 0], states[states >= 0])
+    wrong = states.clone()
+    wrong.view(-1)[-1] = 9
+    with pytest.raises(TorchemError, match=r"^labels: expected states from 0 to .*, got 9 at "):
+        twin.batch(given["data"], u=u, labels=wrong)
+    nothing = three_forms(states, sizes)[1].clone()
+    nothing.view(-1, sum(sizes))[5] = False
+    with pytest.raises(TorchemError, match="at least one state that is possible, got none at "):
+        twin.batch(given["data"], u=u, labels=nothing)
+    with pytest.raises(TorchemError, match=r"^labels: "):
+        twin.batch(given["data"], u=u, labels=torch.ones(*shape, sum(sizes) + 3))

@@ -95,6 +95,24 @@ def test_faithful(capsys, tmp_path, monkeypatch):
         assert (tmp_path / "faithful" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_outliers(capsys, tmp_path):
+    """Three clusters and noise, whose box is that of the data: mclust's maximum on these points."""
+    out = ok(capsys, "fit", ROOT / "configs" / "outliers.yaml", "--output", tmp_path / "run")
+    for word in ("280 observations × 2 columns", "-1145.80", "18 parameters"):
+        assert word in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "words"), [
+    ("outliers-t", ["-1205.7", "20 parameters"]),
+    ("answers", ["600 observations × 5 columns", "-2383.69", "29", "preferred by BIC"]),
+])  # fmt: skip
+def test_other_configurations(name, words, capsys, tmp_path):
+    out = ok(capsys, "fit", ROOT / "configs" / f"{name}.yaml", "--output", tmp_path / "run")
+    for word in words:
+        assert word in out
+
+
 def test_a_race(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = ("--fit.restarts", 4, "--fit.race", 1, "--fit.init", "random_from_data", "--fit.budget", 27200)

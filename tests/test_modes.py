@@ -13,7 +13,9 @@ from torchem import priors
 from torchem.errors import ConvergenceWarning, InvalidArgument, SymmetryWarning
 from torchem.factors import (
     Categorical,
+    Categoricals,
     Censored,
+    Exponential,
     Gamma,
     Gaussian,
     LinearGaussian,
@@ -21,11 +23,13 @@ from torchem.factors import (
     NegativeBinomial,
     Neural,
     Poisson,
+    Product,
     SoftmaxRegression,
     Stacked,
     StudentT,
     Truncated,
     Uniform,
+    VonMises,
     ZeroInflated,
 )
 
@@ -86,6 +90,23 @@ def symbols() -> dict[str, Any]:
     return {"data": truth.sample(12, 15, generator=rng())}
 
 
+def answers() -> dict[str, Any]:
+    truth = Categoricals(2, [2, 3]).double()
+    truth.tables = [[[0.9, 0.1], [0.2, 0.8]], [[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]]
+    return {"data": truth.sample(torch.arange(240) % 2, generator=rng()).double()}
+
+
+def walks() -> dict[str, Any]:
+    truth = movement().double()
+    turns, steps = truth.emission.factors
+    turns.means, turns.concentrations, steps.rates = [[0.0], [2.5]], [[8.0], [2.0]], [[0.3], [3.0]]
+    return {"data": truth.sample(12, 15, generator=rng())}
+
+
+def movement() -> torchem.HMM:
+    return torchem.HMM(Categorical(2), Categorical(2, 2), Product([VonMises(2, 1), Exponential(2, 1)]))
+
+
 def prior() -> torchem.GaussianMixture:
     model = torchem.GaussianMixture(3, 2)
     model.mixing.prior, model.component.prior = priors.Dirichlet(2.0), priors.NormalInverseWishart()
@@ -137,10 +158,12 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         lambda: torchem.Mixture(Categorical(3), Censored(Gaussian(3, 2, "diag"), low=-3.0, high=3.5)),
         limited,
     ),
+    "latent classes": (lambda: torchem.Mixture(Categorical(2), Categoricals(2, [2, 3])), answers),
     "mixture of regressions": (lambda: torchem.Mixture(Categorical(2), LinearGaussian(2, 2, 1)), lines),
     "mixture of experts": (lambda: torchem.Mixture(SoftmaxRegression(2, 2), LinearGaussian(2, 2, 1)), lines),
     "Gaussian HMM": (lambda: torchem.GaussianHMM(2, 2), sequences),
     "categorical HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)), symbols),
+    "movement HMM": (movement, walks),
     "stationary HMM": (lambda: torchem.HMM("stationary", Categorical(2, 2), Gaussian(2, 2)), sequences),
     "MAP": (prior, points),
     "variational mixture": (lambda: torchem.variational(torchem.GaussianMixture(3, 2)), points),

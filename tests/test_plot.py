@@ -104,6 +104,15 @@ def test_pairs():
         plot.pairs(*mixture(2, 1))
 
 
+def test_missing_entries_are_left_out_of_histograms():
+    model, x = mixture(2, 2)
+    holes = x.clone()
+    holes[::3, 0] = torch.nan
+    for data in (x, holes):
+        bars = plot.pairs(model, data, ["a", "b"])[0, 0].patches
+        assert sum(bar.get_height() * bar.get_width() for bar in bars) == pytest.approx(1.0)
+
+
 def test_bad_input_is_described():
     model, x = mixture(2, 2)
     with pytest.raises(InvalidArgument, match="2 names"):

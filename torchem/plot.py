@@ -565,6 +565,7 @@ def _legend(model: LatentModel, ax: Any, **options: Any) -> None:
 def _histogram(model: LatentModel, data: np.ndarray, name: str, ax: Any, which: int = 0, legend: bool = True) -> Any:
     """One column: counts as a density, each Gaussian component under it, their sum above."""
     column = data[:, which]
+    column = column[~np.isnan(column)]  # missing entries are in no bin
     finite = np.unique(column)
     bins = np.histogram_bin_edges(column, "fd" if len(finite) > 20 else "auto")
     bins = bins if len(bins) <= 80 else 80

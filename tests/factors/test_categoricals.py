@@ -1,7 +1,10 @@
 """Answers: one product of indicators against tables looked up, holes, excluded answers, latent classes."""
 
 import itertools
+import runpy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torchem.batch import Batch
 from torchem.errors import InvalidArgument
 from torchem.factors import Categorical, Categoricals, Product
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = [2, 4, 3]
 
 
@@ -85,9 +89,13 @@ def test_an_answer_that_is_excluded_stays_excluded() -> None:
     close(small.log_prob(x), c.log_prob(x)[:, :1])
 
 
-def test_replicas_with_excluded_answers() -> None:
+def test_replicas_and_files_with_excluded_answers(tmp_path) -> None:
     c = answers(2)
     c.tables = [[[1.0, 0.0], [0.5, 0.5]], *[t.detach() for t in c.tables[1:]]]
+    torchem.save(c, tmp_path / "c.safetensors")
+    again = torchem.load(tmp_path / "c.safetensors")
+    assert again.forbids
+    close(again.log_prob(Batch(rows())), c.log_prob(Batch(rows())), rtol=0, atol=0)
     x, expected = Batch(rows(holes=0.2)), soft(40, 2)
     many = replicated(answers(2), 2)
     many.load_state_dict({key: torch.stack([value, value]) for key, value in c.state_dict().items()})
@@ -147,6 +155,16 @@ def test_two_classes_are_those_of_flexmix() -> None:
     ones = torch.stack([table[top, 1] for table in model.component.tables])
     close(ones, torch.tensor([0.8207809, 0.7534032, 0.7789812, 0.7080465]), rtol=1e-4)
     assert torchem.criteria(model, x).n_parameters == 9
+
+
+def test_the_example_reports_the_shipped_answers() -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "answers.py"), run_name="example")
+    x = torch.from_numpy(np.genfromtxt(example["CSV"], delimiter=",", skip_header=1))
+    model = torchem.Mixture(Categorical(3), Categoricals(3, [2, 3, 3, 4, 2])).double()
+    torchem.fit(model, x, restarts=3, seed=0, tol=1e-8, max_iter=2000, progress=False)
+    report = example["report"](model, x)
+    assert "log-likelihood -2383.690, 29 parameters" in report
+    assert len(report.splitlines()) == 1 + 5 * 4 + 3 + 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Components of several families, and noise."""
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torchem.batch import Batch
 from torchem.data import Moments
 from torchem.errors import InvalidArgument
 from torchem.factors import Categorical, Gaussian, Poisson, Product, Stacked, StudentT, Uniform
+
+OUTLIERS = Path(torchem.__file__).parent / "datasets" / "outliers.csv"
 
 
 def noisy(n: int = 400) -> tuple[Tensor, Tensor]:
@@ -55,6 +59,29 @@ def test_noise_is_told_from_clusters() -> None:
     torchem.fit(plain, x, seed=0, restarts=4, max_iter=200, progress=False)
     assert torchem.criteria(model, x).n_parameters == 3 + 3 * 5
     assert torchem.criteria(model, x).bic < torchem.criteria(plain, x).bic - 50
+
+
+def test_noise_is_that_of_mclust() -> None:
+    """mclust 6.0.0, R 4.2.2, on the same points, from the same start and with the same volume, that of the box:
+
+    x <- as.matrix(read.csv("outliers.csv")[, 1:2]); z <- unmap(read.csv("outliers.csv")$origin)
+    me(x, modelName="VVV", z=z, Vinv=1/hypvol(x), control=emControl(tol=c(1e-14, 1e-12), itmax=c(5000, 5000)))
+
+    The volume is no parameter here, where mclust counts it as one.
+    """
+    table = torch.from_numpy(np.loadtxt(OUTLIERS, delimiter=",", skiprows=1))
+    x, origin = table[:, :2], table[:, 2].long()
+    model = torchem.Mixture(Categorical(4), Stacked([Gaussian(3, 2), Uniform(1, 2)])).double()
+    torchem.fit(model, x, labels=origin, max_iter=1, tol=0, progress=False)  # the M-step of the same start
+    result = torchem.fit(model, x, init=None, tol=1e-12, max_iter=3000, progress=False)
+    box = model.component.factors[1]
+    close((box.sides[1] - box.sides[0]).prod(), torch.tensor(876.78485801, dtype=torch.float64), rtol=1e-9)
+    assert result.bound == pytest.approx(-1145.79890042, abs=1e-6)
+    weights = torch.tensor([0.36400844, 0.28368886, 0.21555554, 0.13674716], dtype=torch.float64)
+    close(model.weights, weights, rtol=1e-5)
+    means = [[-0.175607233, -0.078982897], [5.97528009, 0.86480214], [2.0705205, 6.0334867]]
+    close(model.component.factors[0].means, torch.tensor(means, dtype=torch.float64), rtol=1e-5)
+    assert torchem.criteria(model, x).n_parameters == 19 - 1
 
 
 def test_the_box_is_that_of_all_rows_with_a_weight() -> None:

@@ -168,12 +168,14 @@ def test_a_walk_has_turns_and_steps() -> None:
     assert max(agreement, 1 - agreement) > 0.93
 
 
-def test_files_and_pruning() -> None:
-    for family, x in (
-        (directions(3, 3), unit(randn(5, 3))),
-        (VonMises.example()[0], randn(5, 2)),
-    ):
+def test_files_and_pruning(tmp_path) -> None:
+    path = tmp_path / "m.safetensors"
+    for family, x in ((directions(3, 3), unit(randn(5, 3))), (VonMises.example()[0], randn(5, 2))):
         family.freeze("concentrations", mask=torch.tensor([True, False, False]))
+        torchem.save(family, path)
+        again = torchem.load(path)
+        assert torch.equal(again.log_prob(Batch(x)), family.log_prob(Batch(x)))
+        assert again.n_parameters() == family.n_parameters()
         small = family.select(torch.tensor([0, 2]))
         close(small.log_prob(Batch(x)), family.log_prob(Batch(x))[:, [0, 2]])
         assert small.frozen("log_concentration").tolist() == [True, False]

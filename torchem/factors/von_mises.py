@@ -25,7 +25,8 @@ class VonMises(ExponentialFamily):
     I₁(κ) / I₀(κ) = √(C² + S²) / n by Newton's method.
 
     A component on a single angle stays at ``concentration_cap``, and is named in ``result.floored``. Components start
-    at random data points, for clusters of numbers would be cut where the angles' ends meet.
+    at random data points, for clusters of numbers would be cut where the angles' ends meet. In float32 concentrations
+    beyond some 10⁴ lose digits of the density: use ``model.double()`` there.
 
     Args:
         n_components: K, the number of states.

@@ -28,7 +28,8 @@ class VonMisesFisher(ExponentialFamily):
     *M-step.* With R = Σ γ x and n = Σ γ of a state: μ = R / |R|, and κ solves A_D(κ) = |R| / n by Newton's method.
 
     A component on a single direction would have an infinite concentration: it stays at ``concentration_cap``, the exact
-    maximum under that bound, and is named in ``result.floored``. Components without any direction have 10⁻⁶.
+    maximum under that bound, and is named in ``result.floored``. Components without any direction have 10⁻⁶. In float32
+    concentrations beyond some 10⁴ lose digits of the density: use ``model.double()`` there.
 
     Args:
         n_components: K, the number of states.
@@ -158,7 +159,7 @@ class VonMisesFisher(ExponentialFamily):
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         kappa, d = self.log_concentration.to(torch.float64).exp(), self._d
-        ratio = directional.log_bessel(d / 2 - 1, kappa)[1].unsqueeze(-1)
+        ratio = directional.bessel_ratio(d / 2 - 1, kappa).unsqueeze(-1)
         mean = ratio * kappa.unsqueeze(-1) * self.directions
         # E x xᵀ = ρ I + (1 − D ρ) μ μᵀ with ρ = A(κ) / κ.
         variance = ratio + (1 - d * ratio) * self.directions.square() - mean.square()

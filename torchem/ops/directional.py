@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 #: Order from which the expansion is exact to rounding, with so many terms.
-_ORDER, _TERMS = 24, 12
+_ORDER, _TERMS = 12, 16
 #: Steps of Newton's method, each of which doubles the digits of a start that has one.
 _NEWTON = 6
 #: Concentrations, for each column, from which A′ is its leading term: the exact difference would cancel.
@@ -47,19 +47,8 @@ def _series(n: float, w: Tensor) -> Tensor:
     return ((inverse**power) @ table * (n * inverse).square() ** power).sum(-1).log()
 
 
-def log_bessel(order: float, kappa: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
-    """``log(e^{−κ} I_ν(κ) / κ^ν)`` and ``I_{ν+1}(κ) / (κ I_ν(κ))``, for κ ≥ 0 in float64.
-
-    Args:
-        order: ν > −1, any real number.
-        kappa: κ.
-
-    Example:
-        >>> log_bessel(0.5, torch.tensor(2.0, dtype=torch.float64))[0].exp() * torch.pi**0.5  # √2 e⁻² sinh 2 / 2
-        tensor(0.6942, dtype=torch.float64)
-    """
-    steps = max(0, math.ceil(_ORDER - order))
-    n = order + steps
+def _expanded(n: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
+    """``log(e^{−κ} I_n(κ) / κ^n)`` and ``I_{n+1}(κ) / (κ I_n(κ))`` of a high order."""
     square = kappa.square()
     w, above = (n * n + square).sqrt(), ((n + 1) ** 2 + square).sqrt()
     series = _series(n, w)
@@ -67,21 +56,47 @@ def log_bessel(order: float, kappa: Float[Tensor, "*n"]) -> tuple[Float[Tensor, 
     value = n * n / (w + kappa) - n * (n + w).log() - 0.5 * (2 * math.pi * w).log() + series
     gap = (2 * n + 1) / (above + w)
     log_ratio = gap - (n + 1 + above).log() - n * ((1 + gap) / (n + w)).log1p() - 0.5 * (gap / w).log1p()
-    ratio = (log_ratio + _series(n + 1, above) - series).exp()
+    return value, (log_ratio + _series(n + 1, above) - series).exp()
+
+
+def bessel_ratio(order: float, kappa: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """``I_{ν+1}(κ) / (κ I_ν(κ))``, for κ ≥ 0 in float64 and any real ν > −1."""
+    steps = max(0, math.ceil(_ORDER - order))
+    square, ratio = kappa.square(), _expanded(order + steps, kappa)[1]
     for lower in reversed(range(steps)):
         ratio = (2 * (order + lower + 1) + square * ratio).reciprocal()
-        value = value - ratio.log()
-    return value, ratio
+    return ratio
+
+
+def log_bessel(order: float, kappa: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """``log(e^{−κ} I_ν(κ) / κ^ν)``, for κ ≥ 0 in float64.
+
+    Args:
+        order: ν > −1, any real number.
+        kappa: κ.
+
+    Example:
+        >>> log_bessel(0.5, torch.tensor(2.0, dtype=torch.float64)).exp() * torch.pi**0.5  # √2 e⁻² sinh 2 / 2
+        tensor(0.3471, dtype=torch.float64)
+    """
+    steps = max(0, math.ceil(_ORDER - order))
+    square = kappa.square()
+    value, ratio = _expanded(order + steps, kappa)
+    product = torch.ones_like(kappa)
+    for lower in reversed(range(steps)):
+        ratio = (2 * (order + lower + 1) + square * ratio).reciprocal()
+        product = product * ratio  # of at most thirteen: in range up to κ = 10²⁰
+    return value - product.log()
 
 
 def log_normalizer(dimension: int, kappa: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Log ∫ exp(κ (μᵀx − 1)) dx over unit vectors: of a density that is one in the direction itself."""
-    return dimension / 2 * math.log(2 * math.pi) + log_bessel(dimension / 2 - 1, kappa)[0]
+    return dimension / 2 * math.log(2 * math.pi) + log_bessel(dimension / 2 - 1, kappa)
 
 
 def mean_resultant(dimension: int, kappa: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """A_D(κ) = I_{D/2}(κ) / I_{D/2−1}(κ): the length of the mean vector."""
-    return kappa * log_bessel(dimension / 2 - 1, kappa)[1]
+    return kappa * bessel_ratio(dimension / 2 - 1, kappa)
 
 
 def concentration(resultant: Float[Tensor, "*n"], dimension: int, least: float, most: float) -> Float[Tensor, "*n"]:
@@ -96,11 +111,10 @@ def concentration(resultant: Float[Tensor, "*n"], dimension: int, least: float, 
         tensor(1.7968, dtype=torch.float64)
     """
     d = dimension
-    top = mean_resultant(d, torch.full((), most, dtype=resultant.dtype, device=resultant.device))
-    r = resultant.clamp(min=0.0).minimum(top)
+    r = resultant.clamp(min=0.0).minimum(mean_resultant(d, resultant.new_full((), most)))
     kappa = (r * (d - r.square()) / (1 - r.square())).clamp(least, most)
     for _ in range(_NEWTON):
-        rho = log_bessel(d / 2 - 1, kappa)[1]
+        rho = bessel_ratio(d / 2 - 1, kappa)
         mean = kappa * rho
         exact = 1 - mean.square() - (d - 1) * rho
         slope = torch.where(kappa > _LARGE * d, (d - 1) / (2 * kappa.square()), exact.clamp(min=1e-300))
