@@ -41,6 +41,7 @@ class Bernoulli(Columns):
 
     splits: ClassVar = frozenset({"probs"})
     views: ClassVar = {"probs": "logits"}
+    discrete: ClassVar[bool] = True
     parameter: ClassVar[str] = "logits"
 
     logits: Tensor

@@ -42,6 +42,7 @@ class Poisson(Columns):
 
     splits: ClassVar = frozenset({"rates"})
     views: ClassVar = {"rates": "log_rate"}
+    discrete: ClassVar[bool] = True
     parameter: ClassVar[str] = "log_rate"
 
     log_rate: Tensor
