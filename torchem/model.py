@@ -539,7 +539,11 @@ class DiscreteModel(LatentModel):
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
         """A pass of every factor; with ``score`` of densities, which for posteriors of parameters are predictive."""
-        tables, emit = self.table_slots(), Factor.scorer if score else Factor.kernel
+        tables = self.table_slots()
+
+        def emit(factor: Factor) -> Kernel:
+            return factor.scorer() if score else factor.kernel()
+
         return {slot: _TablePass(f, score) if slot in tables else emit(f) for slot, f in self.slots()}
 
     def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
