@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw the pictures of docs/modes: one for each mode, from fits that take seconds.
+"""Draw the pictures of docs/modes and docs/models: one for each, from fits that take seconds.
 
-    python scripts/pictures.py                     # all of them, into docs/images/modes
+    python scripts/pictures.py                     # all of them, into docs/images/modes and docs/images/models
     python scripts/pictures.py stochastic hard     # some
 
 Backgrounds are transparent and lines grey, so that pages may be light or dark.
@@ -444,6 +444,42 @@ def search() -> Any:
     return fig
 
 
+# ---- one picture for each model -----------------------------------------------------------------------------------
+
+
+def missing() -> Any:
+    """Ozone in New York, filled in with its uncertainty; and its law given the weather of single days."""
+    path = ROOT / "torchem" / "datasets" / "airquality.csv"
+    x = torch.from_numpy(np.genfromtxt(path, delimiter=",", skip_header=1))
+    model = mixture(2, 4)
+    torchem.fit(model, x, restarts=10, tol=1e-8, max_iter=1000, seed=0)
+    filled, variance = model.impute(x, variance=True)
+    gap = x[:, 0].isnan()
+    fig, axes = figure(1.2, 1)
+    left, right = axes[0]
+    left.plot(filled[~gap, 3], filled[~gap, 0], ".", color=GREY, alpha=0.55, markersize=6, label="observed")
+    left.errorbar(
+        filled[gap, 3], filled[gap, 0], variance[gap, 0].sqrt(), fmt="o", color=BLUE, markersize=4, lw=1,
+        markerfacecolor="none", label="filled in, ± sd",
+    )  # fmt: skip
+    left.set(xlabel="temperature, °F", title="ozone, ppb")
+    left.legend(loc="upper left")
+    grid = torch.linspace(-30, 170, 400, dtype=torch.float64)
+    days = torch.tensor([[250.0, 7.0, 90.0], [190.0, 10.0, 78.0], [150.0, 13.0, 62.0]]).double()
+    law = model.condition(days, columns=[1, 2, 3])
+    density = law.log_prob(grid[:, None, None].expand(-1, 3, 1)).exp().detach()
+    names = ("90 °F, 7 mph", "78 °F, 10 mph", "62 °F, 13 mph")
+    for curve, mean, name, colour in zip(density.T, law.mean[:, 0].detach(), names, (ORANGE, GREEN, BLUE), strict=True):
+        right.fill_between(grid, curve, color=colour, alpha=0.15)
+        right.plot(grid, curve, color=colour, label=name)
+        right.plot([mean] * 2, [0, float(curve.max())], ":", color=colour, lw=1)
+    right.set(
+        xlabel="ozone, ppb", title="density given the weather of a day", yticks=[], ylim=(0, None), xlim=(-30, 170)
+    )
+    right.legend()
+    return fig
+
+
 PICTURES: dict[str, Callable[[], Any]] = {
     "full-batch": full_batch,
     "stochastic": stochastic,
@@ -458,6 +494,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "acceleration": acceleration,
     "hard": hard,
     "sampled": sampled,
+    "models/missing": missing,
 }
 
 
@@ -470,14 +507,15 @@ def main() -> None:
         parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
     mpl.use("Agg")
     warnings.filterwarnings("ignore")
-    folder = ROOT / "docs" / "images" / "modes"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = ROOT / "docs" / "images"
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         for name in options.names or PICTURES:
             fig = PICTURES[name]()
             # No version and no date: the same picture is the same file.
-            fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-            print(folder / f"{name}.png")
+            file = folder / f"{name if '/' in name else f'modes/{name}'}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(file, metadata={"Software": None})
+            print(file)
 
 
 if __name__ == "__main__":
