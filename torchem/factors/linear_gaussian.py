@@ -625,8 +625,13 @@ class LinearGaussian(Factor, Conjugate):
 
     @classmethod
     def examples(cls) -> list[tuple[Factor, Batch]]:
-        """One for each covariance structure."""
-        return [_example(kind) for kind in ("full", "tied", "diag", "spherical")]
+        """One for each covariance structure, of two of them with missing entries."""
+        found = [_example(kind) for kind in ("full", "tied", "diag", "spherical")]
+        holes = torch.rand(30, 3, generator=torch.Generator().manual_seed(1)) < 0.2
+        for place in (1, 3):
+            factor, batch = found[place]
+            found[place] = factor, batch.with_x(batch.x.masked_fill(holes, torch.nan))
+        return list(found)
 
 
 def _example(covariance_type: CovarianceType, shared: Sequence[int] = ()) -> tuple[LinearGaussian, Batch]:
