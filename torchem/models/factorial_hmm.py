@@ -479,7 +479,7 @@ class FactorialHMM(LatentModel):
         gaps, lead = Gaps.of(data, batch, True), len(self.replicas)
         one_of("how", how, ("auto", "mean", "mode"))
         mask = batch.frames_mask()
-        inside = torch.ones(batch.x.shape[:2], dtype=torch.bool) if mask is None else mask
+        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
         place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
 
         def missing(value: Tensor) -> Tensor:

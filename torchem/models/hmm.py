@@ -499,7 +499,7 @@ class HMM(DiscreteModel):
         rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
         bare = replace(batch, weight=None)
         mask = batch.frames_mask()
-        inside = torch.ones(batch.x.shape[:2], dtype=torch.bool) if mask is None else mask
+        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
         place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
         if draws is None:
             found = self._each(bare, lambda p, b: self.infer(p, b)[1]["emission"])

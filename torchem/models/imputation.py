@@ -60,6 +60,7 @@ class Gaps:
 
     def beside(self, found: Tensor) -> Any:
         """``found [*s, G, D]`` in the gaps and zero elsewhere, laid out as the data."""
+        found = found.to(self.rows.device)
         rows = found.new_zeros(*found.shape[:-2], *self.rows.shape)
         rows[..., self.index, :] = torch.where(self.missing, found, 0.0)
         return self._laid_out(rows, False)
