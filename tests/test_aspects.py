@@ -149,10 +149,6 @@ ASPECTS: dict[str, Callable[[str], None]] = {
 
 #: All that is refused, with a word of the sentence that says why.
 REFUSED: dict[tuple[str, str], str] = {
-    ("mixture of regressions", "missing rows"): "missing",
-    ("mixture of regressions", "missing entries"): "missing",
-    ("mixture of experts", "missing rows"): "missing",
-    ("mixture of experts", "missing entries"): "missing",
     ("factorial HMM", "missing entries"): "whole",
     ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",

@@ -14,12 +14,11 @@ from torchem.errors import InvalidArgument, InvalidType, TorchemError
 
 
 def full(n: int = 6) -> Batch:
-    """Every field, each row recognisable."""
+    """Every field that stays (a mask becomes NaN in x), each row recognisable."""
     row = torch.arange(float(n), dtype=torch.float64)
     return Batch(
         x=torch.stack([row, row + 100], -1),
         u=row.unsqueeze(-1) * 2,
-        observed=torch.ones(n, 2, dtype=torch.bool),
         weight=row + 1,
         lengths=torch.arange(n),
         evidence=torch.stack([row, -row], -1),
@@ -51,7 +50,7 @@ def test_index_takes_all_fields_together() -> None:
     for index in (slice(1, 4), torch.tensor([4, 0, 0]), torch.arange(6) % 2 == 0):
         part = batch[index]
         for mine, theirs in zip(part.values(), batch.values(), strict=True):
-            assert torch.equal(mine, theirs[index])
+            assert (mine is None) if theirs is None else torch.equal(mine, theirs[index])
 
 
 def test_total_weight() -> None:
@@ -72,7 +71,6 @@ def padded() -> Batch:
     return Batch(
         x=frame.unsqueeze(-1),
         u=2 * frame.unsqueeze(-1),
-        observed=torch.ones(3, 3, 1, dtype=torch.bool),
         weight=torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64),
         lengths=torch.tensor([3, 1, 2]),
         evidence=evidence.unsqueeze(-1).expand(3, 3, 2),

@@ -180,6 +180,34 @@ def test_a_free_first_state(capsys, tmp_path, states, rates, loglik):
     assert "candidates" not in made
 
 
+def test_airquality(capsys, tmp_path, monkeypatch):
+    """A table with gaps: fitted, filled in, drawn, and drawn again."""
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / "run"
+    ok(capsys, "fit", "configs/airquality.yaml", "--fit.restarts", 2, "--fit.tol", 1e-4, "--output", run)
+    assert (run / "clusters.png").exists()
+    table = read_table(DATASETS / "airquality.csv").values
+    gaps = np.isnan(table)
+    assert "gaps filled in: 44" in ok(capsys, "impute", run)
+    filled = read_table(run / "imputed.csv")
+    assert filled.columns == ["Ozone", "Solar.R", "Wind", "Temp"]
+    assert not np.isnan(filled.values).any()
+    assert (filled.values[~gaps] == table[~gaps]).all()
+    ok(capsys, "impute", run, "--variance", "true", "--output", tmp_path / "v.csv")
+    variance = read_table(tmp_path / "v.csv", [f"{name}_variance" for name in filled.columns]).values
+    assert ((variance > 0) == gaps).all()
+    for name in "ab":
+        ok(capsys, "impute", run, "--draws", 3, "--seed", 1, "--output", tmp_path / f"{name}.csv")
+    drawn = read_table(tmp_path / "a.csv").values
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    assert drawn[:, 0].tolist() == np.repeat(range(3), 153).tolist()
+    assert (drawn[:, 1:].reshape(3, 153, 4)[:, ~gaps] == table[~gaps]).all()
+    assert (drawn[:, 1:].reshape(3, 153, 4)[:, gaps].std(0) > 0).all()
+    # A run may be replaced: what was imputed by its old model goes with it.
+    ok(capsys, "fit", "configs/airquality.yaml", "--fit.max_iter", 1, "--fit.tol", 0, "--output", run)
+    assert not (run / "imputed.csv").exists()
+
+
 def test_segment_with_an_image_of_the_users(capsys, work):
     pillow = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).normal(0, 4, (20, 30, 3)) + np.array([60, 90, 160])
@@ -394,6 +422,19 @@ def test_several_sequences(capsys, chain):
     assert "expected a column 'who'" in fails(capsys, "predict", "out", "one.csv")
 
 
+def test_frames_of_sequences_are_filled_in(capsys, chain):
+    ok(capsys, "fit", "c.yaml")
+    ok(capsys, "impute", "out", "--output", "filled.csv")
+    for name in ("who", "day"):
+        assert column("filled.csv", name) == column("s.csv", name)
+    pairs = list(zip(column("s.csv", "x"), column("filled.csv", "x"), strict=True))
+    assert all(old in ("", new) for old, new in pairs)
+    assert [new.isdigit() for old, new in pairs if old == ""] == [True]  # a count stays one
+    ok(capsys, "impute", "out", "--draws", 2, "--variance", "false", "--output", "draws.csv")
+    assert column("draws.csv", "day") == 2 * column("s.csv", "day")
+    assert "variance" in fails(capsys, "impute", "out", "--draws", 2, "--variance", "true")
+
+
 def test_sequences_are_drawn(capsys, chain):
     ok(capsys, "fit", "c.yaml")
     first = ok(capsys, "sample", "out", "--seed", 1, "--output", "-")
@@ -596,7 +637,7 @@ def test_what_is_no_configuration(capsys, work, text):
         (["fit", "c.yaml", "extra"], "got 'extra'"),
         (["fit", "c.yaml", "--data.image", "c.yaml"], "data: expected a path or an image, got both"),
         (["fit", "c.yaml", "--data.path", "c.yaml"], r"expected one of \.csv"),
-        (["ft"], "command: expected one of fit, predict, sample, plot, got 'ft'; did you mean 'fit'"),
+        (["ft"], "command: expected one of fit, predict, sample, impute, plot, got 'ft'; did you mean 'fit'"),
         (["predict"], "run: expected a value, got none"),
         (["predict", "none"], "none: expected a folder that torchem fit wrote, got no such folder"),
         (["predict", "."], "expected a folder that torchem fit wrote, got something else"),

@@ -113,6 +113,19 @@ def test_missing_entries_are_left_out_of_histograms():
         assert sum(bar.get_height() * bar.get_width() for bar in bars) == pytest.approx(1.0)
 
 
+def test_what_is_missing_is_drawn_where_it_is_expected():
+    model, x = mixture(2, 3)
+    x = torch.as_tensor(x).clone()
+    x[::4, 0] = torch.nan
+    draw(plot.clusters(model, x))
+    axes = plot.pairs(model, x)
+    draw(axes)
+    seen, filled = axes[1, 0].collections[:2]
+    assert len(filled.get_offsets()) == len(x[::4])
+    assert len(seen.get_offsets()) == len(x) - len(x[::4])
+    assert len(axes[2, 1].collections) == 1  # nothing is missing of these two
+
+
 def test_bad_input_is_described():
     model, x = mixture(2, 2)
     with pytest.raises(InvalidArgument, match="2 names"):

@@ -25,7 +25,8 @@ class Batch:
     Args:
         x: ``[*n, D]`` observations, real or integer.
         u: ``[*n, M]`` covariates.
-        observed: ``[*n, D]`` Boolean, False where an entry is missing.
+        observed: ``[*n, D]`` Boolean, False where an entry is missing: another way to say NaN, also for integers. It is
+            written into x, as NaN (integers become float64 where anything is missing), and is None from then on.
         weight: ``[N]`` non-negative weight of each row or sequence; weight 2 counts as two copies, weight 0 as none.
         lengths: ``[N]`` number of valid frames of each padded sequence; None where every sequence fills T.
         evidence: ``[*n, K]`` log-potentials on the latent classes (labels, sets of labels, soft labels).
@@ -33,8 +34,9 @@ class Batch:
         trials: ``[*n]`` number of trials of binomial counts.
 
     Example:
-        >>> len(Batch(torch.zeros(5, 2)))
-        5
+        >>> Batch(torch.tensor([[1, 2], [3, 4]]), observed=torch.tensor([[True, False], [True, True]])).x
+        tensor([[1., nan],
+                [3., 4.]], dtype=torch.float64)
     """
 
     x: Tensor
@@ -45,6 +47,12 @@ class Batch:
     evidence: Tensor | None = None
     offset: Tensor | None = None
     trials: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # One form of what is missing, for every family; trees are put together again without coming here.
+        if self.observed is not None:
+            object.__setattr__(self, "x", masked(self.x, self.observed))
+            object.__setattr__(self, "observed", None)
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -207,6 +215,30 @@ def values_known() -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
+def masked(x: Tensor, observed: Any) -> Tensor:
+    """Observations with NaN where ``observed`` is False; x itself where it never is.
+
+    What stands in the place of a missing entry does not matter, but infinities stay, to be refused where rows are
+    checked.
+
+    Raises:
+        InvalidArgument: If the mask is not one truth value for each entry.
+    """
+    mask = as_tensor(observed, "observed").to(x.device)
+    binary = mask.dtype == torch.bool or (values_known() and bool(((mask == 0) | (mask == 1)).all()))
+    if mask.shape != x.shape or not binary:
+        kind = "" if binary else " of other numbers"
+        raise invalid(
+            "observed", f"true or false for each entry, shape {list(x.shape)}", f"shape {list(mask.shape)}{kind}",
+            "give True where an entry was observed",
+        )  # fmt: skip
+    mask = mask.to(torch.bool)
+    if values_known() and bool(mask.all()):
+        return x
+    x = x if x.is_floating_point() else x.to(torch.float64)
+    return torch.where(mask | x.isinf(), x, torch.nan)
+
+
 def as_tensor(value: Any, argument: str) -> Tensor:
     """Turn arrays, lists and tensors into a tensor without ever aliasing memory that might be read-only.
 
@@ -251,6 +283,7 @@ def as_batch(
     u: Any = None,
     evidence: Any = None,
     labels: Any = None,
+    observed: Any = None,
     n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
@@ -265,6 +298,7 @@ def as_batch(
         u: ``[N, M]`` or ``[N]`` covariates.
         evidence: ``[N, K]`` log-potentials on the latent classes.
         labels: What is known of the classes, see `evidence_from_labels`; adds to ``evidence``.
+        observed: In the shape of the data, False where an entry is missing.
         n_states: K, for labels that are numbers.
         allow_missing: Whether NaN entries may stand for missing ones.
         allow_empty: Whether there may be no rows.
@@ -279,6 +313,8 @@ def as_batch(
         torch.Size([2, 2])
     """
     batch = data if isinstance(data, Batch) else Batch(as_tensor(data, "data"))
+    if observed is not None:
+        batch = batch.with_x(masked(batch.x, observed))
     x = batch.x.unsqueeze(-1) if batch.x.dim() == 1 else batch.x
     if x.dim() != 2:
         raise invalid("data", "a table [N, D]", f"shape {list(x.shape)}", "reshape it to observations × features")

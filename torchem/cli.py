@@ -23,6 +23,7 @@ from torchem.observations import (
     Decoded,
     Observations,
     decode,
+    imputed_rows,
     label_rows,
     read_pixels,
     read_rows,
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    commands: dict[str, Callable[[Any], int]] = {"predict": _predict, "sample": _sample, "plot": _plot}
+    commands: dict[str, Callable[[Any], int]] = {
+        "predict": _predict, "sample": _sample, "impute": _impute, "plot": _plot,
+    }  # fmt: skip
     if not given:
         given = ["--help"]
     if given[0] == "fit":
@@ -456,13 +459,30 @@ def _predict(config: Any) -> int:
     return _deliver(output, content, f"{len(data.values):,} rows")
 
 
-def _sample(config: Any) -> int:
+def _impute(config: Any) -> int:
     run = runs.read_run(config.run, config.states)
+    data = run.observations(config.data)
+    if data.image is not None:
+        raise invalid("data", "a table", "an image, which misses nothing", "name a table")
+    output = config.output or str(run.folder / runs.IMPUTED)
+    names = run.report["data"]
+    parts = imputed_rows(run.model, data, names, config.how, config.draws, config.variance, _generator(config.seed))
+    gaps = int(np.isnan(data.values).sum())
+    return _deliver(output, to_csv(*parts), f"{len(parts[1][0]):,} rows; gaps filled in: {gaps:,}")
+
+
+def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
-    if config.seed is None:
+    if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(config.seed)
+        generator.manual_seed(seed)
+    return generator
+
+
+def _sample(config: Any) -> int:
+    run = runs.read_run(config.run, config.states)
+    generator = _generator(config.seed)
     draw = _draw_sequences if run.model.sequential else _draw_rows
     table = draw(run, config, generator)
     output = config.output or str(run.folder / runs.SAMPLE)

@@ -38,6 +38,7 @@ class Source:
         u: Covariates, likewise, laid out as the data.
         lengths: Frames of each sequence, likewise.
         labels: What is known of the latent states, likewise, laid out as the data.
+        observed: False where an entry is missing, likewise, in the shape of the data.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Source:
         u: Any = None,
         lengths: Any = None,
         labels: Any = None,
+        observed: Any = None,
     ):
         if batch_size is not None and (
             not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
@@ -69,7 +71,7 @@ class Source:
         # What a rank without data contributes: a batch without rows, in the shape of the others' once that is known.
         empty = torch.empty(0, 1, 1) if self.sequential else torch.empty(0, 1)
         self.nothing = Batch(empty) if distributed.active() else None
-        fields = {"weight": weight, "u": u, "lengths": lengths, "labels": labels}
+        fields = {"weight": weight, "u": u, "lengths": lengths, "labels": labels, "observed": observed}
         fields = {name: value for name, value in fields.items() if value is not None}
         if lengths is not None and not self.sequential:
             raise invalid("lengths", "none: the model reads single observations", "some", "leave them out")
@@ -106,7 +108,7 @@ class Source:
             )
         if fields and not (isinstance(loader, (list, tuple)) and not loader):
             raise invalid(
-                "weights, inputs, lengths, labels", "nothing beside a loader", ", ".join(fields),
+                "weights, inputs, lengths, labels, observed", "nothing beside a loader", ", ".join(fields),
                 "let the loader yield Batch objects that carry weight and u",
             )  # fmt: skip
         rows = getattr(loader, "dataset", None)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch, as_tensor
+from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid, one_of
 from torchem.ops.dispatch import rows_per_piece
 from torchem.stats import Stats
@@ -183,10 +183,11 @@ class Factor(nn.Module, ABC):
     sufficient: ClassVar[bool] = True
     #: Whether NaN entries of x are handled as missing at random.
     handles_missing: ClassVar[bool] = False
+    #: Whether the columns of an observation are independent given the state.
+    independent: bool = False
     #: Whether parameters may carry a leading replica axis; where not, restarts run one after the other.
     replicates: ClassVar[bool] = True
-    #: Whether columns are independent given the state, and whether x is counted: single values have a probability.
-    columnwise: bool = False
+    #: Whether x is counted: single values have a probability.
     discrete: bool = False
     #: How components are told apart at the start when ``init="auto"``.
     default_init: ClassVar[str] = "random"
@@ -335,6 +336,53 @@ class Factor(nn.Module, ABC):
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Conditional mean and variance of each column, ``[*r, *n or 1s, K, D]``: what forecasts are made of."""
         raise NotImplementedError(f"{type(self).__name__} has no mean and variance; define moments")
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every entry given the state and the entries of its row that were observed.
+
+        By default `moments`, which is right where columns are `independent`, and for rows that are missing as a whole.
+
+        Args:
+            batch: Rows ``[*n, D]``, NaN where an entry is missing.
+
+        Returns:
+            Both ``[*r, *n, K, D]``; an observed entry is its own mean, without variance.
+
+        Raises:
+            InvalidArgument: If only some entries of a row are missing, and what the others say of them is not known.
+        """
+        self._check_whole(batch.x)
+        missing = batch.x.isnan().unsqueeze(-2)
+        center, spread = self.moments(batch)
+        return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Rows ``[n, D]`` with missing entries drawn given the state ``z [n]`` of each and what was observed of it.
+
+        By default as `conditional`: from `sample`.
+        """
+        self._check_whole(batch.x)
+        return torch.where(batch.x.isnan(), self.sample(z, batch, generator).to(batch.x), batch.x)
+
+    def _check_whole(self, x: Tensor) -> None:
+        missing = x.isnan()
+        if not self.independent and values_known() and bool((missing.any(-1) & ~missing.all(-1)).any()):
+            raise invalid(
+                "data", "rows that are whole, or missing in all columns", "some with single missing entries",
+                f"{type(self.unwrapped).__name__} does not tell what the other columns say of them: leave them out",
+            )  # fmt: skip
+
+    def outcomes(self) -> list[Tensor | None]:
+        """For each column the values among which the most probable one is; None for columns that are continuous.
+
+        What is most probable may be so under any mixture of the states. By default all columns are continuous.
+        """
+        return [None] * (self.n_features or 1)
+
+    @property
+    def nominal(self) -> list[bool]:
+        """For each column whether its values are names, without a mean."""
+        return [False] * (self.n_features or 1)
 
     def kernel(self) -> Kernel:
         """One pass over the data at the current parameters, as an observed child."""

@@ -308,6 +308,42 @@ class LatentModel(nn.Module, ABC):
     def most_likely(self, data: Any) -> Tensor:
         """The most probable configuration of the latents."""
 
+    def impute(
+        self,
+        data: Any,
+        how: Literal["auto", "mean", "mode"] = "auto",
+        *,
+        draws: int | None = None,
+        variance: bool = False,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Any:
+        """The data with their missing entries filled in, given those that were observed; these stay bit for bit.
+
+        Args:
+            data: As for `torchem.fit`, NaN (or ``observed=…``) where an entry is missing.
+            how: ``"mean"``: the conditional mean, that of each state weighted by its posterior probability (names of
+                categories have none: of them the most probable one). ``"mode"``: of discrete columns the most probable
+                value of each entry by itself, of continuous ones the conditional mean under the most probable state
+                (the mode of a mixture has no closed form). ``"auto"``: the mode of discrete columns, so that counts
+                stay counts, and the mean of the others.
+            draws: Draw so many completed tables instead, for multiple imputation: states from their posterior (of
+                sequences whole paths), then the entries given states and what was observed. They stand on a new first
+                axis.
+            variance: Return the conditional variance of each entry as well, within states and between them; of
+                categories the probability that it is another one; zero where observed.
+            generator: Source of the draws.
+            **fields: ``observed``, ``inputs``, ``lengths``, ``labels``, … as for `torchem.fit`.
+
+        Returns:
+            What was given, in its layout and type, as a tensor (a list of them for a list of sequences); with
+            ``variance`` a pair of these.
+
+        Raises:
+            InvalidArgument: For a model that cannot tell, or a row of probability zero.
+        """
+        raise invalid("model", "one that completes observations", type(self).__name__, "use a mixture or an HMM")
+
     def forward(self, data: Any) -> Tensor:
         return self.log_prob(data)
 

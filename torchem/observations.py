@@ -1,6 +1,7 @@
 """Observations from files: rows, frames of sequences or pixels, and what a model says of them, as tables again."""
 
 import csv
+import functools
 import io
 import os
 from collections.abc import Callable, Mapping
@@ -215,6 +216,57 @@ def state_rows(
     table |= {f"{kind}_{k}": column for kind, columns in probs.items() for k, column in enumerate(columns.T)}
     back = np.argsort(data.sequences.rows)
     return list(table), [column[back] for column in table.values()]
+
+
+def imputed_rows(
+    model: Any,
+    data: Observations,
+    names: Mapping[str, Any],
+    how: Any,
+    draws: int | None,
+    variance: bool,
+    generator: torch.Generator,
+) -> tuple[list[str], list[np.ndarray]]:
+    """Names and columns of a table completed by a model, in the order of the file; draws one table after the other.
+
+    Args:
+        model: The model.
+        data: What it completes.
+        names: Names of the columns ``sequence`` and ``index``.
+        how: What to fill in, see `LatentModel.impute`.
+        draws: How many tables to draw instead, if any.
+        variance: Whether to add the conditional variance of each entry.
+        generator: Source of the draws.
+    """
+    options: dict[str, Any] = {"how": how, "draws": draws, "generator": generator}
+    if data.sequences is None:
+        found = model.impute(torch.from_numpy(np.ascontiguousarray(data.values)), variance=variance, **options)
+        parts = [part.cpu().numpy() for part in (found if variance else [found])]
+        back = np.arange(len(data.values))
+    else:
+
+        def of(which: int, batch: Batch) -> torch.Tensor:
+            found = model.impute(batch, variance=variance, **options)
+            found = found[which] if variance else found
+            return found if draws is None else found.movedim(0, 2)
+
+        parts = [by_frame(model, data, functools.partial(of, which)) for which in range(1 + variance)]
+        parts = [part if draws is None else np.moveaxis(part, 1, 0) for part in parts]
+        back = np.argsort(data.sequences.rows)
+    table: dict[str, np.ndarray] = {}
+    if data.sequences is not None and names.get("sequence"):
+        table[names["sequence"]] = np.repeat(np.array(data.sequences.names), data.sequences.lengths)
+    if data.index is not None:
+        table[names["index"]] = whole(data.index)
+    table = {name: column[back] for name, column in table.items()}
+    if draws is not None:
+        table = {name: np.tile(column, draws) for name, column in table.items()}
+        table = {"draw": np.repeat(np.arange(draws), len(back)), **table}
+    suffixes = ("", "_variance")
+    for suffix, part in zip(suffixes, parts, strict=False):
+        rows = part[..., back, :].reshape(-1, part.shape[-1])
+        table |= {f"{name}{suffix}": whole(column) for name, column in zip(data.columns, rows.T, strict=True)}
+    return list(table), list(table.values())
 
 
 def whole(column: np.ndarray) -> np.ndarray:

@@ -99,6 +99,7 @@ def parser() -> ArgumentParser:
     commands.add_subcommand("fit", fit_parser(), help="fit a model that a configuration describes; writes a run folder")
     commands.add_subcommand("predict", _predict_parser(), help="label data with the model of a run")
     commands.add_subcommand("sample", _sample_parser(), help="draw observations from the model of a run")
+    commands.add_subcommand("impute", _impute_parser(), help="fill in missing entries with the model of a run")
     commands.add_subcommand("plot", _plot_parser(), help="draw the pictures of a run again")
     return root
 
@@ -124,7 +125,8 @@ def fit_parser() -> ArgumentParser:
     own.add_argument("--config", action=ActionConfigFile, help="the YAML configuration; --config may be left out")
     own.add_argument("--model", type=LatentModel, required=True, help="the model: class_path and init_args")
     own.add_class_arguments(Data, "data")
-    skip: set[str | int] = {"model", "data", "weights", "inputs", "lengths", "labels", "validation", "callbacks"}
+    skip: set[str | int] = {"model", "data", "weights", "inputs", "lengths", "labels"}
+    skip |= {"observed", "validation", "callbacks"}
     own.add_function_arguments(torchem.fit, "fit", skip=skip)
     states = "number of latent states of every factor, or several to fit and compare: [2, 3]"
     own.add_argument("--states", type=int | list[int] | None, help=states)
@@ -158,6 +160,21 @@ def _sample_parser() -> ArgumentParser:
     own.add_argument("--n", type=int | None, help="number of observations, or frames of each sequence (default: 100)")
     own.add_argument("--sequences", type=int, default=1, help="number of sequences, where the model is of those")
     own.add_argument("--latents", type=bool, default=False, help="add the labels or states that were drawn")
+    own.add_argument("--seed", type=int | None, help="makes the draws repeatable")
+    own.add_argument("--output", type=str | None, help="file to write, - for standard output (default: in the run)")
+    return own
+
+
+def _impute_parser() -> ArgumentParser:
+    own = _parser(
+        description="Write a table with its missing entries filled in, given those that were observed, as CSV."
+    )
+    _add_run(own)
+    own.add_argument("data", nargs="?", type=str | None, help="table (default: what the model was fitted on)")
+    how = "mean, mode, or auto: the most probable value of counts and categories, the mean of other columns"
+    own.add_argument("--how", type=Literal["auto", "mean", "mode"], default="auto", help=how)
+    own.add_argument("--variance", type=bool, default=False, help="add the conditional variance of each entry")
+    own.add_argument("--draws", type=int | None, help="draw so many completed tables instead (multiple imputation)")
     own.add_argument("--seed", type=int | None, help="makes the draws repeatable")
     own.add_argument("--output", type=str | None, help="file to write, - for standard output (default: in the run)")
     return own

@@ -469,6 +469,11 @@ def _posterior(model: LatentModel, data: np.ndarray) -> np.ndarray:
     return model.posterior(torch.from_numpy(data)).cpu().double().numpy()
 
 
+def _completed(model: LatentModel, data: np.ndarray) -> np.ndarray:
+    """Data with their gaps at conditional means."""
+    return model.impute(torch.from_numpy(data), "mean").numpy() if np.isnan(data).any() else data
+
+
 def _array(value: Tensor) -> np.ndarray:
     return value.detach().cpu().double().numpy()
 
@@ -498,7 +503,7 @@ def _gaussians(model: Any, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
 
 def _plane(model: LatentModel, data: np.ndarray) -> np.ndarray:
     """``[D, 2]``: the plane that separates the components best; the principal plane when they do not span one."""
-    posterior = _posterior(model, data)
+    posterior, data = _posterior(model, data), _completed(model, data)
     spread = data.std(0)
     spread = np.where(spread > 0, spread, 1.0)
     z = (data - data.mean(0)) / spread
@@ -518,10 +523,14 @@ def _scatter(model: LatentModel, data: np.ndarray, basis: np.ndarray, ax: Any) -
     """Data and ellipses, seen along a linear basis ``[D, 2]``."""
     posterior = _posterior(model, data)
     colours = palette(posterior.shape[1])
-    points = data @ basis
+    points = _completed(model, data) @ basis
     size = float(np.clip(450 / np.sqrt(len(points)), 2, 26))
     blend = (posterior @ colours).clip(0, 1)
-    ax.scatter(*points.T, c=blend, s=size, alpha=0.75, linewidths=0, zorder=2, rasterized=len(points) > 2000)
+    seen = ~np.isnan(data[:, np.abs(basis).sum(1) > 0]).any(1)
+    options: dict[str, Any] = {"s": size, "zorder": 2, "rasterized": len(points) > 2000}
+    ax.scatter(*points[seen].T, c=blend[seen], alpha=0.75, linewidths=0, **options)
+    if not seen.all():  # what was filled in is a ring
+        ax.scatter(*points[~seen].T, facecolors="none", edgecolors=blend[~seen], linewidths=0.8, **options)
     found = _gaussians(model, data.shape[1])
     if found is None:
         return
@@ -564,8 +573,7 @@ def _legend(model: LatentModel, ax: Any, **options: Any) -> None:
 
 def _histogram(model: LatentModel, data: np.ndarray, name: str, ax: Any, which: int = 0, legend: bool = True) -> Any:
     """One column: counts as a density, each Gaussian component under it, their sum above."""
-    column = data[:, which]
-    column = column[~np.isnan(column)]  # missing entries are in no bin
+    column = data[~np.isnan(data[:, which]), which]
     finite = np.unique(column)
     bins = np.histogram_bin_edges(column, "fd" if len(finite) > 20 else "auto")
     bins = bins if len(bins) <= 80 else 80

@@ -29,9 +29,9 @@ FORMAT, FORMAT_VERSION = "torchem run", 1
 MODEL, REPORT, CONFIG = "model.safetensors", "report.json", "config.yaml"
 
 #: What the other commands write into a run when no other place is named; it belongs to the model that it was made with.
-PREDICTIONS, PREDICTED, SAMPLE = "predictions.csv", "predicted.png", "sample.csv"
+PREDICTIONS, PREDICTED, SAMPLE, IMPUTED = "predictions.csv", "predicted.png", "sample.csv", "imputed.csv"
 _DERIVED = re.compile(
-    r"predictions\.csv|predicted\.png|sample\.csv"
+    r"predictions\.csv|predicted\.png|sample\.csv|imputed\.csv"
     r"|(clusters|bound|segmented|states|posterior|transitions|chain)(-\d+)?\.(png|pdf|svg)"
 )
 

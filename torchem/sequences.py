@@ -16,6 +16,7 @@ from torchem.batch import (
     complete_frames,
     full_lengths,
     given_or,
+    masked,
     padding_index,
     silenced,
     values_known,
@@ -34,6 +35,7 @@ def as_sequences(
     u: Any = None,
     evidence: Any = None,
     labels: Any = None,
+    observed: Any = None,
     n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
@@ -62,6 +64,7 @@ def as_sequences(
         evidence: Log-potentials on the states in the layout of the data, with K columns.
         labels: What is known of the states, in the layout of the data, see `torchem.batch.evidence_from_labels`; adds
             to ``evidence``.
+        observed: In the layout of the data, False where an entry is missing.
         n_states: K, for labels that are numbers.
         allow_missing: Whether single entries may be NaN too, not only whole frames.
         allow_empty: Whether there may be no sequences.
@@ -80,8 +83,8 @@ def as_sequences(
         (torch.Size([2, 3, 1]), tensor([3, 2]))
     """
     return _read(
-        data, lengths=lengths, weight=weight, u=u, evidence=evidence, labels=labels, n_states=n_states,
-        allow_missing=allow_missing, allow_empty=allow_empty,
+        data, lengths=lengths, weight=weight, u=u, evidence=evidence, labels=labels, observed=observed,
+        n_states=n_states, allow_missing=allow_missing, allow_empty=allow_empty,
     ).padded()  # fmt: skip
 
 
@@ -172,12 +175,15 @@ def _read(
     u: Any = None,
     evidence: Any = None,
     labels: Any = None,
+    observed: Any = None,
     n_states: int | tuple[int, ...] | None = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> _Frames:
     known = data if isinstance(data, Batch) else None
-    layout = _layout(data if known is None else known.x, lengths if known is None else _or(lengths, known.lengths))
+    x = data if known is None else known.x
+    x = x if observed is None else _masked(x, observed)
+    layout = _layout(x, lengths if known is None else _or(lengths, known.lengths))
     if not len(layout.starts) and not allow_empty:
         raise invalid("data", "at least one sequence of at least one frame", "none", "check the filter that made it")
     along = {"u": u, "evidence": evidence}
@@ -193,6 +199,18 @@ def _read(
     weights = given_or(weight, None if known is None else known.weight, "weights", batch.x.device)
     weights = check_weight(weights, len(layout.starts), "sequence")
     return _Frames(batch, layout.lengths, layout.starts, layout.frames, weights)
+
+
+def _masked(data: Any, observed: Any) -> Any:
+    """The data, one array or a list of sequences, with NaN where ``observed`` is False."""
+    items = _listed(data)
+    if items is None:
+        return masked(as_tensor(data, "data"), observed)
+    counts = [len(item) for item in items]
+    masks = _parts(observed, "observed", counts)
+    return [
+        masked(as_tensor(item, f"data[{i}]"), mask) for i, (item, mask) in enumerate(zip(items, masks, strict=True))
+    ]
 
 
 def _or(value: Any, default: Any) -> Any:

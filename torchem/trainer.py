@@ -188,6 +188,7 @@ class Trainer:
         inputs: Any = None,
         lengths: Any = None,
         labels: Any = None,
+        observed: Any = None,
         validation: Any = None,
     ) -> Result:
         """Fit a model in place.
@@ -199,10 +200,11 @@ class Trainer:
             inputs: Covariates per observation or frame.
             lengths: Frames of each sequence.
             labels: What is known of the latent states.
+            observed: False where an entry is missing.
             validation: Held-out data to judge the fit by, see `torchem.fit`.
         """
         began = time.perf_counter()
-        result = self.climb(model, data, weights, inputs, lengths, labels, validation)
+        result = self.climb(model, data, weights, inputs, lengths, labels, observed, validation)
         self.tell(result)
         result.seconds = time.perf_counter() - began
         return result
@@ -220,14 +222,23 @@ class Trainer:
         inputs: Any = None,
         lengths: Any = None,
         labels: Any = None,
+        observed: Any = None,
         validation: Any = None,
     ) -> Result:
         """As `fit`, without a word on how it ended."""
         with _reserved(self.accumulate):
-            return self._climb(model, data, weights, inputs, lengths, labels, validation)
+            return self._climb(model, data, weights, inputs, lengths, labels, observed, validation)
 
     def _climb(
-        self, model: LatentModel, data: Any, weights: Any, inputs: Any, lengths: Any, labels: Any, validation: Any
+        self,
+        model: LatentModel,
+        data: Any,
+        weights: Any,
+        inputs: Any,
+        lengths: Any,
+        labels: Any,
+        observed: Any,
+        validation: Any,
     ) -> Result:
         if not isinstance(model, LatentModel):
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
@@ -266,7 +277,7 @@ class Trainer:
         if self.device is not None:
             model.to(self.device)
         try:
-            source = Source(model, data, self.batch_size, weights, inputs, lengths, labels)
+            source = Source(model, data, self.batch_size, weights, inputs, lengths, labels, observed)
             held_out = None if validation is None else Validation(model, validation)
         except Exception as error:
             distributed.agree(error)
@@ -283,6 +294,7 @@ class Trainer:
         keep_freed_memory()
         with torch.no_grad(), declared_precision(model.device):
             survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
+            _refuse_absent(survey)
             runs: list[Run] = []
             with fitting_threads(survey.rows * model.row_size() * len(groups[0]), model.device):
                 for group in groups:
@@ -1003,6 +1015,18 @@ class _Loop:
         return None
 
 
+def _refuse_absent(survey: Survey) -> None:
+    """Refuse data with a column of which nothing was seen.
+
+    Raises:
+        InvalidArgument: Then.
+    """
+    absent = survey.moments.weight == 0
+    if bool(absent.any()):
+        column = int(absent.reshape(-1).nonzero()[0])
+        raise invalid("data", "an observed entry in each column", f"none in column {column}", "drop that column")
+
+
 def _generator(entropy: Any, key: int) -> torch.Generator:
     seed = np.random.SeedSequence(entropy, spawn_key=(key,)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
@@ -1044,6 +1068,7 @@ def fit(
     inputs: Any = None,
     lengths: Any = None,
     labels: Any = None,
+    observed: Any = None,
     validation: Any = None,
     e_step: EStep = "soft",
     anneal: Iterable[float] | Callable[[int], float] | None = None,
@@ -1075,6 +1100,7 @@ def fit(
         lengths: Frames of each sequence, ``[N]``.
         labels: What is known of the latent states, per observation or frame: whole numbers with −1 for unknown, Boolean
             ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
+        observed: In the shape of the data, False where an entry is missing: the same as NaN there.
         validation: Held-out data, in any form that ``data`` takes; with weights, inputs, lengths or labels a dictionary
             by these names, as ``{"data": x, "weights": w}``. The fit then ends when their mean log-likelihood has not
             risen by ``tol`` for five passes, and returns the parameters, and the restart, that explain them best.
@@ -1107,8 +1133,9 @@ def fit(
         callbacks=callbacks, progress=progress,
     )  # fmt: skip
     return trainer.fit(
-        model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels, validation=validation
-    )
+        model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels, observed=observed,
+        validation=validation,
+    )  # fmt: skip
 
 
 def partial_fit(
@@ -1120,6 +1147,7 @@ def partial_fit(
     inputs: Any = None,
     lengths: Any = None,
     labels: Any = None,
+    observed: Any = None,
 ) -> float:
     """One step of online EM on the next batch of a stream, in place.
 
@@ -1134,6 +1162,7 @@ def partial_fit(
         inputs: Covariates.
         lengths: Frames of each sequence.
         labels: What is known of the latent states.
+        observed: False where an entry is missing.
 
     Returns:
         The mean log-likelihood of the batch, per observation or frame, before it was learnt: an honest score.
@@ -1152,7 +1181,7 @@ def partial_fit(
     gradient.check(model)
     if rule.weight is not None:
         raise invalid("rule", "one that began with this stream", "one that a fit has used", "make a new one for it")
-    source = Source(model, data, None, weights, inputs, lengths, labels)
+    source = Source(model, data, None, weights, inputs, lengths, labels, observed)
     score = total = 0.0
     with torch.no_grad(), declared_precision(model.device):
         survey = source.survey(1, torch.Generator())

@@ -16,7 +16,10 @@ from torchem.model import LatentModel, weighted
 from torchem.stats import Stats
 
 #: What `Validation` reads from a dictionary: arguments of `torchem.fit`, and what `Source` calls them.
-_FIELDS = {"data": "data", "weights": "weight", "inputs": "u", "lengths": "lengths", "labels": "labels"}
+_FIELDS = {
+    "data": "data", "weights": "weight", "inputs": "u", "lengths": "lengths", "labels": "labels",
+    "observed": "observed",
+}  # fmt: skip
 
 
 class Validation:
@@ -25,7 +28,7 @@ class Validation:
     Args:
         model: Reads the data.
         data: Whatever `torchem.fit` takes as data; or a dictionary of them and of what belongs to them, by the names of
-            fit's arguments: ``{"data": x, "weights": w, "inputs": u, "lengths": n, "labels": z}``.
+            fit's arguments: ``{"data": x, "weights": w, "inputs": u, "lengths": n, "labels": z}``, and ``"observed"``.
 
     Raises:
         InvalidArgument: Where `torchem.fit` would raise it for its own data; the message names ``validation``.

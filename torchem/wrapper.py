@@ -88,6 +88,26 @@ class Wrapper(Factor):
         """Mean and variance of each column at the wrapped factor's parameters."""
         return self.factor.moments(batch)
 
+    @property
+    def independent(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether columns are independent given the state."""
+        return self.factor.independent
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `Factor.conditional`, at the wrapped factor's parameters."""
+        return self.factor.conditional(batch)
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As `Factor.complete`, at the wrapped factor's parameters."""
+        return self.factor.complete(batch, z, generator)
+
+    def outcomes(self) -> list[Tensor | None]:
+        return self.factor.outcomes()
+
+    @property
+    def nominal(self) -> list[bool]:
+        return self.factor.nominal
+
     def prepare(self, moments: Moments) -> None:
         self.factor.prepare(moments)
 

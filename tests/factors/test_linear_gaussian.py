@@ -50,6 +50,76 @@ def test_density_is_the_normal_around_the_regression(kind: str) -> None:
     close(variance, dense(factor).diagonal(dim1=-2, dim2=-1).unsqueeze(0))
 
 
+# ---- missing outputs ----------------------------------------------------------------------------------------------
+
+
+def gappy(kind: str) -> tuple[LinearGaussian, Batch, Tensor]:
+    factor, batch = _example(kind)  # pyright: ignore
+    holes = cases.rand(30, 3, seed=3) < 0.35
+    holes[0], holes[1] = True, False
+    return factor, batch, holes
+
+
+@every_kind
+def test_what_was_observed_of_outputs_and_completed_moments(kind: str) -> None:
+    """Row by row: marginal normals, and the textbook's regression of what is missing."""
+    factor, batch, holes = gappy(kind)
+    assert batch.u is not None
+    masked = batch.with_x(batch.x.masked_fill(holes, torch.nan))
+    value, expected = factor.log_prob(masked).detach(), cases.soft(30, 3)
+    mean, cov = torch.einsum("kdm,nm->nkd", factor.weight.detach(), batch.u), dense(factor)
+    count, xx, ux = torch.zeros(3).double(), torch.zeros(3, 3, 3).double(), torch.zeros(3, 2, 3).double()
+    for n, k in itertools.product(range(30), range(3)):
+        o, m, x, left = ~holes[n], holes[n], batch.x[n].clone(), torch.zeros(3, 3).double()
+        if not o.any():
+            assert float(value[n, k]) == 0
+            continue
+        normal = torch.distributions.MultivariateNormal(mean[n, k, o], cov[k][o][:, o])
+        close(value[n, k], normal.log_prob(x[o]))
+        slope = torch.linalg.solve(cov[k][o][:, o], cov[k][o][:, m]).mT
+        x[m] = mean[n, k, m] + slope @ (x[o] - mean[n, k, o])
+        left[m.outer(m)] = (cov[k][m][:, m] - slope @ cov[k][o][:, m]).flatten()
+        count[k] += expected[n, k]
+        xx[k] += expected[n, k] * (x.outer(x) + left)
+        ux[k] += expected[n, k] * batch.u[n].outer(x)
+    stats = factor.stats(masked, expected)
+    close(stats["count"], count)
+    close(stats["ux"], ux)
+    diagonal = xx.diagonal(dim1=-2, dim2=-1)
+    shapes = {"full": xx, "tied": xx.sum(0), "diag": diagonal, "spherical": diagonal.sum(-1)}
+    close(stats["xx"].detach(), shapes[kind])
+    # Fisher's identity: the slope of Q is that of the likelihood.
+    slopes = torch.autograd.grad((expected * factor.log_prob(masked)).sum(), list(factor.parameters()))
+    inner = factor.expected_log_prob(stats.map(Tensor.detach))
+    for a, b in zip(slopes, torch.autograd.grad(inner, list(factor.parameters())), strict=True):
+        close(a, b)
+
+
+@every_kind
+@pytest.mark.parametrize("bayes", [False, True])
+def test_em_with_missing_outputs_climbs_and_finds_the_lines(kind: str, bayes: bool) -> None:
+    u, x, _ = regression(300, 2, 2, 3)
+    x = x.masked_fill(cases.rand(300, 3, seed=5) < 0.25, torch.nan)
+    model = torchem.Mixture(Categorical(2), LinearGaussian(2, 2, 3, kind)).double()  # pyright: ignore
+    model = torchem.variational(model) if bayes else model
+    result = torchem.fit(model, x, inputs=u, seed=0, restarts=2, max_iter=40, tol=1e-4, progress=False)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
+    truth = cases.randn(2, 3, 2, seed=1)
+    found = model.component.weight.detach()  # pyright: ignore
+    found = found if (found[0] - truth[0]).norm() < (found[0] - truth[1]).norm() else found.flip(0)
+    close(found, truth, rtol=0, atol=0.15)
+    nothing = model.batch(torch.full_like(x[:2], torch.nan), inputs=u[:2])
+    close(model.log_prob(nothing), torch.zeros(2).double(), atol=1e-12)
+
+
+@every_kind
+def test_no_missing_output_is_the_complete_path_bit_for_bit(kind: str) -> None:
+    factor, batch, holes = gappy(kind)
+    kernel = factor.kernel()
+    kernel.log_potential(batch.with_x(batch.x.masked_fill(holes, torch.nan)))
+    assert torch.equal(kernel.log_potential(batch), factor.log_prob(batch))
+
+
 @pytest.mark.parametrize(("kind", "d"), list(itertools.product(KINDS, (1, 2))))
 def test_density_integrates_to_one_whatever_the_covariates(kind: str, d: int) -> None:
     factor = LinearGaussian(2, 2, d, kind).double()  # pyright: ignore

@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchem
+from tests.laws.families import Counts
 from tests.regressions.common import COVARIANCE_TYPES, DTYPES, blobs, dense, fit, healthy, same, started
 from torchem.errors import InvalidArgument
 
@@ -36,10 +37,9 @@ USES: dict[str, Callable[[torchem.GaussianMixture, torch.Tensor], Any]] = {
 }
 
 
-def regression(device: torch.device) -> torchem.Mixture:
+def unaware(device: torch.device) -> torchem.Mixture:
     """A model whose factor does not support missing entries."""
-    model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.LinearGaussian(2, 1, 2))
-    return model.double().to(device)
+    return torchem.Mixture(torchem.factors.Categorical(3), Counts.example()[0]).double().to(device)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -78,7 +78,7 @@ def test_missing_entries_just_work(use: str, covariance_type: str, device: torch
 
 def test_the_missing_entry_is_named_where_no_factor_supports_it(device: torch.device) -> None:
     with pytest.raises(InvalidArgument, match=r"NaN at row 17, column 1.*missing data needs a factor that supports it"):
-        fit(regression(device), spoilt(math.nan).to(device), inputs=torch.ones(40, 1))
+        fit(unaware(device), spoilt(math.nan).to(device))
 
 
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)

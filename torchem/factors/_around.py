@@ -17,7 +17,7 @@ def columnwise(factor: Factor) -> bool:
     """Whether columns are independent given the state."""
     family = factor.unwrapped
     normal = isinstance(getattr(family, "structure", None), Entrywise)
-    return family.columnwise or normal or family.n_features == 1
+    return family.independent or normal or family.n_features == 1
 
 
 class Around(Composite):
@@ -33,7 +33,7 @@ class Around(Composite):
         InvalidArgument: For another one.
     """
 
-    columnwise = True
+    independent = True
     #: Views of its own and the part and view that each stands for.
     own: ClassVar[Mapping[str, tuple[str, str]]] = {}
 

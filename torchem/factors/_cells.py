@@ -31,7 +31,7 @@ class Grid(Factor):
     """
 
     handles_missing: ClassVar[bool] = True
-    columnwise = True
+    independent = True
     default_init: ClassVar[str] = "kmeans"
 
     def __init__(self, n_components: int, n_features: int):

@@ -35,8 +35,10 @@ class Columns(Factor, Conjugate):
     """
 
     handles_missing: ClassVar[bool] = True
-    columnwise = True
+    independent: ClassVar[bool] = True
     default_init: ClassVar[str] = "kmeans"
+    #: Whether entries are whole numbers, whose mode is never above the next one from their mean.
+    discrete: ClassVar[bool] = False
     #: Name of the one parameter, ``[K, D]``.
     parameter: ClassVar[str]
     #: For rates: which of the statistics they are multiplied by, and a gamma prior's rate is added to.
@@ -122,6 +124,12 @@ class Columns(Factor, Conjugate):
         shape = (*self.replicas, *[1] * (batch.x.dim() - 1), self._k, self._d)
         mean, variance = self.mean_variance()
         return mean.reshape(shape), variance.reshape(shape)
+
+    def outcomes(self) -> list[Tensor | None]:
+        if not self.discrete:
+            return super().outcomes()
+        most = self.mean_variance()[0].detach().reshape(-1, self._d).amax(0).ceil().tolist()
+        return [torch.arange(int(top) + 1, dtype=self.dtype, device=self.device) for top in most]
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 

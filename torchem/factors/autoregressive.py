@@ -184,6 +184,12 @@ class Autoregressive(Composite):
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.regression.moments(batch)
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.regression.conditional(batch)
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.regression.complete(batch, z, generator)
+
     def kernel(self) -> Kernel:
         return self.regression.kernel()
 

@@ -41,8 +41,8 @@ class Bernoulli(Columns):
 
     splits: ClassVar = frozenset({"probs"})
     views: ClassVar = {"probs": "logits"}
+    discrete: ClassVar[bool] = True
     parameter: ClassVar[str] = "logits"
-    discrete = True
 
     logits: Tensor
 

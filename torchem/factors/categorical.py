@@ -91,6 +91,22 @@ class Categorical(Table):
         probs = self.probs.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), *self.shape)
         return probs, probs * (1 - probs)
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the category's number, ``[*r, *n, K, 1]``; see `Factor.conditional`."""
+        number = torch.arange(self.shape[-1], dtype=self.dtype, device=self.device)
+        shape = (*self.replicas, *[1] * (batch.x.dim() - 1), *self.shape[:-1], 1)
+        center = (self.probs @ number).reshape(shape)
+        spread = ((self.probs @ number.square()).reshape(shape) - center.square()).clamp(min=0.0)
+        missing = batch.x.isnan().unsqueeze(-2)
+        return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
+
+    def outcomes(self) -> list[Tensor | None]:
+        return [torch.arange(self.shape[-1], dtype=self.dtype, device=self.device)]
+
+    @property
+    def nominal(self) -> list[bool]:
+        return [True]
+
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
         lead = len(self.replicas)
         return Stats(counts=expected.flatten(lead, -1 - len(self.shape)).sum(lead, dtype=torch.float64))

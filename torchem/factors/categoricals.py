@@ -41,6 +41,7 @@ class Categoricals(Table):
                 [0.5000]], grad_fn=<...>)
     """
 
+    independent = True
     default_init: ClassVar[str] = "random"
 
     def __init__(self, n_components: int, sizes: Sequence[int]):
@@ -144,6 +145,22 @@ class Categoricals(Table):
 
     def row_size(self) -> int:
         return 3 * len(self._cells) + 4 * self.n_components
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each category's number, ``[*r, *n, K, D]``; see `Factor.conditional`."""
+        number = torch.arange(self.shape[-1], dtype=self.dtype, device=self.device)
+        shape = (*self.replicas, *[1] * (batch.x.dim() - 1), *self.shape[:-1])
+        center = (self.probs @ number).reshape(shape)
+        spread = ((self.probs @ number.square()).reshape(shape) - center.square()).clamp(min=0.0)
+        missing = batch.x.isnan().unsqueeze(-2)
+        return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
+
+    def outcomes(self) -> list[Tensor | None]:
+        return [torch.arange(size, dtype=self.dtype, device=self.device) for size in self.sizes]
+
+    @property
+    def nominal(self) -> list[bool]:
+        return [True] * len(self.sizes)
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of the indicators of all categories in turn, ``[*r, 1s, K, ΣM_d]``."""

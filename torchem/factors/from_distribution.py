@@ -57,6 +57,7 @@ class FromDistribution(Climbed):
     """
 
     handles_missing: ClassVar[bool] = True
+    independent = True
 
     def __init__(self, distribution: type[Distribution], n_components: int, n_features: int, **given: Any):
         super().__init__()

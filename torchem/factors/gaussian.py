@@ -235,6 +235,28 @@ class Gaussian(Factor, Conjugate):
         scale = self.structure.variances(self.scale, self._k, self._d).sqrt()
         return tails.normal(tails.against(self.mean, limit), tails.against(scale, limit), limit, upper)
 
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Rows with missing entries drawn; see `Factor.complete`.
+
+        A draw x* of all columns is moved by what its observed ones lack: x*_m + E[x_m | x_o] − E[x_m | x*_o] has the
+        conditional law (for the difference of a normal vector from its regression is independent of what it is
+        regressed on).
+
+        Source: A. G. Journel, Ch. J. Huijbregts (1978), chapter VII.
+        """
+        x = batch.x.to(torch.float64)
+        drawn = self.sample(z, None, generator).to(torch.float64)
+        if not isinstance(self.structure, ops.Entrywise):
+            mean, scale = self.mean.detach().to(torch.float64), self.scale.detach().to(torch.float64)
+            for k in range(self._k):
+                own = (z == k).nonzero()[:, 0]
+                if not len(own):
+                    continue
+                part, raw = slice(k, k + 1), scale if self.structure.shared else scale[k : k + 1]
+                moved = mean[k] + x[own] - drawn[own]
+                drawn[own] += missing.conditional(self.structure, mean[part], raw, moved)[0][0] - mean[k]
+        return torch.where(batch.x.isnan(), drawn.to(batch.x), batch.x)
+
     def kernel(self) -> Kernel:
         return _GaussianKernel(self)
 

@@ -1,5 +1,6 @@
 """Linear regression with normal noise: mixtures of regressions, switching regressions, experts, dynamics."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,7 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior
 from torchem.ops import gaussian as ops
-from torchem.ops import linalg
+from torchem.ops import linalg, missing
 from torchem.ops.least_squares import NormalEquations
 from torchem.priors import MatrixNormalInverseWishart
 from torchem.stats import Stats
@@ -22,6 +23,8 @@ CovarianceType = Literal["full", "tied", "diag", "spherical"]
 _EMPTY = 1e-30
 #: Steps of least squares: the first solves, the others take back the rounding of ill-conditioned inputs.
 _REFINE = 3
+#: M-steps of a start from rows with missing entries: what they were first completed by is then forgotten.
+_START = 4
 #: Alternations of common coefficients with the covariances that weight them.
 _ALTERNATE = 20
 
@@ -30,6 +33,9 @@ class LinearGaussian(Factor, Conjugate):
     """Normal components whose means are linear in covariates.
 
     log p(x | u, k) = log N(x | W_k u, Σ_k). There is no intercept unless u has a column of ones.
+
+    NaN entries of x are missing at random: the density is that of what was observed, and moments are completed by
+    conditional expectations. Covariates cannot be missing.
 
     Args:
         n_components: K, the number of states.
@@ -54,6 +60,7 @@ class LinearGaussian(Factor, Conjugate):
     """
 
     views: ClassVar = {"weight": "coefficient", "covariances": "scale"}
+    handles_missing: ClassVar[bool] = True
     splits: ClassVar = frozenset({"weight", "covariances"})
     # Lines through chosen observations: clusters of x say little of regressions, and random shares of much data give
     # components that hardly differ.
@@ -196,6 +203,33 @@ class LinearGaussian(Factor, Conjugate):
         variance = self.structure.variances(self.scale, self._k, self.n_outputs)
         return mean, variance.reshape(*self.replicas, *[1] * (u.dim() - 1), self._k, self.n_outputs)
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        x = batch.x.reshape(-1, self.n_outputs).to(torch.float64)
+        u = self._inputs(batch).to(torch.float64).reshape(-1, self.n_inputs)
+        center = _predicted(u, self.weight.to(torch.float64))
+        raw = self.scale.to(torch.float64)
+        found = missing.residual_pass(self.structure, raw, self._k, self.n_outputs).conditional(x, center)
+        mean, variance = (v.to(self.dtype).transpose(-3, -2).unflatten(-3, batch.x.shape[:-1]) for v in found)
+        return mean, variance
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Rows with missing entries drawn: as for a `Gaussian`, a draw of all columns moved by what it lacks."""
+        x = batch.x.to(torch.float64)
+        drawn = self.sample(z, batch, generator).to(torch.float64)
+        u = self._inputs(batch).to(torch.float64)
+        for k in range(self._k):
+            own = (z == k).nonzero()[:, 0]
+            if not len(own):
+                continue
+            center = _predicted(u[own], self.weight[k : k + 1].detach().to(torch.float64))
+            raw = self.scale.detach().to(torch.float64)
+            sweep = missing.residual_pass(
+                self.structure, raw if self.structure.shared else raw[k : k + 1], 1, self.n_outputs
+            )
+            moved = center[0] + x[own] - drawn[own]
+            drawn[own] += sweep.conditional(moved, center)[0][0] - center[0]
+        return torch.where(batch.x.isnan(), drawn.to(batch.x), batch.x)
+
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``count``, ``dof`` [*r, K], ``xx`` as the covariances, ``ux`` [*r, K, M, D] and ``uu`` [*r, K, M, M]."""
         kernel = self.kernel()
@@ -283,6 +317,29 @@ class LinearGaussian(Factor, Conjugate):
     def _floored(self, covariances: Tensor) -> Tensor:
         # Even without a floor the M-step stays inside the floating-point cone of positive definite matrices.
         return self.structure.clip(covariances, self._unit(), max(self.covariance_floor, 1e-15))
+
+    def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """An M-step; where entries are missing, EM under these responsibilities from the means of their columns."""
+        return self._begun(batch, expected) or super().initialize(batch, expected)
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
+        """Lines through the chosen observations, as for other families; what these miss is first at the mean."""
+        size, k = len(batch), index.shape[-1]
+        expected = torch.full((*index.shape[:-1], size, k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
+        expected = expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
+        return self._begun(batch, expected) or super().initialize_at(batch, index)
+
+    def _begun(self, batch: Batch, expected: Tensor) -> dict[str, Tensor] | None:
+        if not missing.any_missing(batch.x):
+            return None
+        start, x = copy.deepcopy(self), batch.x
+        filled = torch.where(x.isnan(), x.nanmean(0).nan_to_num(nan=0.0), x)
+        values = self.maximize(self.gather(batch.with_x(filled), expected))
+        for _ in range(_START):
+            for name, value in values.items():
+                start.get_parameter(name).data = value.detach()
+            values = start.maximize(start.gather(batch, expected))
+        return values
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
         raw = self.scale.to(torch.float64)
@@ -478,22 +535,34 @@ class LinearGaussian(Factor, Conjugate):
         """Student's t: of rows, or where columns are independent of entries; normal where covariances are known."""
         u = self._inputs(batch).to(torch.float64).reshape(-1, self.n_inputs)
         weight, raw, d = self.weight.to(torch.float64), self.scale.to(torch.float64), self.n_outputs
-        gap = batch.x.to(torch.float64).reshape(-1, d) - _predicted(u, weight)
+        x = batch.x.to(torch.float64).reshape(-1, d)
+        center, seen = _predicted(u, weight), ~x.isnan()
         freedom, wider = self._sureness(posterior), 1 + self._unsure(posterior, u)
-        size = torch.ones((), dtype=torch.float64, device=u.device)
         if self.covariance_type == "diag":
             variance = wider.unsqueeze(-1) * self.structure.covariances(raw).unsqueeze(-2)
-            value = ops.student_or_normal(gap.square() / variance, variance.log(), size, freedom.unsqueeze(-2)).sum(-1)
+            distance = torch.where(seen, x - center, 0.0).square() / variance
+            spread = torch.where(seen, variance.log(), 0.0)
+            value = ops.student_or_normal(distance, spread, seen.to(x), freedom.unsqueeze(-2)).sum(-1)
         else:
             degrees, ratio = freedom, torch.ones_like(freedom)
             if not isinstance(self.structure, ops.Entrywise):
                 degrees = freedom - d + 1
                 ratio = freedom / degrees
             degrees, ratio = (self.structure.per_component(v).unsqueeze(-1) for v in (degrees, ratio))
-            wider = wider * ratio
-            log_det = self.structure.log_det(raw, self._k, d).unsqueeze(-1) + d * wider.log()
-            distance = self.structure.distance(gap, self.structure.root(raw)) / wider
-            value = ops.student_or_normal(distance, log_det, size * d, degrees)
+            wider, size = wider * ratio, seen.sum(-1).to(x)
+            if missing.any_missing(x):
+                # Two normal densities of what was observed tell its distance and its determinant apart.
+                wide = self.structure.raw(2 * self.structure.covariances(raw))
+                one, two = (
+                    missing.residual_pass(self.structure, scale, self._k, d).log_prob(x, center)
+                    for scale in (raw, wide)
+                )
+                distance = 4 * (two - one) + 2 * math.log(2) * size
+                log_det = -2 * one - distance - size * ops.LOG_2PI
+            else:
+                log_det = self.structure.log_det(raw, self._k, d).unsqueeze(-1)
+                distance = self.structure.distance(x - center, self.structure.root(raw))
+            value = ops.student_or_normal(distance / wider, log_det + size * wider.log(), size, degrees)
         return value.mT.to(self.dtype).unflatten(-2, batch.x.shape[:-1])
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
@@ -556,8 +625,13 @@ class LinearGaussian(Factor, Conjugate):
 
     @classmethod
     def examples(cls) -> list[tuple[Factor, Batch]]:
-        """One for each covariance structure."""
-        return [_example(kind) for kind in ("full", "tied", "diag", "spherical")]
+        """One for each covariance structure, of two of them with missing entries."""
+        found = [_example(kind) for kind in ("full", "tied", "diag", "spherical")]
+        holes = torch.rand(30, 3, generator=torch.Generator().manual_seed(1)) < 0.2
+        for place in (1, 3):
+            factor, batch = found[place]
+            found[place] = factor, batch.with_x(batch.x.masked_fill(holes, torch.nan))
+        return list(found)
 
 
 def _example(covariance_type: CovarianceType, shared: Sequence[int] = ()) -> tuple[LinearGaussian, Batch]:
@@ -639,22 +713,47 @@ class _RegressionKernel(Kernel):
         log_det = self.structure.log_det(factor.scale, factor.n_components, factor.n_outputs)
         self.constant = (log_det + factor.n_outputs * ops.LOG_2PI).unsqueeze(-1)
         self.total: tuple[Tensor, ...] | None = None
+        #: What completes rows with missing entries, and the piece that it saw last.
+        self.gaps: missing.CompletedPass | missing.EntryResiduals | None = None
+        self.last: Tensor | None = None
 
     def log_potential(self, batch: Batch) -> Tensor:
         factor, x = self.factor, batch.x
+        if missing.any_missing(x):
+            return self._of_observed(batch).mT.to(self.weight).unflatten(-2, x.shape[:-1])
         u = factor._inputs(batch).to(self.weight).reshape(-1, factor.n_inputs)
         difference = x.reshape(-1, factor.n_outputs) - _predicted(u, self.weight)
         value = (self.structure.distance(difference, self.root) + self.constant) * -0.5
         return value.mT.unflatten(-2, x.shape[:-1])
 
+    def _of_observed(self, batch: Batch) -> Tensor:
+        """Log-densities ``[*r, K, n]`` of what was observed of rows with missing entries; makes them the last seen."""
+        factor = self.factor
+        u = factor._inputs(batch).to(torch.float64).reshape(-1, factor.n_inputs)
+        self.center = _predicted(u, self.weight.to(torch.float64))
+        if self.gaps is None:
+            raw = factor.scale.to(torch.float64)
+            self.gaps = missing.residual_pass(self.structure, raw, factor.n_components, factor.n_outputs)
+        self.last = batch.x
+        return self.gaps.log_prob(batch.x.reshape(-1, factor.n_outputs), self.center)
+
     def collect(self, batch: Batch, expected: Tensor) -> None:
         factor = self.factor
         x = batch.x.reshape(-1, factor.n_outputs).to(torch.float64)
         u = factor._inputs(batch).reshape(-1, factor.n_inputs).to(torch.float64)
-        weight = expected.reshape(*factor.replicas, -1, factor.n_components).mT.to(torch.float64).unsqueeze(-1)
+        weight = expected.reshape(*factor.replicas, -1, factor.n_components).mT.to(torch.float64)
+        spread: Tensor | float = 0.0
+        if missing.any_missing(x):
+            if self.last is not batch.x:
+                self._of_observed(batch)
+            assert self.gaps is not None
+            # Nothing seen is nothing said.
+            weight = torch.where(x.isnan().all(-1), 0.0, weight)
+            x, spread = self.center + self.gaps.residuals(), self.gaps.spread(weight)
+        weight = weight.unsqueeze(-1)
         weighted = (weight * u).mT
         parts = (
-            weight.sum((-2, -1)), self.structure.second(x, weight * x), weighted @ x, weighted @ u,
+            weight.sum((-2, -1)), self.structure.second(x, weight * x) + spread, weighted @ x, weighted @ u,
         )  # fmt: skip
         self.total = parts if self.total is None else tuple(map(torch.add, self.total, parts))
 
@@ -679,6 +778,8 @@ class _ExpectedRegressionKernel(_RegressionKernel):
         value = super().log_potential(batch)
         u = factor._inputs(batch).to(value).reshape(-1, factor.n_inputs)
         unsure = self.blur.unsqueeze(-1) - factor.n_outputs / 2 * factor._unsure(self.posterior, u)
+        if missing.any_missing(batch.x):  # a row without an entry says nothing
+            unsure = torch.where(batch.x.reshape(-1, factor.n_outputs).isnan().all(-1), 0.0, unsure)
         return value + unsure.mT.to(value).unflatten(-2, batch.x.shape[:-1])
 
     def inner(self) -> Tensor:

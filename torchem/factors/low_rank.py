@@ -224,6 +224,15 @@ class LowRankGaussian(Factor):
         mean, variance = (value.transpose(-3, -2).unflatten(-3, batch.x.shape[:-1]) for value in found)
         return mean, variance
 
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Rows with missing entries drawn as `Gaussian.complete` does, by differences from regressions."""
+        drawn = self.sample(z, None, generator)
+        own = (torch.arange(len(z), device=z.device), z)
+        holes = batch.x.isnan()
+        lacking = batch.with_x(drawn.masked_fill(holes, torch.nan))
+        moved = self.conditional(batch)[0][own] + drawn - self.conditional(lacking)[0][own]
+        return torch.where(holes, moved.detach().to(batch.x), batch.x)
+
     def scores(self, batch: Batch) -> Tensor:
         """ẑ of each row under each component, ``[*r, *n, K, q]``.
 

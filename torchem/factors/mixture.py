@@ -157,6 +157,32 @@ class Mixture(Composite):
         center = (weight * mean).sum(-2)
         return center, (weight * (variance + (mean - center.unsqueeze(-2)).square())).sum(-2)
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Those of the parts, by their shares given what was observed; see `Factor.conditional`."""
+        mean, variance = (v.unflatten(-2, (self._k, self._m)) for v in self.component.conditional(batch))
+        share = self._folded(batch, self._shares(batch)).unsqueeze(-1)
+        center = (share * mean).sum(-2)
+        spread = torch.where(share > 0, share * (variance + (mean - center.unsqueeze(-2)).square()), 0.0).sum(-2)
+        missing = batch.x.isnan().unsqueeze(-2)
+        return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        share = self._shares(batch).detach()[torch.arange(len(z), device=z.device), z]
+        part = torch.multinomial(share, 1, generator=generator)[:, 0] if len(z) else z
+        return self.component.complete(batch, z * self._m + part, generator)
+
+    def _shares(self, batch: Batch) -> Tensor:
+        """Probability of each part given the state and what was observed, ``[*r, n, K, M]``."""
+        value = self.component.log_prob(batch.with_x(self.cast(batch.x)))
+        return reduce.responsibilities(self._joint(batch, value, score=True))[1]
+
+    def outcomes(self) -> list[Tensor | None]:
+        return self.component.outcomes()
+
+    @property
+    def nominal(self) -> list[bool]:
+        return self.component.nominal
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         part = self.mixing.sample(z, batch, generator)[:, 0].to(z)
         return self.component.sample(z * self._m + part, batch, generator)

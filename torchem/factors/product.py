@@ -160,6 +160,36 @@ class Product(Composite):
         wide = [torch.cat([value.expand(*axes, -1) for value in values], -1) for values in zip(*parts, strict=True)]
         return wide[0][..., order], wide[1][..., order]
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        parts = []
+        for factor, columns in zip(self._factors(), self.columns, strict=True):
+            copies = self._k ** (self.memory - factor.memory)
+            found = factor.conditional(batch.with_x(_take(batch.x, columns)))
+            parts.append([v if copies == 1 else v.repeat_interleave(copies, -2) for v in found])
+        mean, variance = (torch.cat(values, -1)[..., self._order()] for values in zip(*parts, strict=True))
+        return mean, variance
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        parts = []
+        for factor, columns in zip(self._factors(), self.columns, strict=True):
+            own = z.div(self._k ** (self.memory - factor.memory), rounding_mode="floor")
+            parts.append(factor.complete(batch.with_x(_take(batch.x, columns)), own, generator))
+        return torch.cat(parts, -1)[..., self._order()]
+
+    def outcomes(self) -> list[Tensor | None]:
+        found = [value for factor in self._factors() for value in factor.outcomes()]
+        return [found[i] for i in self._order()]
+
+    @property
+    def nominal(self) -> list[bool]:
+        found = [value for factor in self._factors() for value in factor.nominal]
+        return [found[i] for i in self._order()]
+
+    def _order(self) -> list[int]:
+        """Where each column of the data stands among those of the factors in turn."""
+        place = [column for columns in self.columns for column in columns]
+        return sorted(range(len(place)), key=place.__getitem__)
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         x = torch.empty(len(z), self.n_features, dtype=self.dtype, device=self.device)
         for factor, columns in zip(self._factors(), self.columns, strict=True):

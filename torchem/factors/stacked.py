@@ -1,6 +1,6 @@
 """States of different families: some components of one kind, some of another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -143,12 +143,40 @@ class Stacked(Composite):
         )
         return mean, variance
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        found = [factor.conditional(batch) for factor in self.parts().values()]
+        mean, variance = (torch.cat(values, -2) for values in zip(*found, strict=True))
+        return mean, variance
+
+    def outcomes(self) -> list[Tensor | None]:
+        found = []
+        for column in zip(*(factor.outcomes() for factor in self.parts().values()), strict=True):
+            known = [each for each in column if each is not None]
+            found.append(torch.cat(known).unique() if len(known) == len(column) else None)
+        return found
+
+    @property
+    def nominal(self) -> list[bool]:
+        return [any(column) for column in zip(*(f.nominal for f in self.parts().values()), strict=True)]
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        def draw(factor: Factor, z: Tensor, rows: Tensor) -> Tensor:
+            return factor.complete(batch[rows], z, generator)
+
+        return self._by_state(z, draw)
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        def draw(factor: Factor, z: Tensor, rows: Tensor) -> Tensor:
+            return factor.sample(z, None if batch is None else batch[rows], generator)
+
+        return self._by_state(z, draw)
+
+    def _by_state(self, z: Tensor, draw: Callable[[Factor, Tensor, Tensor], Tensor]) -> Tensor:
+        """What each factor draws of its own states ``z`` at the rows that are in them."""
         x: Tensor | None = None
         for _, factor, own in self._each():
             chosen = ((z >= own.start) & (z < own.stop)).nonzero()[:, 0]
-            given = None if batch is None else batch[chosen]
-            draws = factor.sample(z[chosen] - own.start, given, generator)
+            draws = draw(factor, z[chosen] - own.start, chosen)
             x = draws.new_empty(len(z), *draws.shape[1:]) if x is None else x
             x[chosen] = draws.to(x)
         assert x is not None

@@ -186,6 +186,37 @@ class StudentT(Composite):
         ratio = torch.where(freedom > 2, freedom / (freedom - 2), torch.inf)
         return mean, spread * ratio.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), -1, 1)
 
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of a t given o of its entries at distance δ: those of the normal part, variances times (ν + δ²)/(ν + o − 2).
+
+        They are infinite up to two degrees of freedom in all; see `Factor.conditional`.
+        """
+        center, spread = self.normal.conditional(batch)
+        shape, rate = self._posterior_scale(batch)
+        ratio = torch.where(shape > 1, rate / (shape - 1), torch.inf).unsqueeze(-1)
+        # Where nothing is missing there is no variance, however it is scaled.
+        return center, torch.where(spread > 0, spread * ratio, 0.0)
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Rows with missing entries drawn: the scale given what was observed, then they given both."""
+        pick = z.unsqueeze(-1)
+        shape, rate = (value.detach().gather(-1, pick).to(torch.float64) for value in self._posterior_scale(batch))
+        scale = torch._standard_gamma(shape, generator=generator) / rate  # pyright: ignore[reportPrivateImportUsage]
+        center = self.normal.conditional(batch)[0].detach()
+        center = center.gather(-2, pick.unsqueeze(-1).expand(-1, -1, center.shape[-1])).squeeze(-2)
+        drawn = self.normal.complete(batch, z, generator)
+        return torch.where(batch.x.isnan(), center + (drawn - center) * scale.rsqrt().to(center), batch.x)
+
+    def _posterior_scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """u given the state and what was observed is Gamma((ν + o)/2, (ν + δ²)/2): both, ``[*r, *n, K]``."""
+        kernel = _StudentKernel(self, direct=True)
+        kernel.log_potential(batch)
+        axes = batch.x.shape[:-1]
+        size = (~batch.x.isnan()).sum(-1).reshape(-1).to(kernel.mean)
+        shape = (kernel.freedom + size) / 2
+        shape, rate = (v.mT.unflatten(-2, axes) for v in (shape, shape / kernel.mean))
+        return shape, rate
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         half = self.freedom.detach().to(torch.float64)[z] / 2
         scale = torch._standard_gamma(half, generator=generator) / half  # pyright: ignore[reportPrivateImportUsage]

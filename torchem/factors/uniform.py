@@ -39,6 +39,7 @@ class Uniform(Factor):
 
     views: ClassVar = {}
     handles_missing: ClassVar[bool] = True
+    independent: ClassVar[bool] = True
     default_init: ClassVar[str] = "kmeans"
 
     sides: Tensor

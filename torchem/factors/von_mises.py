@@ -47,6 +47,7 @@ class VonMises(ExponentialFamily):
 
     views: ClassVar = {"means": "mean", "concentrations": "log_concentration"}
     handles_missing: ClassVar[bool] = True
+    independent = True
     default_init: ClassVar[str] = "random_from_data"
 
     mean: Tensor

@@ -17,6 +17,7 @@ from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.factors.linear_gaussian import CovarianceType
 from torchem.model import EStep, LatentModel, Uniforms, global_uniforms, weighted
+from torchem.models.imputation import Gaps, How, at_once, checked_draws
 from torchem.ops import chain, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.stats import Stats
@@ -148,6 +149,11 @@ class FactorialHMM(LatentModel):
         parts = {"initials": self.initials, "transitions": self.transitions}
         chains = [(f"{name}.{m}", table) for name, tables in parts.items() for m, table in enumerate(tables)]
         return *chains, ("emission", self.emission)
+
+    @property
+    def handles_missing(self) -> bool:
+        """False: frames may be missing as a whole."""
+        return False
 
     # ---- views ------------------------------------------------------------------------------------------------
 
@@ -453,8 +459,78 @@ class FactorialHMM(LatentModel):
         with torch.no_grad():
             return self._each(data, fields, paths)
 
+    @torch.no_grad()
+    def impute(
+        self,
+        data: Any,
+        how: How = "auto",
+        *,
+        draws: int | None = None,
+        variance: bool = False,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Sequences with missing frames filled in under q; see `LatentModel.impute`.
+
+        A mean is exact if the marginals of q are; the variance is that of independent chains unless ``q="exact"``.
+        """
+        checked_draws(draws, self, variance)
+        batch = self._read(data, fields)
+        gaps, lead = Gaps.of(data, batch, True), len(self.replicas)
+        one_of("how", how, ("auto", "mean", "mode"))
+        mask = batch.frames_mask()
+        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
+        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
+
+        def missing(value: Tensor) -> Tensor:
+            return value.flatten(lead, lead + 1).index_select(lead, place)
+
+        def states(kind: EStep, piece: Batch) -> Tensor:
+            """E_q of the indicators of all chains' states, or one draw of them."""
+            found = self._infer(piece, kind, uniforms=draw if kind == "sample" else None)
+            return torch.cat(found.marginals if found.paths is None else found.paths, -1)
+
+        def draw(shape: torch.Size) -> Tensor:
+            return torch.rand(shape, dtype=torch.float64, generator=generator).to(self.device)
+
+        weight = self.emission.weight.squeeze(-3).mT
+        if draws is not None:
+            drawn, step = [], at_once(batch.x.shape[0] * batch.x.shape[1])
+            for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
+                many = batch[torch.arange(len(batch)).repeat(times)]
+                hot = self._each(many, {}, lambda piece: states("sample", piece))
+                u = hot.unflatten(0, (times, len(batch))).flatten(1, 2)[:, place]
+                z = torch.zeros(u.shape[:-1].numel(), dtype=torch.long, device=self.device)
+                rows = Batch(u.flatten(0, 1), u=u.flatten(0, 1))
+                drawn.append(self.emission.sample(z, rows, generator).unflatten(0, u.shape[:-1]))
+            return gaps.filled(torch.cat(drawn), False)
+        expected = missing(self._each(batch, {}, lambda piece: states("soft", piece)))
+        mean = expected @ weight
+        noise = self.emission.moments(Batch(expected[..., :0], u=expected))[1].squeeze(-2)
+        if self.q == "exact":
+            joint = missing(self._each(batch, {}, self._product))
+            level = _design(self.n_states, joint) @ weight
+            spread = joint @ level.square() - (joint @ level).square()
+        else:
+            parts = [g @ w.square() - (g @ w).square() for g, w in zip(
+                expected.split(self.n_states, -1), self.contributions, strict=True)]  # fmt: skip
+            spread = torch.stack(parts).sum(0)
+        if how == "mode":
+            best = [nn.functional.one_hot(g.argmax(-1), g.shape[-1]) for g in expected.split(self.n_states, -1)]
+            mean = torch.cat(best, -1).to(weight) @ weight
+        value = gaps.filled(mean, False)
+        return (value, gaps.beside(noise + spread.clamp(min=0.0))) if variance else value
+
+    def _product(self, piece: Batch) -> Tensor:
+        joint = self._infer(piece, "soft").joint
+        assert joint is not None
+        return joint
+
+    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
+        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+
     def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
-        batch = self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+        batch = self._read(data, fields)
         with declared_precision(self.device):
             parts = [function(piece) for piece in self.stream(batch)]
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,17 @@ from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Tempered, Uniforms, weighted
 from torchem.models.draws import Draw, follow, reach
 from torchem.models.frames import FramesPass, is_light, window
+from torchem.models.imputation import (
+    Gaps,
+    How,
+    at_once,
+    check_possible,
+    checked_draws,
+    complete,
+    finished,
+    floating,
+    impute,
+)
 from torchem.models.stationary import Stationary
 from torchem.ops import chain, reduce
 from torchem.ops.dispatch import compiled_chain, threads_for_kernels
@@ -463,6 +474,52 @@ class HMM(DiscreteModel):
 
         return self._digits(self._each(self._read(data, fields), paths)).movedim(-2, 0)
 
+    @torch.no_grad()
+    def impute(
+        self,
+        data: Any,
+        how: How = "auto",
+        *,
+        draws: int | None = None,
+        variance: bool = False,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Sequences with missing entries and frames filled in given all frames; see `LatentModel.impute`.
+
+        Example:
+            >>> m = GaussianHMM(2, 1)
+            >>> m.means, m.transition_matrix = [[-1.0], [1.0]], [[0.9, 0.1], [0.1, 0.9]]
+            >>> m.impute(torch.tensor([1.2, torch.nan, 0.8]))
+            tensor([1.2000, 0.9...,  0.8000])
+        """
+        checked_draws(draws, self, variance)
+        gaps = Gaps.of(data, self._read(data, fields), True)
+        batch, lead = gaps.batch, len(self.replicas)
+        rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
+        bare = replace(batch, weight=None)
+        mask = batch.frames_mask()
+        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
+        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
+        if draws is None:
+            found = self._each(bare, lambda p, b: self.infer(p, b)[1]["emission"])
+            share = found.flatten(lead, lead + 1).index_select(lead, place)
+            return finished(gaps, self.emission, how, impute(self, self.emission, gaps, how, share, rows), variance)
+
+        def paths(potentials: dict[str, Tensor], piece: Batch) -> Tensor:
+            (*tables, emission), found = self._chain(potentials, piece), []
+            step = at_once(emission.shape[:2].numel())
+            for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
+                first, move = (v if v.shape[0] == 1 else _repeated(v, times) for v in tables)
+                lengths = None if piece.lengths is None else piece.lengths.repeat(times)
+                path = chain.sample(first, move, _repeated(emission, times), lengths, generator)
+                found.append(path.unflatten(0, (times, len(piece))))
+            return torch.cat(found).transpose(0, 1)
+
+        states = self._each(bare, paths).movedim(-2, 0).flatten(1, 2)[:, place]
+        check_possible((states >= 0).all(0).to(torch.float64).unsqueeze(-1), gaps)
+        return finished(gaps, self.emission, how, complete(self.emission, rows, states, generator), variance)
+
     def forecast(
         self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
         **fields: Any,
@@ -729,6 +786,11 @@ class HMM(DiscreteModel):
                 piece = piece.map(Tensor.pin_memory) if self.device.type == "cuda" else piece
                 piece = piece.to(self.device)
             yield piece
+
+
+def _repeated(value: Tensor, times: int) -> Tensor:
+    """Several copies of a tensor, one after the other."""
+    return value.repeat(times, *[1] * (value.dim() - 1))
 
 
 def _going_on(potentials: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Finite mixtures: one discrete latent per observation."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,19 @@ from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Uniforms
+from torchem.models.imputation import (
+    Conditional,
+    Gaps,
+    How,
+    check_possible,
+    checked_draws,
+    complete,
+    finished,
+    floating,
+    impute,
+    spread_out,
+    total,
+)
 from torchem.ops import reduce
 from torchem.stats import Stats
 
@@ -140,6 +154,74 @@ class Mixture(DiscreteModel):
     def most_likely(self, data: Any) -> Int[Tensor, "*r n"]:
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
         return self._each(data, lambda p, b: reduce.first_max(self._joint(p, b).detach()))
+
+    @torch.no_grad()
+    def impute(
+        self,
+        data: Any,
+        how: How = "auto",
+        *,
+        draws: int | None = None,
+        variance: bool = False,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Any:
+        """The data with their missing entries filled in; see `LatentModel.impute`.
+
+        Example:
+            >>> m = GaussianMixture(1, 2)
+            >>> m.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
+            >>> m.impute(torch.tensor([[2.0, torch.nan]]))
+            tensor([[2., 1.]])
+        """
+        checked_draws(draws, self, variance)
+        gaps = Gaps.of(data, self._read(data, fields), False)
+        batch = gaps.batch[gaps.index]
+        rows, share = floating(batch, self), self.posterior(batch)
+        if draws is None:
+            found = impute(self, self.component, gaps, how, share, rows)
+        else:
+            check_possible(share, gaps)
+            states = share.new_zeros(draws, 0, dtype=torch.long)
+            if len(rows):
+                states = torch.multinomial(share, draws, replacement=True, generator=generator).mT
+            found = complete(self.component, rows, states, generator)
+        return finished(gaps, self.component, how, found, variance)
+
+    def condition(self, data: Any, columns: Sequence[int] | None = None, **fields: Any) -> Conditional:
+        """The law of the columns that are not known given those that are: prediction of some columns from others.
+
+        p(x_u | x_o) = Σ_k γ_k p(x_u | x_o, k), with the responsibilities γ given x_o.
+
+        Args:
+            data: Rows ``[N, D]`` with NaN where nothing is known, each its own; or the known ``columns`` alone.
+            columns: Numbers of the columns that ``data`` holds.
+            **fields: ``observed``, ``inputs``, … as for `torchem.fit`.
+
+        Returns:
+            The law of each row: ``.mean``, ``.variance``, ``.weights``, ``.log_prob(x)``, ``.sample(n)``,
+            ``.quantile(q)``; of the other columns in their order where ``columns`` are given, else of all of them.
+
+        Example:
+            >>> m = GaussianMixture(1, 2)
+            >>> m.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
+            >>> law = m.condition([[2.0], [0.0]], columns=[0])
+            >>> law.mean.tolist(), law.variance.tolist()
+            ([[1.0], [0.0]], [[0.75], [0.75]])
+        """
+        width, left = self.component.n_features or len(self.component.outcomes()), None
+        if columns is not None:
+            data, left = spread_out(as_tensor(data, "data"), columns, width)
+        batch = self._read(data, fields)
+        rows, share = floating(batch, self), self.posterior(batch)
+        mean, variance = total(share, *self.component.conditional(rows))
+        missing = rows.x.isnan()
+        mean, variance = torch.where(missing, mean, rows.x), torch.where(missing, variance, 0.0)
+        left = list(range(mean.shape[-1])) if left is None else left
+        return Conditional(self, rows, left, share, mean[..., left], variance[..., left])
+
+    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
+        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
 
     @torch.no_grad()
     def sample(

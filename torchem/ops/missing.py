@@ -286,11 +286,14 @@ class CompletedPass(DirectPass):
         self.precision = precision * self.unit * self.unit.mT
         self.root = self.root * self.unit.mT
 
-    def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
-        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``."""
+    def log_prob(
+        self, x: Float[Tensor, "n d"], center: Float[Tensor, "*r k n d"] | None = None
+    ) -> Float[Tensor, "*r k n"]:
+        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``; ``center``: means of each row's own."""
         rows, groups = self._arrange(x.to(self.mean.dtype))
         missing = rows.isnan()
-        gap = (torch.where(missing, 0.0, rows) - self.mean.unsqueeze(-1)) * self.rate
+        mean = self.mean.unsqueeze(-1) if center is None else self._ordered(center.mT)
+        gap = (torch.where(missing, 0.0, rows) - mean) * self.rate
         known = torch.where(missing, 0.0, gap)
         pull = self.precision @ known
         self.left, parts, log_dets, held = [], [], [], 0
@@ -323,6 +326,10 @@ class CompletedPass(DirectPass):
             self.order, groups = _grouped(patterns, copies)
         return x.mT.index_select(-1, self.order), groups
 
+    def _ordered(self, value: Tensor) -> Tensor:
+        """What has an axis of rows last, in the order that they were put in."""
+        return value if self.order is None else value.index_select(-1, self.order)
+
     def _restored(self, value: Tensor, dim: int) -> Tensor:
         """``value`` in the order that rows came in."""
         return value if self.order is None else value.index_select(dim, self.order.argsort())
@@ -337,22 +344,35 @@ class CompletedPass(DirectPass):
         weight, mass = self._arranged(weight), None if left is None else self._arranged(left)
         gap = (self.mean - self.origin).unsqueeze(-1)
         self._add(weight, torch.addcmul(gap, self.difference, self.unit).mT)
+        self.second = self.second + self._spread(weight if mass is None else mass)
+
+    def _spread(self, weight: Tensor) -> Tensor:
+        """Σ weight · covariance of what is missing, float64, for weights in the order of the rows."""
         tied, d = bool(self.structure.shared), self.precision.shape[-1]
-        each = weight if mass is None else mass
-        each = each.sum(-2, keepdim=True) if tied else each
+        each = weight.sum(-2, keepdim=True) if tied else weight
         rest = sum(group.total(each[..., group.rows], covariance, d) for group, covariance in self._covariances())
         rest = (rest * self.unit * self.unit.mT).to(torch.float64)
-        self.second = self.second + (rest.squeeze(-3) if tied else rest)
+        return rest.squeeze(-3) if tied else rest
+
+    def residuals(self) -> Float[Tensor, "*r k n d"]:
+        """The rows less their means, completed."""
+        return self._restored((self.difference * self.unit).mT, -2)
+
+    def spread(self, weight: Float[Tensor, "*r k n"]) -> Tensor:
+        """Σ weight · covariance of what is missing, as the structure has second moments; nothing where nothing seen."""
+        return self._spread(self._arranged(weight))
 
     def _arranged(self, weight: Tensor) -> Tensor:
         """Weights in the order of the rows, zero where nothing was seen."""
-        weight = weight if self.order is None else weight.index_select(-1, self.order)
-        return torch.where(self.seen, weight.to(self.mean.dtype), 0.0)
+        return torch.where(self.seen, self._ordered(weight).to(self.mean.dtype), 0.0)
 
-    def conditional(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+    def conditional(
+        self, x: Float[Tensor, "n d"], center: Float[Tensor, "*r k n d"] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Means and variances ``[*r, K, n, D]`` of all entries given those observed."""
-        self.log_prob(x)
-        mean = torch.addcmul(self.mean.unsqueeze(-1), self.difference, self.unit).mT
+        self.log_prob(x, center)
+        mean = self.mean.unsqueeze(-1) if center is None else self._ordered(center.mT)
+        mean = torch.addcmul(mean, self.difference, self.unit).mT
         variance = torch.cat([group.diagonal(c, x.shape[-1]) for group, c in self._covariances()], -1)
         variance = (variance * self.unit.square()).mT.expand(mean.shape)
         mean, variance = (self._restored(value, -2) for value in (mean, variance))
@@ -408,6 +428,55 @@ class EntryPass(DirectPass):
 
     def _counts(self, weight: Tensor) -> Tensor:
         return weight @ (~self.missing).to(weight)
+
+
+class EntryResiduals:
+    """`CompletedPass` for rows about means of their own under diagonal and spherical covariances."""
+
+    def __init__(self, structure: Entrywise, mean: Tensor, raw: Tensor):
+        k, d = mean.shape[-2:]
+        self.structure, self.root, self.raw = structure, structure.root(raw), raw
+        self.normalizer = 2 * structure.deviations(raw, d) + LOG_2PI
+        self.variances = structure.variances(raw, k, d)
+
+    def log_prob(self, x: Float[Tensor, "n d"], center: Float[Tensor, "*r k n d"]) -> Float[Tensor, "*r k n"]:
+        """``[*r, K, n]`` log-densities of what was observed of ``x [n, D]``."""
+        self.missing = x.isnan()
+        self.difference = torch.where(self.missing, 0.0, x.to(center) - center)
+        constant = self.normalizer @ (~self.missing).to(center).mT
+        return (self.structure.distance(self.difference, self.root) + constant) * -0.5
+
+    def residuals(self) -> Float[Tensor, "*r k n d"]:
+        """The rows less their means, completed."""
+        return self.difference
+
+    def spread(self, weight: Float[Tensor, "*r k n"]) -> Tensor:
+        """Σ weight · variance of what is missing, as the structure has second moments; nothing where nothing seen."""
+        left = self.missing & ~self.missing.all(-1, keepdim=True)
+        each = (weight.to(self.variances) @ left.to(self.variances)) * self.variances
+        return self.structure.pooled(each)
+
+    def conditional(self, x: Float[Tensor, "n d"], center: Float[Tensor, "*r k n d"]) -> tuple[Tensor, Tensor]:
+        """Means and variances ``[*r, K, n, D]`` of all entries given those observed."""
+        missing = x.isnan()
+        spread = torch.where(missing, self.variances.unsqueeze(-2), 0.0)
+        return torch.where(missing, center, x.to(center)), spread.expand(center.shape)
+
+
+def residual_pass(structure: Structure, raw: Tensor, k: int, d: int) -> "CompletedPass | EntryResiduals":
+    """The pass over rows with missing entries about means of their own, as regressions give them.
+
+    Args:
+        structure: The kind of covariance.
+        raw: Unconstrained coordinates of the covariances.
+        k: Number of components.
+        d: Number of columns.
+    """
+    lead = raw.shape[: raw.dim() - len(structure.shape(k, d))]
+    zero = raw.new_zeros(*lead, k, d)
+    if isinstance(structure, Entrywise):
+        return EntryResiduals(structure, zero, raw)
+    return CompletedPass(structure, zero, raw, zero)
 
 
 class Pass:
