@@ -38,6 +38,8 @@ class Source:
         u: Covariates, likewise, laid out as the data.
         lengths: Frames of each sequence, likewise.
         labels: What is known of the latent states, likewise, laid out as the data.
+        offset: Known terms of linear predictors, likewise.
+        trials: Numbers of trials, likewise.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Source:
         u: Any = None,
         lengths: Any = None,
         labels: Any = None,
+        offset: Any = None,
+        trials: Any = None,
     ):
         if batch_size is not None and (
             not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
@@ -69,7 +73,7 @@ class Source:
         # What a rank without data contributes: a batch without rows, in the shape of the others' once that is known.
         empty = torch.empty(0, 1, 1) if self.sequential else torch.empty(0, 1)
         self.nothing = Batch(empty) if distributed.active() else None
-        fields = {"weight": weight, "u": u, "lengths": lengths, "labels": labels}
+        fields = {"weight": weight, "u": u, "lengths": lengths, "labels": labels, "offset": offset, "trials": trials}
         fields = {name: value for name, value in fields.items() if value is not None}
         if lengths is not None and not self.sequential:
             raise invalid("lengths", "none: the model reads single observations", "some", "leave them out")
@@ -106,7 +110,7 @@ class Source:
             )
         if fields and not (isinstance(loader, (list, tuple)) and not loader):
             raise invalid(
-                "weights, inputs, lengths, labels", "nothing beside a loader", ", ".join(fields),
+                "weights, inputs, lengths, labels, offset, trials", "nothing beside a loader", ", ".join(fields),
                 "let the loader yield Batch objects that carry weight and u",
             )  # fmt: skip
         rows = getattr(loader, "dataset", None)
@@ -289,6 +293,9 @@ class Moments:
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque (1983).
     """
 
+    #: The moments of the covariates, where there are some.
+    inputs: "Moments | None" = None
+
     def __init__(self) -> None:
         #: ``[D]`` weight of the entries seen in each column.
         self.weight: Tensor = torch.zeros((), dtype=torch.float64)
@@ -310,6 +317,9 @@ class Moments:
 
     def add(self, batch: Batch) -> None:
         """Take in a piece of data, rows ``[n, D]``."""
+        if batch.u is not None:
+            self.inputs = self.inputs or Moments()
+            self.inputs.add(Batch(batch.u, weight=batch.weight))
         x = batch.x.detach().to(torch.float64)
         if not len(x):
             return
@@ -345,6 +355,8 @@ class Moments:
         for part in parts:
             if part.weight.dim():
                 out._merge(part.weight, part.mean, part.scatter, part.low, part.high)
+        inputs = [part.inputs for part in parts if part.inputs is not None]
+        out.inputs = cls.merged(inputs) if inputs else None
         return out
 
 

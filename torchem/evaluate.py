@@ -33,7 +33,15 @@ class Criteria:
 
 @torch.no_grad()
 def criteria(
-    model: DiscreteModel, data: Any, weights: Any = None, *, inputs: Any = None, lengths: Any = None, labels: Any = None
+    model: DiscreteModel,
+    data: Any,
+    weights: Any = None,
+    *,
+    inputs: Any = None,
+    lengths: Any = None,
+    labels: Any = None,
+    offset: Any = None,
+    trials: Any = None,
 ) -> Criteria:
     """Information criteria of a model on data, in one pass over what `torchem.fit` takes.
 
@@ -44,6 +52,8 @@ def criteria(
         inputs: Covariates.
         lengths: Frames of each sequence.
         labels: What is known of the latent states.
+        offset: Known terms of linear predictors.
+        trials: Numbers of trials.
 
     Source: H. Akaike (1974); G. Schwarz (1978); C. Biernacki, G. Celeux, G. Govaert (2000).
 
@@ -53,7 +63,7 @@ def criteria(
         2
     """
     loglik = entropy = count = 0.0
-    for _, batch in Source(model, data, None, weights, inputs, lengths, labels):
+    for _, batch in Source(model, data, None, weights, inputs, lengths, labels, offset, trials):
         log_prob = model.log_prob(batch)
         if batch.weight is not None:
             weight = batch.weight.to(log_prob.device)

@@ -183,6 +183,10 @@ class Factor(nn.Module, ABC):
     sufficient: ClassVar[bool] = True
     #: Whether NaN entries of x are handled as missing at random.
     handles_missing: ClassVar[bool] = False
+    #: Whether observations are counts.
+    discrete: ClassVar[bool] = False
+    #: Whether no M-step lowers Q; a fit halves the steps of a factor that gives no such promise where it must.
+    minorizes: ClassVar[bool] = True
     #: Whether parameters may carry a leading replica axis; where not, restarts run one after the other.
     replicates: ClassVar[bool] = True
     #: How components are told apart at the start when ``init="auto"``.
@@ -329,6 +333,10 @@ class Factor(nn.Module, ABC):
         """
         return batch
 
+    def cdf(self, batch: Batch) -> Tensor:
+        """Probability ``[*r, *n, K, D]`` that each column is at most what it is: what quantiles are made of."""
+        raise NotImplementedError(f"{type(self).__name__} has no distribution function; define cdf")
+
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Conditional mean and variance of each column, ``[*r, *n or 1s, K, D]``: what forecasts are made of."""
         raise NotImplementedError(f"{type(self).__name__} has no mean and variance; define moments")
@@ -403,10 +411,13 @@ class Factor(nn.Module, ABC):
 
         By default each component is fitted to that observation and, with the same weight, to all the others together.
         """
+        return self.maximize(self.gather(batch, self.near(batch, index)))
+
+    def near(self, batch: Batch, index: Tensor) -> Tensor:
+        """Expectations ``[*r, n, K]``: one for observation ``index[…, k]`` of component k, and one for all together."""
         size, k = len(batch), index.shape[-1]
         expected = torch.full((*index.shape[:-1], size, k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
-        expected = expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
-        return self.maximize(self.gather(batch, expected))
+        return expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
 
     def prepare(self, moments: Moments) -> None:
         """Learn the scale of the data before the first E-step of a fit, in place; complete the prior from it."""

@@ -35,6 +35,8 @@ def as_sequences(
     evidence: Any = None,
     labels: Any = None,
     n_states: int | tuple[int, ...] | None = None,
+    offset: Any = None,
+    trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> Batch:
@@ -63,6 +65,8 @@ def as_sequences(
         labels: What is known of the states, in the layout of the data, see `torchem.batch.evidence_from_labels`; adds
             to ``evidence``.
         n_states: K, for labels that are numbers.
+        offset: Known terms of linear predictors in the layout of the data, without the axis of columns.
+        trials: Numbers of trials, likewise.
         allow_missing: Whether single entries may be NaN too, not only whole frames.
         allow_empty: Whether there may be no sequences.
 
@@ -81,7 +85,7 @@ def as_sequences(
     """
     return _read(
         data, lengths=lengths, weight=weight, u=u, evidence=evidence, labels=labels, n_states=n_states,
-        allow_missing=allow_missing, allow_empty=allow_empty,
+        offset=offset, trials=trials, allow_missing=allow_missing, allow_empty=allow_empty,
     ).padded()  # fmt: skip
 
 
@@ -173,6 +177,8 @@ def _read(
     evidence: Any = None,
     labels: Any = None,
     n_states: int | tuple[int, ...] | None = None,
+    offset: Any = None,
+    trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> _Frames:
@@ -180,7 +186,7 @@ def _read(
     layout = _layout(data if known is None else known.x, lengths if known is None else _or(lengths, known.lengths))
     if not len(layout.starts) and not allow_empty:
         raise invalid("data", "at least one sequence of at least one frame", "none", "check the filter that made it")
-    along = {"u": u, "evidence": evidence}
+    along = {"u": u, "evidence": evidence, "offset": offset, "trials": trials}
     rows = {
         name: layout.lay(_or(along.get(name), getattr(known, name, None)), "inputs" if name == "u" else name)
         for name in FRAMED

@@ -16,7 +16,10 @@ from torchem.model import LatentModel, weighted
 from torchem.stats import Stats
 
 #: What `Validation` reads from a dictionary: arguments of `torchem.fit`, and what `Source` calls them.
-_FIELDS = {"data": "data", "weights": "weight", "inputs": "u", "lengths": "lengths", "labels": "labels"}
+_FIELDS = {
+    "data": "data", "weights": "weight", "inputs": "u", "lengths": "lengths", "labels": "labels", "offset": "offset",
+    "trials": "trials",
+}  # fmt: skip
 
 
 class Validation:

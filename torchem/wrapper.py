@@ -68,6 +68,16 @@ class Wrapper(Factor):
         return self.factor.default_init
 
     @property
+    def minorizes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether no M-step lowers Q."""
+        return self.factor.minorizes
+
+    @property
+    def discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether observations are counts."""
+        return self.factor.discrete
+
+    @property
     def n_components(self) -> int | None:
         return self.factor.n_components
 
@@ -87,6 +97,10 @@ class Wrapper(Factor):
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of each column at the wrapped factor's parameters."""
         return self.factor.moments(batch)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        """Distribution function of each column at the wrapped factor's parameters."""
+        return self.factor.cdf(batch)
 
     def prepare(self, moments: Moments) -> None:
         self.factor.prepare(moments)
