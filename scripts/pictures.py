@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw the pictures of docs/modes: one for each mode, from fits that take seconds.
+"""Draw the pictures of docs/modes and docs/models, from fits that take seconds.
 
-    python scripts/pictures.py                     # all of them, into docs/images/modes
+    python scripts/pictures.py                     # all of them, into docs/images/modes and docs/images/models
     python scripts/pictures.py stochastic hard     # some
 
 Backgrounds are transparent and lines grey, so that pages may be light or dark.
@@ -461,6 +461,103 @@ PICTURES: dict[str, Callable[[], Any]] = {
 }
 
 
+# ---- regressions and experts --------------------------------------------------------------------------------------
+
+
+def lines_of(ax: Any, model: Any, u: Tensor, x: Tensor, span: Tensor, rows: Tensor, top: float = 0.9) -> None:
+    """Data in the colours of their components, what each predicts, and the band of all together."""
+    with torch.no_grad():
+        law = model.predict(rows)
+        low, high = law.quantile([(1 - top) / 2, (1 + top) / 2])[..., 0].numpy()
+        parts, weights, mean = law.component_means[..., 0].numpy(), law.weights.numpy(), law.mean[:, 0].numpy()
+        label = model.most_likely(model.batch(x, inputs=u)).numpy()
+    ax.fill_between(span, low, high, color=GREY, alpha=0.2, linewidth=0)
+    at = u[:, -1].numpy()
+    ax.scatter(at, x[:, 0], c=[COLOURS[k] for k in label], s=11, linewidths=0, alpha=0.75)
+    for k in range(parts.shape[1]):
+        shade = [mpl.colors.to_rgba(COLOURS[k], float(w)) for w in weights[:, k]]
+        ax.scatter(span, parts[:, k], c=shade, s=3, linewidths=0)
+    if weights.shape[0] and float(np.ptp(weights, axis=0).max()) > 0.01:
+        ax.plot(span, mean, color=GREY, linewidth=1.6)
+
+
+def with_ones(v: Tensor) -> Tensor:
+    return torch.stack([torch.ones_like(v), v], -1)
+
+
+def regressions() -> Any:
+    """Two crossing lines with a slope that they share or not."""
+    v = 4 * torch.rand(300, generator=rng(1), dtype=torch.float64)
+    first = torch.rand(300, generator=rng(2)) < 0.6
+    noise = 0.35 * torch.randn(300, generator=rng(3), dtype=torch.float64)
+    fig, axes = figure(1, 1)
+    span = torch.linspace(0, 4, 300, dtype=torch.float64)
+    cases = [((), torch.where(first, 0.5 + 1.0 * v, 3.5 - 0.8 * v), "each its own slope"),
+             ([1], torch.where(first, 0.5 + 0.7 * v, 2.5 + 0.7 * v), "a slope in common")]  # fmt: skip
+    for ax, (shared, x, title) in zip(axes[0], cases, strict=True):
+        model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.LinearGaussian(2, 2, 1, shared=shared))
+        u, x = with_ones(v), (x + noise).unsqueeze(-1)
+        torchem.fit(model.double(), x, inputs=u, restarts=10, seed=0, max_iter=500, progress=False)
+        lines_of(ax, model, u, x, span, with_ones(span))
+        ax.set(title=title, xlabel="u", ylabel="x")
+    return fig
+
+
+def experts() -> Any:
+    """The motorcycle: what the gate says, and the band."""
+    path = ROOT / "torchem" / "datasets" / "mcycle.csv"
+    t, x = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1)).split(1, -1)
+    model = torchem.Mixture(torchem.factors.SoftmaxRegression(4, 2), torchem.factors.LinearGaussian(4, 2, 1)).double()
+    u = with_ones(t[:, 0])
+    torchem.fit(model, x, inputs=u, restarts=20, seed=0, max_iter=800, tol=1e-5, accelerate="squarem", progress=False)
+    import matplotlib.pyplot as plt
+
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), height_ratios=[3, 1], layout="constrained", sharex=True)
+    span = torch.linspace(2.4, 57.6, 600, dtype=torch.float64)
+    lines_of(top, model, u, x, span, with_ones(span))
+    top.set(ylabel="acceleration (g)", ylim=(-150, 95))
+    with torch.no_grad():
+        gate = model.predict(with_ones(span)).weights.numpy()
+    for k in range(4):
+        bottom.plot(span, gate[:, k], color=COLOURS[k])
+    bottom.set(xlabel="time after the impact (ms)", ylabel="gate", ylim=(0, 1.03))
+    return fig
+
+
+def generalized() -> Any:
+    """Counts by two log-linear rates, and shares of successes by two logistic curves."""
+    v = 4 * torch.rand(400, generator=rng(1), dtype=torch.float64) - 2
+    first, u = torch.rand(400, generator=rng(2)) < 0.5, with_ones(v)
+    counts = torch.poisson(torch.where(first, (1 + 0.9 * v).exp(), (2.2 - 0.5 * v).exp()), generator=rng(3))
+    odds = torch.where(first, -1 + 2.0 * v, 1 - 1.5 * v).sigmoid()
+    trials = torch.full((400,), 20.0, dtype=torch.float64)
+    successes = torch.binomial(trials, odds, generator=rng(4))
+    fig, axes = figure(1, 1)
+    span = torch.linspace(-2, 2, 400, dtype=torch.float64)
+    for ax, family, x, n, title in (
+        (axes[0, 0], torchem.factors.PoissonRegression(2, 2), counts, None, "counts"),
+        (axes[0, 1], torchem.factors.BinomialRegression(2, 2), successes, trials, "successes of 20"),
+    ):
+        model = torchem.Mixture(torchem.factors.Categorical(2), family).double()
+        torchem.fit(model, x.unsqueeze(-1), inputs=u, trials=n, restarts=5, seed=0, max_iter=300, progress=False)
+        with torch.no_grad():
+            law = model.predict(with_ones(span), trials=n)
+            label = model.most_likely(model.batch(x.unsqueeze(-1), inputs=u, trials=n))
+            low, high = law.quantile([0.05, 0.95])[..., 0].numpy()
+            means = law.component_means[..., 0].numpy()
+        ax.fill_between(span, low, high, color=GREY, alpha=0.2, linewidth=0, step="mid")
+        jitter = 0.3 * (torch.rand(400, generator=rng(5)) - 0.5)
+        ax.scatter(v, x + jitter, c=[COLOURS[k] for k in label.tolist()], s=9, linewidths=0, alpha=0.7)
+        for k in range(2):
+            ax.plot(span, means[:, k], color=COLOURS[k])
+        ax.set(title=title, xlabel="u")
+    return fig
+
+
+MODELS: dict[str, Callable[[], Any]] = {"regressions": regressions, "experts": experts, "glm": generalized}
+PICTURES |= MODELS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=", ".join(PICTURES))
@@ -470,10 +567,10 @@ def main() -> None:
         parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
     mpl.use("Agg")
     warnings.filterwarnings("ignore")
-    folder = ROOT / "docs" / "images" / "modes"
-    folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         for name in options.names or PICTURES:
+            folder = ROOT / "docs" / "images" / ("models" if name in MODELS else "modes")
+            folder.mkdir(parents=True, exist_ok=True)
             fig = PICTURES[name]()
             # No version and no date: the same picture is the same file.
             fig.savefig(folder / f"{name}.png", metadata={"Software": None})

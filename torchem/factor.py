@@ -394,6 +394,10 @@ class Factor(nn.Module, ABC):
         """First parameter values from responsibilities ``[*r, *n, K]``; by default an M-step."""
         return self.maximize(self.first_stats(batch, expected))
 
+    def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameter values of a latent child from responsibilities; by default an M-step."""
+        return self.maximize(self.table_stats(batch, expected))
+
     def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         """The statistics that a start maximises: those of responsibilities, which a family may keep off its bounds."""
         return self.gather(batch, expected)

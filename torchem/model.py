@@ -270,6 +270,10 @@ class LatentModel(nn.Module, ABC):
         """The start that ``init="auto"`` stands for."""
         return "random"
 
+    def landmarks(self, batch: Batch) -> Tensor:
+        """Columns ``[n, F]`` of a sample by which starts cluster it: the observations."""
+        return batch.x
+
     @abstractmethod
     def initialize(self, batch: Batch, expected: Tensor) -> None:
         """First parameters from responsibilities ``[*r, N, K]`` of a sample, in place."""

@@ -141,9 +141,10 @@ def read_rows(
     def column(name: str | None) -> np.ndarray | None:
         return None if name is None else np.ascontiguousarray(found.table.select([name], str(path)).values[:, 0])
 
-    values = found.table.select(own, str(path)).values
     if absent:
-        values = np.full((len(values), len(columns)), np.nan)
+        values = np.full((len(found.table.values), len(columns)), np.nan)
+    else:
+        values = found.table.select(own, str(path)).values
     weight = column(weights)
     known: dict[str, Any] = {"index": found.index, "labels": column(labels)}
     if inputs is not None:

@@ -1,5 +1,6 @@
 """Multinomial logistic regression of a latent child: gates and transitions that depend on covariates."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from torchem.stats import Stats
 
 #: Steps of least squares: the first solves, the others take back the rounding of ill-conditioned inputs.
 _REFINE = 3
+#: Steps that a start takes.
+_START = 100
 
 
 class SoftmaxRegression(Factor):
@@ -195,6 +198,14 @@ class SoftmaxRegression(Factor):
         slope = stats["linear"] - self._bent(theta) @ stats["curvature"] / 2
         value = stats["constant"] + (theta * slope).sum((-2, -1))
         return value if self.n_parents is None else value.sum(-1)
+
+    def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameters from responsibilities: many steps, for experts that overlap hide what a weak gate says."""
+        moving = copy.deepcopy(self)
+        for _ in range(_START):
+            for name, value in moving.maximize(moving.penalized(moving.table_stats(batch, expected))).items():
+                moving.get_parameter(name).data = value
+        return dict(moving.named_parameters())
 
     def normal_stats(self, precision: Tensor) -> Stats:
         """The log-density of `torchem.priors.Normal`, of some ``precision [M]``, as a quadratic."""

@@ -107,12 +107,19 @@ class TreeGate(Composite):
 
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
         """The statistics of each gate under the expectations of its own branches."""
+        parts, shares = self.parts(), self._shares(expected)
+        return Stats({path: parts[path].table_stats(batch, share) for path, share in shares.items()})
+
+    def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        parts, shares = self.parts(), self._shares(expected)
+        return self.joined({path: parts[path].initialize_table(batch, share) for path, share in shares.items()})
+
+    def _shares(self, expected: Tensor) -> dict[str, Tensor]:
+        """Expectations of the branches of each gate."""
         parts = expected.split(self._sizes, -1)
-        own = {"gate": self.gate.table_stats(batch, torch.stack([part.sum(-1) for part in parts], -1))}
-        for place, part in zip(self._place, parts, strict=True):
-            if place is not None:
-                own[f"below.{place}"] = self.parts()[f"below.{place}"].table_stats(batch, part)
-        return Stats(own)
+        shares = {"gate": torch.stack([part.sum(-1) for part in parts], -1)}
+        below = zip(self._place, parts, strict=True)
+        return shares | {f"below.{place}": part for place, part in below if place is not None}
 
     def forbid(self, states: Tensor) -> None:
         for i, (branch, part) in enumerate(zip(self.branches, states.split(self._sizes, -1), strict=True)):

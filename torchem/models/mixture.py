@@ -208,7 +208,17 @@ class Mixture(DiscreteModel):
 
     @property
     def default_init(self) -> str:
-        return self.component.default_init
+        return "kmeans" if self._gated else self.component.default_init
+
+    @property
+    def _gated(self) -> bool:
+        return not isinstance(self.mixing.unwrapped, Categorical)
+
+    def landmarks(self, batch: Batch) -> Tensor:
+        # A gate can only tell apart what covariates do.
+        if not self._gated or batch.u is None:
+            return batch.x
+        return torch.cat([batch.x.to(torch.float64), batch.u.to(torch.float64)], -1)
 
     def initialize(self, batch: Batch, expected: Tensor) -> None:
         self._assign(*self._from_responsibilities(batch, expected))
@@ -216,7 +226,7 @@ class Mixture(DiscreteModel):
     def _from_responsibilities(self, batch: Batch, expected: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.weight is not None:
             expected = expected * batch.weight.unsqueeze(-1).to(expected)
-        tables = self.mixing.maximize(self.mixing.table_stats(batch, expected))
+        tables = self.mixing.initialize_table(batch, expected)
         return tables, self.component.initialize(batch, expected)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
