@@ -98,7 +98,7 @@ def test_messages(build: Any, said: str) -> None:
         build()
 
 
-def regimes() -> dict[str, Tensor]:
+def regimes() -> dict[str, Any]:
     """Lines in one covariate that switch along another."""
     u = torch.cat([design(150), cases.randn(150, 1, seed=4)], -1)
     up = u[:, 2] + 0.2 * cases.randn(150, seed=5) > 0

@@ -346,7 +346,8 @@ def compared(
     model: Any = torchem.Mixture(Categorical(2) if mixing is None else mixing, component).double()
     model.component.weight = start
     result = fit(model, data, init=None, tol=1e-13, accelerate="squarem")
-    close(model.component.weight[:, 0], torch.tensor(weight), rtol=0, atol=2e-5)
+    found: Any = model.component
+    close(found.weight[:, 0], torch.tensor(weight), rtol=0, atol=2e-5)
     assert result.bound == pytest.approx(loglik, abs=2e-8)
     return model
 
