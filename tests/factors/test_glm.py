@@ -29,6 +29,10 @@ def design(n: int, m: int = 2, seed: int = 0) -> Tensor:
     return u
 
 
+def with_ones(v: Tensor) -> Tensor:
+    return torch.stack([torch.ones_like(v), v], -1)
+
+
 def maximized(factor: Any, stats: torchem.Stats) -> Any:
     best = copy.deepcopy(factor)
     cases.assign(best, factor.maximize(stats))
@@ -134,6 +138,22 @@ def test_steps_come_to_the_top_of_q(kind: type[GeneralizedLinear]) -> None:
         cases.assign(factor, factor.maximize(factor.stats(batch, expected)))
     slope = torch.autograd.grad(truth(batch, expected, factor), factor.coefficient)[0]  # pyright: ignore
     assert float(slope.abs().max()) < 1e-7
+
+
+def test_a_fit_halves_steps_that_lead_down() -> None:
+    """A row far out, of a rate next to nothing, which a whole step would make astronomical."""
+    v = torch.cat([torch.linspace(0, 1, 30, dtype=torch.float64), torch.tensor([60.0], dtype=torch.float64)])
+    data = {"data": torch.cat([torch.arange(30.0), torch.zeros(1)]).double().unsqueeze(-1), "inputs": with_ones(v)}
+    model: Any = torchem.Mixture(Categorical(1), PoissonRegression(1, 2)).double()
+    model.component.weight = [[[0.5, -0.2]]]
+    batch, once = model.batch(data["data"], inputs=data["inputs"]), copy.deepcopy(model)
+    once.m_step(once.e_step(batch))
+    assert float(once.log_prob(batch).sum().detach()) < -1e6
+    result = fit(model, data, init=None)
+    assert result.converged
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
+    slope = torch.autograd.grad(model.log_prob(batch).sum(), model.component.coefficient)[0]
+    assert float(slope.abs().max()) < 1e-2
 
 
 @both
