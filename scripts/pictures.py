@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draw the pictures of docs/modes and docs/models, from fits that take seconds.
+"""Draw the pictures of docs/modes and docs/models: one for each page, from fits that take seconds.
 
-    python scripts/pictures.py                     # all of them, into docs/images
-    python scripts/pictures.py stochastic hard     # some
+    python scripts/pictures.py                     # all of them, into docs/images/modes and docs/images/models
+    python scripts/pictures.py stochastic counts   # some
 
 Backgrounds are transparent and lines grey, so that pages may be light or dark.
 """
@@ -444,24 +444,121 @@ def search() -> Any:
     return fig
 
 
-PICTURES: dict[str, Callable[[], Any]] = {
-    "full-batch": full_batch,
-    "stochastic": stochastic,
-    "incremental": incremental,
-    "map": maximum_a_posteriori,
-    "variational-parameters": variational_parameters,
-    "variational-latents": variational_latents,
-    "generalised": generalised,
-    "held-out": held_out_data,
-    "annealing": annealing,
-    "search": search,
-    "acceleration": acceleration,
-    "hard": hard,
-    "sampled": sampled,
-}
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
-# ---- pictures of models: counts, positive numbers, limits ---------------------------------------------------------
+def dense(model: Any) -> np.ndarray:
+    """Covariances [K, D, D] of a mixture of Gaussians, whatever their type."""
+    g = model.component
+    factor = g.structure.dense(g.scale.detach(), *g.means.shape)
+    return (factor @ factor.mT).numpy()
+
+
+def covered(ax: Any, means: Any, covariances: Any, **options: Any) -> None:
+    """Ellipses at two standard deviations."""
+    angle = np.linspace(0, 2 * np.pi, 100)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    for k, (mean, covariance) in enumerate(zip(means, covariances, strict=True)):
+        line = np.asarray(mean)[:, None] + 2 * np.linalg.cholesky(np.asarray(covariance)) @ circle
+        ax.plot(*line, **({"color": COLOURS[k]} | options))
+
+
+def gaussian_shapes() -> Any:
+    """Three clusters under the fourteen geometries, with their BIC."""
+    import matplotlib.pyplot as plt
+
+    truth = mixture()
+    truth.means = [[-4.0, 0.0], [0.5, 3.0], [3.5, -1.5]]
+    truth.covariances = [[[0.4, 0.2], [0.2, 1.7]], [[2.9, 1.6], [1.6, 1.7]], [[0.55, -0.4], [-0.4, 0.5]]]
+    x = truth.sample(600, generator=rng(4))
+    names = ["EII", "VII", "EEI", "VEI", "EVI", "VVI", "EEE", "VEE", "EVE", "VVE", "EEV", "VEV", "EVV", "VVV"]
+    same = {"VII": "spherical", "VVI": "diag", "EEE": "tied", "VVV": "full"}
+    fitted = {name: mixture(kind=name) for name in names}
+    for model in fitted.values():
+        torchem.fit(model, x, restarts=4, seed=0, max_iter=500, tol=1e-7)
+    scores = {name: torchem.criteria(model, x).bic for name, model in fitted.items()}
+    best = min(scores.values())
+    fig, axes = plt.subplots(2, 7, figsize=(8, 3.0), layout="constrained", sharex=True, sharey=True)
+    for ax, (name, model) in zip(axes.flat, fitted.items(), strict=True):
+        ax.plot(*x.T, ".", color=GREY, alpha=0.25, markersize=1.5)
+        order = model.means.detach()[:, 0].argsort()
+        covered(ax, model.means.detach()[order], dense(model)[order], lw=1.5)
+        ax.set(xticks=[], yticks=[], aspect="equal")
+        ax.spines[:].set_visible(False)
+        worse = scores[name] - best
+        ax.set_title(f"{name} {same.get(name, '')}", fontsize=9)
+        ax.set_xlabel(f"BIC +{worse:.0f}" if worse > 0 else "BIC: the best", fontsize=8.5)
+    return fig
+
+
+def low_rank() -> Any:
+    """Curves of forty readings: the held-out score by the rank, and what the loadings are."""
+    d = 40
+    t = torch.linspace(0, 1, d).double()
+    truth = torchem.GaussianMixture(2, d, "low_rank", 3).double()
+    waves = torch.stack([(2 * torch.pi * f * t).cos() for f in (1.0, 2.0, 3.0)], -1)
+    truth.means = torch.stack([2 * (-((t - 0.3) / 0.1).square()).exp(), 2 * (-((t - 0.65) / 0.12).square()).exp()])
+    truth.component.loadings = torch.stack(
+        [waves * torch.tensor([0.6, 0.4, 0.2]), waves * torch.tensor([0.2, 0.5, 0.5])]
+    )
+    truth.component.noise_variances = torch.full((2, d), 0.04)
+    x, new = truth.sample(240, generator=rng(0)), truth.sample(4000, generator=rng(1))
+    scores, ranks = [], range(1, 9)
+    found: Any = None
+    for rank in ranks:
+        model = torchem.GaussianMixture(2, d, "low_rank", rank).double()
+        torchem.fit(model, x, seed=0, max_iter=300, tol=1e-5)
+        scores.append(held_out(model, new))
+        found = model if rank == 3 else found
+    others = {}
+    for kind in ("full", "diag"):
+        model = mixture(2, d, kind)
+        torchem.fit(model, x, seed=0, max_iter=300, tol=1e-5)
+        others[kind] = held_out(model, new)
+    fig, axes = figure(1.4, 1)
+    left, right = axes[0]
+    labels = found.most_likely(x)
+    for k in range(2):
+        left.plot(t, x[labels == k][:8].T, color=COLOURS[k], alpha=0.35, lw=0.8)
+        left.plot(t, found.means[k].detach(), color=COLOURS[k], lw=2.5)
+    left.set(title="two kinds of curves of forty readings, and their means", xticks=[])
+    right.plot(ranks, scores, "o-", color=BLUE, label="low_rank")
+    for (kind, score), colour in zip(others.items(), (ORANGE, GREEN), strict=True):
+        right.axhline(score, color=colour, ls="--", lw=1.5, label=kind)
+    right.set(
+        xlabel="rank", title="held-out score, nats a curve", xticks=ranks, ylim=(others["diag"] - 3, max(scores) + 3)
+    )
+    right.legend()
+    return fig
+
+
+def student_t() -> Any:
+    """Two clusters and some outliers: ellipses of both families, and how much each point counts."""
+    from torchem.factors import Categorical, StudentT
+
+    truth = mixture(2)
+    truth.means, truth.covariances = [[-2.0, 0.0], [2.0, 0.5]], [[[0.5, 0.2], [0.2, 0.4]], [[0.4, -0.2], [-0.2, 0.6]]]
+    x = torch.cat([truth.sample(300, generator=rng(1)), 14 * torch.rand(24, 2, generator=rng(2)).double() - 7])
+    normal, heavy = mixture(2), torchem.Mixture(Categorical(2), StudentT(2, 2)).double()
+    for model in (normal, heavy):
+        torchem.fit(model, x, restarts=6, seed=0, max_iter=500, tol=1e-7)
+    part: Any = heavy.component
+    gap = x.unsqueeze(1) - part.means.detach()
+    distance = torch.einsum("nki,kij,nkj->nk", gap, torch.linalg.inv(part.scales.detach()), gap)
+    freedom = part.freedom.detach()
+    scale = ((freedom + 2) / (freedom + distance) * heavy.posterior(x).detach()).sum(-1)
+    fig, axes = figure(1, 1, sharex=True, sharey=True, height=3.6)
+    left, right = axes[0]
+    left.plot(*x.T, ".", color=GREY, alpha=0.5, markersize=4)
+    covered(left, normal.means.detach(), normal.covariances.detach())
+    left.set(title="Gaussian")
+    dots = right.scatter(*x.T, c=scale, s=10, cmap="viridis", vmin=0)
+    covered(right, part.means.detach(), part.scales.detach())
+    bar = fig.colorbar(dots, ax=right, label="weight E u")
+    bar.outline.set_visible(False)
+    right.set(title="StudentT: degrees of freedom " + " and ".join(f"{value:.1f}" for value in freedom.tolist()))
+    return fig
+
 
 #: Articles of 915 biochemists (J. S. Long 1990; bioChemists of R's pscl), how often there were so many.
 ARTICLES = {0: 275, 1: 246, 2: 178, 3: 84, 4: 67, 5: 27, 6: 17, 7: 12, 8: 1, 9: 2, 10: 1, 11: 1, 12: 2, 16: 1, 19: 1}
@@ -594,25 +691,358 @@ def censored() -> Any:
     return fig
 
 
+def directions() -> Any:
+    """Three clusters on the sphere, seen from above, and turning angles with what was found."""
+    from torchem.factors import Categorical, VonMises, VonMisesFisher
+
+    truth: Any = VonMisesFisher(3, 3).double()
+    truth.directions, truth.concentrations = [[0.5, 0.1, 1.0], [-0.6, 0.5, 0.8], [0.0, -0.8, 0.7]], [60.0, 15.0, 30.0]
+    x = truth.sample(torch.arange(600) % 3, generator=rng())
+    model: Any = torchem.Mixture(Categorical(3), VonMisesFisher(3, 3)).double()
+    torchem.fit(model, x, restarts=4, seed=0)
+    fig, axes = figure(1, 1.3, height=3.4)
+    left, right = axes[0]
+    labels = model.most_likely(x)
+    angle = torch.linspace(0, 2 * torch.pi, 200).double()
+    left.plot(angle.cos(), angle.sin(), color=GREY, lw=1)
+    for k in range(3):
+        mean, kappa = model.component.directions.detach()[k], float(model.component.concentrations.detach()[k])
+        mine = x[(labels == k) & (x[:, 2] > 0)]
+        left.plot(mine[:, 0], mine[:, 1], ".", color=COLOURS[k], markersize=3, alpha=0.6)
+        # Where the density has fallen by exp(−2), as at two standard deviations of a Gaussian.
+        height = 1 - 2 / kappa
+        one = torch.linalg.cross(mean, torch.tensor([1.0, 0.0, 0.0]).double())
+        one = one / one.norm()
+        two = torch.linalg.cross(mean, one)
+        ring = height * mean.unsqueeze(-1) + (1 - height**2) ** 0.5 * (
+            one.unsqueeze(-1) * angle.cos() + two.unsqueeze(-1) * angle.sin()
+        )
+        left.plot(ring[0], ring[1], color=COLOURS[k])
+    left.set(aspect="equal", xticks=[], yticks=[], title="directions in space, from above")
+    left.axis("off")
+    turns: Any = VonMises(2, 1).double()
+    turns.means, turns.concentrations = [[0.0], [3.0]], [[6.0], [1.5]]
+    y = turns.sample((torch.arange(1500) % 3 == 0).long(), generator=rng(1))
+    found: Any = torchem.Mixture(Categorical(2), VonMises(2, 1)).double()
+    torchem.fit(found, y, restarts=5, seed=0, tol=1e-7, max_iter=500)
+    at = torch.linspace(-torch.pi, torch.pi, 400).double().unsqueeze(-1)
+    right.hist(y[:, 0].numpy(), 60, density=True, color=GREY, alpha=0.3)
+    joint = (found.component.log_prob(found.batch(at)) + found.weights.log()).exp().detach()
+    for k, colour in enumerate((BLUE, ORANGE)):
+        right.plot(at, joint[:, k], color=colour)
+    right.plot(at, joint.sum(-1), color=GREY, ls="--", lw=1.5)
+    right.set_xticks([-torch.pi, -torch.pi / 2, 0, torch.pi / 2, torch.pi], ["−π", "−π/2", "0", "π/2", "π"])
+    right.set(title="turning angles: the ends meet", yticks=[])
+    return fig
+
+
+def script(path: str) -> Any:
+    """A file of examples as a module."""
+    import runpy
+
+    return runpy.run_path(str(ROOT / "examples" / path), run_name="example")
+
+
+def latent_classes() -> Any:
+    """Answers by class, and the criterion by the number of classes."""
+    from torchem.factors import Categorical, Categoricals
+
+    example = script("answers.py")
+    x, questions = example["generate"](), example["QUESTIONS"]
+    scores, found = {}, None
+    for k in range(1, 6):
+        model: Any = torchem.Mixture(Categorical(k), Categoricals(k, [len(a) for a in questions.values()])).double()
+        torchem.fit(model, x, restarts=20, max_iter=2000, tol=1e-7, seed=0)
+        scores[k] = torchem.criteria(model, x).bic
+        found = model if k == 3 else found
+    assert found is not None
+    fig, axes = figure(3.2, 1, height=3.4)
+    left, right = axes[0]
+    order = found.weights.detach().argsort(descending=True).tolist()
+    for row, k in enumerate(order):
+        place = 0.0
+        for table in found.component.tables:
+            p = table[k].detach()
+            left.bar(place + np.arange(len(p)), 0.8 * p, 0.8, bottom=-row, color=COLOURS[row])
+            left.plot([place - 0.5, place + len(p) - 0.5], [-row, -row], color=GREY, lw=0.8)
+            place += len(p) + 0.8
+    middles, place = [], 0.0
+    for answers in questions.values():
+        middles.append(place + (len(answers) - 1) / 2)
+        place += len(answers) + 0.8
+    left.set_xticks(middles, [f"{q}\n{a[0]} …\n{a[-1]}" for q, a in questions.items()], fontsize=9)
+    left.set_yticks([0.3 - row for row in range(3)], [f"{found.weights[k].item():.0%}" for k in order])
+    left.tick_params(length=0)
+    left.spines[:].set_visible(False)
+    left.set(title="probabilities of the answers, by class and its share")
+    right.plot([*scores], [*scores.values()], "o-", color=BLUE)
+    right.set(xlabel="classes", title="BIC: lower is better", xticks=[*scores])
+    return fig
+
+
+def labels() -> Any:
+    """Errors of a mixture on new points, by how many of 300 have a label."""
+    truth = torchem.GaussianMixture(3, 2).double()
+    truth.means = [[-1.4, 0.0], [1.4, 0.0], [0.0, 1.8]]
+    test, right = truth.sample(5000, latents=True, generator=rng(999))
+    counts = [9, 18, 36, 72, 150, 300]
+    lines: dict[str, list[float]] = {"with all the others, unlabelled": [], "labelled points alone": []}
+    for n in counts:
+        for name, values in lines.items():
+            wrong = []
+            for seed in range(25):
+                x, z = truth.sample(300, latents=True, generator=rng(seed))
+                # Three points of each kind come first, so that all have a name.
+                first = torch.cat([(z == k).nonzero()[:3, 0] for k in range(3)])
+                order = torch.cat([first, torch.tensor([i for i in range(300) if i not in first.tolist()])])
+                known = torch.where(torch.arange(300) < n, z[order], -1)
+                rows = slice(0, n if name == "labelled points alone" else 300)
+                model = mixture()
+                torchem.fit(model, x[order][rows], labels=known[rows], seed=seed, max_iter=300, tol=1e-5)
+                wrong.append(float((model.most_likely(test) != right).double().mean()))
+            values.append(100 * float(np.mean(wrong)))
+    fig, axes = figure(1, height=3.0)
+    ax = axes[0, 0]
+    for (name, values), colour in zip(lines.items(), (BLUE, ORANGE), strict=True):
+        ax.plot(range(len(counts)), values, "o-", color=colour, label=name)
+    ax.axhline(
+        100 * float((truth.most_likely(test) != right).double().mean()), color=GREY, ls=":", label="the truth itself"
+    )
+    ax.set_xticks(range(len(counts)), [str(n) for n in counts])
+    ax.set(xlabel="points with a label", title="errors on new points, %")
+    ax.legend()
+    return fig
+
+
+def outliers() -> Any:
+    """Three clusters and points anywhere: Gaussians, Student's t, and a component of noise."""
+    from torchem.factors import Categorical, Gaussian, Stacked, StudentT, Uniform
+
+    x = script("outliers.py")["generate"]()[0]
+    models: dict[str, Any] = {
+        "Gaussians": torchem.GaussianMixture(3, 2).double(),
+        "Student’s t": torchem.Mixture(Categorical(3), StudentT(3, 2)).double(),
+        "Gaussians and noise": torchem.Mixture(Categorical(4), Stacked([Gaussian(3, 2), Uniform(1, 2)])).double(),
+    }
+    fig, axes = figure(1, 1, 1, height=3.1, sharex=True, sharey=True)
+    for ax, (name, model) in zip(axes[0], models.items(), strict=True):
+        torchem.fit(model, x, restarts=20, seed=0, tol=1e-7, max_iter=1000)
+        normal = model.component
+        normal = getattr(normal, "normal", normal)
+        normal = normal.factors[0] if hasattr(normal, "factors") else normal
+        found = model.most_likely(x)
+        for k in range(4):
+            mine = found == k
+            ax.plot(*x[mine].T, ".", color=COLOURS[k] if k < 3 else GREY, markersize=4, alpha=0.7)
+        ellipses(ax, normal)
+        ax.set(title=f"{name}\nBIC {torchem.criteria(model, x).bic:.0f}", xticks=[], yticks=[])
+    return fig
+
+
+def your_own() -> Any:
+    """A family of one file, and a law of torch, on the same counts."""
+    from torchem.factors import Categorical, FromDistribution, Poisson
+
+    geometric = script("geometric.py")["Geometric"]
+    truth: Any = torchem.Mixture(Categorical(2), geometric(2, 1)).double()
+    truth.weights = [0.5, 0.5]
+    truth.component.logits.data = torch.tensor([[1.5], [-2.2]], dtype=torch.float64)
+    x = truth.sample(3000, generator=rng(2))
+    families: dict[str, Any] = {
+        "Geometric, one file": geometric(2, 1),
+        "NegativeBinomial, from torch": torchem.Gradient(
+            FromDistribution(torch.distributions.NegativeBinomial, 2, 1), torch.optim.Adam, steps=10, lr=0.05
+        ),
+        "Poisson, torchem’s own": Poisson(2, 1),
+    }
+    fig, axes = figure(1, height=3.0)
+    ax = axes[0, 0]
+    at = torch.arange(40.0).double().unsqueeze(-1)
+    ax.hist(x[:, 0].numpy(), np.arange(41) - 0.5, density=True, color=GREY, alpha=0.3)
+    for (name, family), colour in zip(families.items(), (BLUE, GREEN, ORANGE), strict=True):
+        model = torchem.Mixture(Categorical(2), family).double()
+        torchem.fit(model, x, restarts=3, seed=0, max_iter=100, tol=1e-6)
+        score = f"{held_out(model, x):.3f}".replace("-", "−")
+        ax.plot(at, model.log_prob(at).exp().detach(), color=colour, label=f"{name}: {score} nats an observation")
+    ax.set(xlim=(-0.5, 39.5), ylim=(1e-4, 1), yscale="log", title="failures before a success, two kinds: shares")
+    ax.legend()
+    return fig
+
+
+def missing() -> Any:
+    """Ozone in New York, filled in with its uncertainty; and its law given the weather of single days."""
+    path = ROOT / "torchem" / "datasets" / "airquality.csv"
+    x = torch.from_numpy(np.genfromtxt(path, delimiter=",", skip_header=1))
+    model = mixture(2, 4)
+    torchem.fit(model, x, restarts=10, tol=1e-8, max_iter=1000, seed=0)
+    filled, variance = model.impute(x, variance=True)
+    gap = x[:, 0].isnan()
+    fig, axes = figure(1.2, 1)
+    left, right = axes[0]
+    left.plot(filled[~gap, 3], filled[~gap, 0], ".", color=GREY, alpha=0.55, markersize=6, label="observed")
+    left.errorbar(
+        filled[gap, 3], filled[gap, 0], variance[gap, 0].sqrt(), fmt="o", color=BLUE, markersize=4, lw=1,
+        markerfacecolor="none", label="filled in, ± sd",
+    )  # fmt: skip
+    left.set(xlabel="temperature, °F", title="ozone, ppb")
+    left.legend(loc="upper left")
+    grid = torch.linspace(-30, 170, 400, dtype=torch.float64)
+    days = torch.tensor([[250.0, 7.0, 90.0], [190.0, 10.0, 78.0], [150.0, 13.0, 62.0]]).double()
+    law = model.condition(days, columns=[1, 2, 3])
+    density = law.log_prob(grid[:, None, None].expand(-1, 3, 1)).exp().detach()
+    names = ("90 °F, 7 mph", "78 °F, 10 mph", "62 °F, 13 mph")
+    for curve, mean, name, colour in zip(density.T, law.mean[:, 0].detach(), names, (ORANGE, GREEN, BLUE), strict=True):
+        right.fill_between(grid, curve, color=colour, alpha=0.15)
+        right.plot(grid, curve, color=colour, label=name)
+        right.plot([mean] * 2, [0, float(curve.max())], ":", color=colour, lw=1)
+    right.set(
+        xlabel="ozone, ppb", title="density given the weather of a day", yticks=[], ylim=(0, None), xlim=(-30, 170)
+    )
+    right.legend()
+    return fig
+
+
+def lines_of(ax: Any, model: Any, u: Tensor, x: Tensor, span: Tensor, rows: Tensor, top: float = 0.9) -> None:
+    """Data in the colours of their components, what each predicts, and the band of all together."""
+    with torch.no_grad():
+        law = model.predict(rows)
+        low, high = law.quantile([(1 - top) / 2, (1 + top) / 2])[..., 0].numpy()
+        parts, weights, mean = law.component_means[..., 0].numpy(), law.weights.numpy(), law.mean[:, 0].numpy()
+        label = model.most_likely(model.batch(x, inputs=u)).numpy()
+    ax.fill_between(span, low, high, color=GREY, alpha=0.2, linewidth=0)
+    at = u[:, -1].numpy()
+    ax.scatter(at, x[:, 0], c=[COLOURS[k] for k in label], s=11, linewidths=0, alpha=0.75)
+    for k in range(parts.shape[1]):
+        shade = [mpl.colors.to_rgba(COLOURS[k], float(w)) for w in weights[:, k]]
+        ax.scatter(span, parts[:, k], c=shade, s=3, linewidths=0)
+    if weights.shape[0] and float(np.ptp(weights, axis=0).max()) > 0.01:
+        ax.plot(span, mean, color=GREY, linewidth=1.6)
+
+
+def with_ones(v: Tensor) -> Tensor:
+    return torch.stack([torch.ones_like(v), v], -1)
+
+
+def regressions() -> Any:
+    """Two crossing lines with a slope that they share or not."""
+    v = 4 * torch.rand(300, generator=rng(1), dtype=torch.float64)
+    first = torch.rand(300, generator=rng(2)) < 0.6
+    noise = 0.35 * torch.randn(300, generator=rng(3), dtype=torch.float64)
+    fig, axes = figure(1, 1)
+    span = torch.linspace(0, 4, 300, dtype=torch.float64)
+    cases = [((), torch.where(first, 0.5 + 1.0 * v, 3.5 - 0.8 * v), "each its own slope"),
+             ([1], torch.where(first, 0.5 + 0.7 * v, 2.5 + 0.7 * v), "a slope in common")]  # fmt: skip
+    for ax, (shared, x, title) in zip(axes[0], cases, strict=True):
+        model = torchem.Mixture(torchem.factors.Categorical(2), torchem.factors.LinearGaussian(2, 2, 1, shared=shared))
+        u, x = with_ones(v), (x + noise).unsqueeze(-1)
+        torchem.fit(model.double(), x, inputs=u, restarts=10, seed=0, max_iter=500, progress=False)
+        lines_of(ax, model, u, x, span, with_ones(span))
+        ax.set(title=title, xlabel="u", ylabel="x")
+    return fig
+
+
+def experts() -> Any:
+    """The motorcycle: what the gate says, and the band."""
+    path = ROOT / "torchem" / "datasets" / "mcycle.csv"
+    t, x = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1)).split(1, -1)
+    model = torchem.Mixture(torchem.factors.SoftmaxRegression(4, 2), torchem.factors.LinearGaussian(4, 2, 1)).double()
+    u = with_ones(t[:, 0])
+    torchem.fit(model, x, inputs=u, restarts=20, seed=0, max_iter=800, tol=1e-5, accelerate="squarem", progress=False)
+    import matplotlib.pyplot as plt
+
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), height_ratios=[3, 1], layout="constrained", sharex=True)
+    span = torch.linspace(2.4, 57.6, 600, dtype=torch.float64)
+    lines_of(top, model, u, x, span, with_ones(span))
+    top.set(ylabel="acceleration (g)", ylim=(-150, 95))
+    with torch.no_grad():
+        gate = model.predict(with_ones(span)).weights.numpy()
+    for k in range(4):
+        bottom.plot(span, gate[:, k], color=COLOURS[k])
+    bottom.set(xlabel="time after the impact (ms)", ylabel="gate", ylim=(0, 1.03))
+    return fig
+
+
+def generalized() -> Any:
+    """Counts by two log-linear rates, and shares of successes by two logistic curves."""
+    v = 4 * torch.rand(400, generator=rng(1), dtype=torch.float64) - 2
+    first, u = torch.rand(400, generator=rng(2)) < 0.5, with_ones(v)
+    counts = torch.poisson(torch.where(first, (1 + 0.9 * v).exp(), (2.2 - 0.5 * v).exp()), generator=rng(3))
+    odds = torch.where(first, -1 + 2.0 * v, 1 - 1.5 * v).sigmoid()
+    trials = torch.full((400,), 20.0, dtype=torch.float64)
+    successes = torch.binomial(trials, odds, generator=rng(4))
+    fig, axes = figure(1, 1)
+    span = torch.linspace(-2, 2, 400, dtype=torch.float64)
+    for ax, family, x, n, title in (
+        (axes[0, 0], torchem.factors.PoissonRegression(2, 2), counts, None, "counts"),
+        (axes[0, 1], torchem.factors.BinomialRegression(2, 2), successes, trials, "successes of 20"),
+    ):
+        model = torchem.Mixture(torchem.factors.Categorical(2), family).double()
+        torchem.fit(model, x.unsqueeze(-1), inputs=u, trials=n, restarts=5, seed=0, max_iter=300, progress=False)
+        with torch.no_grad():
+            law = model.predict(with_ones(span), trials=n)
+            label = model.most_likely(model.batch(x.unsqueeze(-1), inputs=u, trials=n))
+            low, high = law.quantile([0.05, 0.95])[..., 0].numpy()
+            means = law.component_means[..., 0].numpy()
+        ax.fill_between(span, low, high, color=GREY, alpha=0.2, linewidth=0, step="mid")
+        jitter = 0.3 * (torch.rand(400, generator=rng(5)) - 0.5)
+        ax.scatter(v, x + jitter, c=[COLOURS[k] for k in label.tolist()], s=9, linewidths=0, alpha=0.7)
+        for k in range(2):
+            ax.plot(span, means[:, k], color=COLOURS[k])
+        ax.set(title=title, xlabel="u")
+    return fig
+
+
+#: Pictures of docs/modes.
+MODES: dict[str, Callable[[], Any]] = {
+    "full-batch": full_batch,
+    "stochastic": stochastic,
+    "incremental": incremental,
+    "map": maximum_a_posteriori,
+    "variational-parameters": variational_parameters,
+    "variational-latents": variational_latents,
+    "generalised": generalised,
+    "held-out": held_out_data,
+    "annealing": annealing,
+    "search": search,
+    "acceleration": acceleration,
+    "hard": hard,
+    "sampled": sampled,
+}
 #: Those of docs/models.
-MODELS: dict[str, Callable[[], Any]] = {"counts": counts, "positive": positive, "censored": censored}
-PICTURES |= MODELS
+MODELS: dict[str, Callable[[], Any]] = {
+    "gaussian": gaussian_shapes,
+    "low-rank": low_rank,
+    "student-t": student_t,
+    "counts": counts,
+    "positive": positive,
+    "censored": censored,
+    "directions": directions,
+    "latent-classes": latent_classes,
+    "labels": labels,
+    "outliers": outliers,
+    "your-own": your_own,
+    "missing": missing,
+    "regressions": regressions,
+    "experts": experts,
+    "glm": generalized,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=", ".join(PICTURES))
+    every = MODES | MODELS
+    parser.add_argument("names", nargs="*", help=", ".join(every))
     options = parser.parse_args()
-    unknown = set(options.names) - set(PICTURES)
+    unknown = set(options.names) - set(every)
     if unknown:
-        parser.error(f"expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
     mpl.use("Agg")
     warnings.filterwarnings("ignore")
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
-        for name in options.names or PICTURES:
+        for name in options.names or every:
             folder = ROOT / "docs" / "images" / ("models" if name in MODELS else "modes")
             folder.mkdir(parents=True, exist_ok=True)
-            fig = PICTURES[name]()
+            fig = every[name]()
             # No version and no date: the same picture is the same file.
             fig.savefig(folder / f"{name}.png", metadata={"Software": None})
             print(folder / f"{name}.png")

@@ -76,6 +76,50 @@ def report(folder: Path) -> dict:
 # ---- the main jobs ------------------------------------------------------------------------------------------------
 
 
+def test_regressions_on_the_command_line(capsys, tmp_path, monkeypatch):
+    """The two lines of Old Faithful: fitted, predicted from covariates alone, drawn from."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    ok(capsys, "fit", "configs/regressions.yaml", "--fit.restarts", "2", "--fit.max_iter", "60", "--fit.tol", "1e-4",
+       "--output", out)  # fmt: skip
+    told = report(out)
+    assert told["data"]["inputs"] == ["eruptions"]
+    assert told["criteria"]["n_parameters"] == 1 + 2 * (2 + 1)
+    assert (out / "prediction.png").exists()
+    (tmp_path / "new.csv").write_text("eruptions\n2\n4.5\n")
+    rows = list(csv.DictReader(io.StringIO(ok(capsys, "predict", out, tmp_path / "new.csv", "--output", "-"))))
+    assert list(rows[0]) == ["mean_waiting", "q0.05_waiting", "q0.5_waiting", "q0.95_waiting"]
+    for row, about in zip(rows, (55, 80), strict=True):
+        low, middle, high = (float(row[f"q{share}_waiting"]) for share in ("0.05", "0.5", "0.95"))
+        assert low < middle < high
+        assert abs(float(row["mean_waiting"]) - about) < 6
+    first = next(csv.DictReader(io.StringIO(ok(capsys, "predict", out, "--output", "-"))))
+    assert {"label", "log_prob", "mean_waiting"} <= first.keys()
+    drawn = ok(capsys, "sample", out, "--n", "5", "--latents", "true", "--output", "-")
+    assert drawn.count("\n") == 6
+
+
+def test_labels_and_covariates_that_do_not_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    table = tmp_path / "t.csv"
+    table.write_text("y,v,z\n" + "".join(f"{i % 3},{i / 10},{i % 2 if i < 20 else -1}\n" for i in range(40)))
+    given = [
+        "fit",
+        "configs/regressions.yaml",
+        "--data.path",
+        table,
+        "--data.columns",
+        "[y]",
+        "--output",
+        tmp_path / "o",
+    ]
+    ok(capsys, *given, "--data.inputs", "[v]", "--data.labels", "z", "--fit.restarts", "1", "--fit.tol", "1")
+    assert len((tmp_path / "o" / "labels.csv").read_text().splitlines()) == 41
+    assert report(tmp_path / "o")["data"]["labels"] == "z"
+    assert "n_inputs: expected 2" in fails(capsys, *given, "--data.inputs", "[v]", "--model.component.n_inputs", "3")
+    assert "columns of covariates" in fails(capsys, *given, "--data.inputs", "null")
+
+
 def test_faithful(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = ok(capsys, "fit", "configs/faithful.yaml", "--output", tmp_path / "faithful")

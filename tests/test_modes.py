@@ -12,6 +12,7 @@ import torchem
 from torchem import priors
 from torchem.errors import ConvergenceWarning, InvalidArgument, SymmetryWarning
 from torchem.factors import (
+    BinomialRegression,
     Categorical,
     Categoricals,
     Censored,
@@ -23,10 +24,12 @@ from torchem.factors import (
     NegativeBinomial,
     Neural,
     Poisson,
+    PoissonRegression,
     Product,
     SoftmaxRegression,
     Stacked,
     StudentT,
+    TreeGate,
     Truncated,
     Uniform,
     VonMises,
@@ -76,6 +79,22 @@ def lines() -> dict[str, Any]:
     slope = torch.where(torch.arange(240) % 2 == 0, 2.0, -2.0).double()
     noise = torch.randn(240, generator=rng(1), dtype=torch.float64)
     return {"data": (u[:, 1] * slope + 0.3 * noise).unsqueeze(-1), "inputs": u}
+
+
+def experts() -> dict[str, Any]:
+    u = lines()["inputs"]
+    even = torch.arange(240) % 2 == 0
+    rate = torch.where(even, (1 + 0.8 * u[:, 1]).exp(), (2 - 0.5 * u[:, 1]).exp())
+    return {"data": torch.poisson(rate, generator=rng()).unsqueeze(-1), "inputs": u}
+
+
+def choices() -> dict[str, Any]:
+    given = experts()
+    return given | {"data": (given["data"] > 4).double()}
+
+
+def tree() -> TreeGate:
+    return TreeGate(SoftmaxRegression(2, 2), [None, SoftmaxRegression(2, 2)])
 
 
 def sequences() -> dict[str, Any]:
@@ -161,6 +180,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "latent classes": (lambda: torchem.Mixture(Categorical(2), Categoricals(2, [2, 3])), answers),
     "mixture of regressions": (lambda: torchem.Mixture(Categorical(2), LinearGaussian(2, 2, 1)), lines),
     "mixture of experts": (lambda: torchem.Mixture(SoftmaxRegression(2, 2), LinearGaussian(2, 2, 1)), lines),
+    "Poisson experts": (lambda: torchem.Mixture(SoftmaxRegression(2, 2), PoissonRegression(2, 2)), experts),
+    "tree of logistic experts": (lambda: torchem.Mixture(tree(), BinomialRegression(3, 2)), choices),
     "Gaussian HMM": (lambda: torchem.GaussianHMM(2, 2), sequences),
     "categorical HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)), symbols),
     "movement HMM": (movement, walks),

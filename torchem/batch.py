@@ -285,6 +285,8 @@ def as_batch(
     labels: Any = None,
     observed: Any = None,
     n_states: int | tuple[int, ...] | None = None,
+    offset: Any = None,
+    trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> Batch:
@@ -300,6 +302,8 @@ def as_batch(
         labels: What is known of the classes, see `evidence_from_labels`; adds to ``evidence``.
         observed: In the shape of the data, False where an entry is missing.
         n_states: K, for labels that are numbers.
+        offset: ``[N]`` known terms of linear predictors.
+        trials: ``[N]`` numbers of trials.
         allow_missing: Whether NaN entries may stand for missing ones.
         allow_empty: Whether there may be no rows.
 
@@ -326,6 +330,8 @@ def as_batch(
         weight=given_or(weight, batch.weight, "weights", x.device),
         u=given_or(u, batch.u, "inputs", x.device),
         evidence=given_or(evidence, batch.evidence, "evidence", x.device),
+        offset=given_or(offset, batch.offset, "offset", x.device),
+        trials=given_or(trials, batch.trials, "trials", x.device),
     )
     batch = check_rows(batch, labels=labels, n_states=n_states, allow_missing=allow_missing)
     return replace(batch, weight=check_weight(batch.weight, len(batch), "row"))
@@ -369,6 +375,9 @@ def check_rows(
         _check_finite(x, allow_missing, allow_missing_rows, place)
     if batch.u is not None:
         batch = replace(batch, u=_checked_inputs(batch.u, size, place))
+    for name in ("offset", "trials"):
+        if (value := getattr(batch, name)) is not None:
+            batch = replace(batch, **{name: _checked_numbers(name, value, size, place)})
     evidence = batch.evidence
     if evidence is not None:
         if evidence.dim() != 2 or len(evidence) != size:
@@ -396,6 +405,21 @@ def _checked_inputs(u: Tensor, size: int, place: Place) -> Tensor:
             "inputs", "finite covariates", f"NaN or infinity at {_first(bad, place)}", "impute or drop those rows"
         )
     return u
+
+
+def _checked_numbers(name: str, value: Tensor, size: int, place: Place) -> Tensor:
+    """Offsets or trials ``[N]``."""
+    value = value.squeeze(-1) if value.dim() == 2 and value.shape[-1] == 1 else value
+    if value.shape != (size,):
+        raise invalid(name, f"[{size}]", f"shape {list(value.shape)}", "give one number per observation")
+    if not values_known():
+        return value
+    bad, kind = ~value.isfinite(), "finite numbers"
+    if name == "trials":
+        bad, kind = bad | (value < 0) | (value != value.round()), "whole numbers of at least zero"
+    if bool(bad.any()):
+        raise invalid(name, kind, f"{float(value[bad][0]):g} at {_first(bad, place)}", "correct it, or drop the row")
+    return value
 
 
 def _first(bad: Tensor, place: Place) -> str:

@@ -128,7 +128,7 @@ def _fit(config: Any, each: list[Any]) -> int:
     rows = data.draw(ready.data.max_rows, ready.fit.seed)
     candidates = [_candidate(states, own, rows, getattr(torch, config.dtype)) for states, own in started]
     chosen = min(candidates, key=lambda c: getattr(c.criteria, config.criterion))
-    names = {key: getattr(ready.data, key) for key in ("weights", "index", "sequence")}
+    names = {key: getattr(ready.data, key) for key in runs.NAMED}
     report = runs.describe_run(chosen, candidates, data, len(rows.values), names, folder)
     contents = _contents(chosen, candidates, data, report, options.dump(config, folder))
     runs.write_run(folder, contents)
@@ -172,7 +172,8 @@ def _read(data: options.Data, sequential: bool) -> Observations:
             raise invalid("data.image", "none, for a model of sequences", "an image", "give data.path")
         return read_pixels(data.image.absolute, data.colour)
     assert data.path is not None
-    return read_rows(data.path.absolute, data.columns, data.weights, data.index, data.sequence, sequential)
+    names = {key: getattr(data, key) for key in runs.NAMED}
+    return read_rows(data.path.absolute, data.columns, sequential=sequential, **names)
 
 
 def _contents(
@@ -186,7 +187,7 @@ def _contents(
     if chosen.decoded is not None:
         contents["states.csv"] = to_csv(*state_rows(model, data, report["data"], chosen.decoded))
     elif data.image is None:
-        contents["labels.csv"] = to_csv(*label_rows(model, data.values))
+        contents["labels.csv"] = to_csv(*label_rows(model, data))
     try:
         contents |= _pictures(model, data, report, "png", chosen.decoded)
     except MissingExtra as error:
@@ -217,12 +218,27 @@ def _pictures(
         drawn["segmented"] = plot.segmentation(data.image, _labels(model, data), _colours(model, data))
     elif decoded is not None:
         drawn |= _chain_pictures(model, data, report["data"], decoded)
+    elif data.inputs is not None:
+        drawn |= _regression(model, data, report["data"])
     elif hasattr(model, "component"):
         d = data.values.shape[1]
         draw = plot.pairs if 2 < d <= _SHOWN else plot.clusters
         drawn["clusters"] = draw(model, data.values, data.columns)
     mark = "" if states is None else f"-{states}"
     return {f"{name}{mark}.{kind}": _rendered(axes, kind) for name, axes in drawn.items()}
+
+
+def _regression(model: Any, data: Observations, told: dict[str, Any]) -> dict[str, Any]:
+    """The law of the first column along the only covariate; nothing where there are several."""
+    from torchem import plot
+
+    assert data.inputs is not None
+    moving = np.ptp(data.inputs, axis=0) > 0
+    if moving.sum() != 1 or not hasattr(model, "predict") or np.isnan(data.values).any():
+        return {}
+    names = [*["1"] * bool(told["intercept"]), *told["inputs"]]
+    drawn = plot.prediction(model, data.values, data.inputs, data.columns, names)
+    return {"prediction": drawn}
 
 
 def _chain_pictures(model: Any, data: Observations, names: dict[str, Any], decoded: Decoded) -> dict[str, Any]:
@@ -455,7 +471,7 @@ def _predict(config: Any) -> int:
         names = run.report["data"]
         content = to_csv(*state_rows(run.model, data, names, decode(run.model, data), config.filtered))
     else:
-        content = to_csv(*label_rows(run.model, data.values))
+        content = to_csv(*label_rows(run.model, data))
     return _deliver(output, content, f"{len(data.values):,} rows")
 
 
@@ -491,8 +507,13 @@ def _sample(config: Any) -> int:
 
 
 def _draw_rows(run: runs.Run, config: Any, generator: torch.Generator) -> dict[str, np.ndarray]:
-    n = 100 if config.n is None else config.n
-    x, z = run.model.sample(n, latents=True, generator=generator)
+    inputs = run.observations().inputs if run.report["data"].get("inputs") else None
+    n = (100 if inputs is None else len(inputs)) if config.n is None else config.n
+    given = {}
+    if inputs is not None:
+        # Covariates have no law: those of the run are taken in turn.
+        given["inputs"] = inputs[np.arange(n) % len(inputs)]
+    x, z = run.model.sample(n, latents=True, generator=generator, **given)
     hidden = {"label": z.cpu().numpy()} if config.latents else {}
     return hidden | dict(zip(run.columns, x.cpu().numpy().T, strict=True))
 

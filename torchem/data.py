@@ -39,6 +39,8 @@ class Source:
         lengths: Frames of each sequence, likewise.
         labels: What is known of the latent states, likewise, laid out as the data.
         observed: False where an entry is missing, likewise, in the shape of the data.
+        offset: Known terms of linear predictors, likewise.
+        trials: Numbers of trials, likewise.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Source:
         lengths: Any = None,
         labels: Any = None,
         observed: Any = None,
+        offset: Any = None,
+        trials: Any = None,
     ):
         if batch_size is not None and (
             not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
@@ -72,6 +76,7 @@ class Source:
         empty = torch.empty(0, 1, 1) if self.sequential else torch.empty(0, 1)
         self.nothing = Batch(empty) if distributed.active() else None
         fields = {"weight": weight, "u": u, "lengths": lengths, "labels": labels, "observed": observed}
+        fields |= {"offset": offset, "trials": trials}
         fields = {name: value for name, value in fields.items() if value is not None}
         if lengths is not None and not self.sequential:
             raise invalid("lengths", "none: the model reads single observations", "some", "leave them out")
@@ -108,7 +113,8 @@ class Source:
             )
         if fields and not (isinstance(loader, (list, tuple)) and not loader):
             raise invalid(
-                "weights, inputs, lengths, labels, observed", "nothing beside a loader", ", ".join(fields),
+                "weights, inputs, lengths, labels, observed, offset, trials", "nothing beside a loader",
+                ", ".join(fields),
                 "let the loader yield Batch objects that carry weight and u",
             )  # fmt: skip
         rows = getattr(loader, "dataset", None)
@@ -291,6 +297,9 @@ class Moments:
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque (1983).
     """
 
+    #: The moments of the covariates, where there are some.
+    inputs: "Moments | None" = None
+
     def __init__(self) -> None:
         #: ``[D]`` weight of the entries seen in each column.
         self.weight: Tensor = torch.zeros((), dtype=torch.float64)
@@ -312,6 +321,9 @@ class Moments:
 
     def add(self, batch: Batch) -> None:
         """Take in a piece of data, rows ``[n, D]``."""
+        if batch.u is not None:
+            self.inputs = self.inputs or Moments()
+            self.inputs.add(Batch(batch.u, weight=batch.weight))
         x = batch.x.detach().to(torch.float64)
         if not len(x):
             return
@@ -347,6 +359,8 @@ class Moments:
         for part in parts:
             if part.weight.dim():
                 out._merge(part.weight, part.mean, part.scatter, part.low, part.high)
+        inputs = [part.inputs for part in parts if part.inputs is not None]
+        out.inputs = cls.merged(inputs) if inputs else None
         return out
 
 

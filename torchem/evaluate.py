@@ -41,6 +41,8 @@ def criteria(
     lengths: Any = None,
     labels: Any = None,
     observed: Any = None,
+    offset: Any = None,
+    trials: Any = None,
 ) -> Criteria:
     """Information criteria of a model on data, in one pass over what `torchem.fit` takes.
 
@@ -52,6 +54,8 @@ def criteria(
         lengths: Frames of each sequence.
         labels: What is known of the latent states.
         observed: False where an entry is missing.
+        offset: Known terms of linear predictors.
+        trials: Numbers of trials.
 
     Source: H. Akaike (1974); G. Schwarz (1978); C. Biernacki, G. Celeux, G. Govaert (2000).
 
@@ -61,7 +65,7 @@ def criteria(
         2
     """
     loglik = entropy = count = 0.0
-    for _, batch in Source(model, data, None, weights, inputs, lengths, labels, observed):
+    for _, batch in Source(model, data, None, weights, inputs, lengths, labels, observed, offset, trials):
         log_prob = model.log_prob(batch)
         if batch.weight is not None:
             weight = batch.weight.to(log_prob.device)

@@ -185,6 +185,8 @@ class Factor(nn.Module, ABC):
     handles_missing: ClassVar[bool] = False
     #: Whether the columns of an observation are independent given the state.
     independent: bool = False
+    #: Whether no M-step lowers Q; a fit halves the steps of a factor that gives no such promise where it must.
+    minorizes: ClassVar[bool] = True
     #: Whether parameters may carry a leading replica axis; where not, restarts run one after the other.
     replicates: ClassVar[bool] = True
     #: Whether x is counted: single values have a probability.
@@ -333,6 +335,10 @@ class Factor(nn.Module, ABC):
         """
         return batch
 
+    def cdf(self, batch: Batch) -> Tensor:
+        """Probability ``[*r, *n, K, D]`` that each column is at most what it is: what quantiles are made of."""
+        raise NotImplementedError(f"{type(self).__name__} has no distribution function; define cdf")
+
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Conditional mean and variance of each column, ``[*r, *n or 1s, K, D]``: what forecasts are made of."""
         raise NotImplementedError(f"{type(self).__name__} has no mean and variance; define moments")
@@ -437,6 +443,10 @@ class Factor(nn.Module, ABC):
         """First parameter values from responsibilities ``[*r, *n, K]``; by default an M-step."""
         return self.maximize(self.first_stats(batch, expected))
 
+    def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameter values of a latent child from responsibilities; by default an M-step."""
+        return self.maximize(self.table_stats(batch, expected))
+
     def first_stats(self, batch: Batch, expected: Tensor) -> Stats:
         """The statistics that a start maximises: those of responsibilities, which a family may keep off its bounds."""
         return self.gather(batch, expected)
@@ -454,10 +464,13 @@ class Factor(nn.Module, ABC):
 
         By default each component is fitted to that observation and, with the same weight, to all the others together.
         """
+        return self.maximize(self.gather(batch, self.near(batch, index)))
+
+    def near(self, batch: Batch, index: Tensor) -> Tensor:
+        """Expectations ``[*r, n, K]``: one for observation ``index[…, k]`` of component k, and one for all together."""
         size, k = len(batch), index.shape[-1]
         expected = torch.full((*index.shape[:-1], size, k), 1.0 / size, dtype=self.dtype, device=batch.x.device)
-        expected = expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
-        return self.maximize(self.gather(batch, expected))
+        return expected.scatter_add(-2, index.unsqueeze(-2), torch.ones_like(expected[..., :1, :]))
 
     def guess(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """Where an optimiser begins to climb to the first parameters; what is left out stays as it is."""

@@ -228,6 +228,15 @@ class Gradient(Wrapper):
         """The wrapped factor's start; where Q is no function of statistics, a walk under the responsibilities."""
         if self.sufficient:
             return outer(self.factor.initialize(batch, expected))
+        return self._started(batch, expected, "log_prob")
+
+    def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """As `initialize`, of a latent child."""
+        if self.sufficient:
+            return outer(self.factor.initialize_table(batch, expected))
+        return self._started(batch, expected, "log_table")
+
+    def _started(self, batch: Batch, expected: Tensor, score: str) -> dict[str, Tensor]:
         moving = _freed(self.factor)
         for name, value in self.factor.guess(batch, expected).items():
             moving.get_parameter(name).data = value.detach().to(torch.float64)
@@ -236,7 +245,7 @@ class Gradient(Wrapper):
         batch = batch.map(lambda value: value.double() if value.dtype == torch.float32 else value)
 
         def evaluate() -> Tensor:
-            value = _inner(moving.log_prob(batch), expected)
+            value = _inner(getattr(moving, score)(batch), expected)
             learn(tensors, value, 1.0 / max(1.0, float(expected.sum())))
             return value.detach()
 

@@ -62,7 +62,7 @@ def start(
     if method == "random":
         shares = torch.stack([_shares(len(sample), n_states, g) for g in generators])
     else:
-        labels = _labels(sample, n_states, method, generators, first)
+        labels = _labels(sample.with_x(model.landmarks(sample)), n_states, method, generators, first)
         hard = torch.nn.functional.one_hot(labels, n_states).to(torch.float64)
         # Clusters without members (fewer distinct observations than components) take a random share of everything, so
         # that they start neither empty nor equal to one another.

@@ -155,6 +155,11 @@ class LatentModel(nn.Module, ABC):
         """Whether an M-step is a function of statistics; where not, a fit passes over the data again for it."""
         return all(factor.sufficient for factor in self.factors())
 
+    @property
+    def minorizes(self) -> bool:
+        """Whether no M-step lowers the objective; where not, a fit halves the steps that do."""
+        return all(factor.minorizes for factor in _all_factors(self))
+
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """New values of all parameters that statistics determine, by their names in the model. Pure.
 
@@ -264,6 +269,10 @@ class LatentModel(nn.Module, ABC):
     def default_init(self) -> str:
         """The start that ``init="auto"`` stands for."""
         return "random"
+
+    def landmarks(self, batch: Batch) -> Tensor:
+        """Columns ``[n, F]`` of a sample by which starts cluster it: the observations."""
+        return batch.x
 
     @abstractmethod
     def initialize(self, batch: Batch, expected: Tensor) -> None:

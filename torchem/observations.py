@@ -32,6 +32,8 @@ class Observations:
         image: ``[H, W, 3]`` bytes where the rows are the pixels of an image.
         colour: What a pixel's columns are.
         index: ``[N]`` what the file says of when or where each row was taken, if it does.
+        inputs: ``[N, M]`` covariates, if there are some.
+        labels: ``[N]`` what is known of the classes, if it is.
         sequences: Which rows make which sequence; None where they are observations of their own.
     """
 
@@ -43,6 +45,8 @@ class Observations:
     colour: Any = "rgb"
     index: np.ndarray | None = None
     sequences: SequenceTable | None = None
+    inputs: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def draw(self, rows: int | None, seed: int | None) -> "Observations":
         """At most ``rows`` of them, at random.
@@ -55,12 +59,15 @@ class Observations:
         if self.sequences is not None:
             raise invalid("data.max_rows", f"{len(self.values)} or more for sequences", rows, "leave it out")
         index = np.sort(np.random.default_rng(seed or 0).choice(len(self.values), rows, replace=False))
-        weights = None if self.weights is None else self.weights[index]
-        return Observations(self.source, self.columns, self.values[index], weights)
+        weights, inputs, labels = (
+            None if known is None else known[index] for known in (self.weights, self.inputs, self.labels)
+        )
+        return Observations(self.source, self.columns, self.values[index], weights, inputs=inputs, labels=labels)
 
     def fields(self, weights: str) -> dict[str, Any]:
         """What belongs to the values, by the names of arguments; ``weights`` is what that one is called."""
-        return {weights: self.weights} | ({} if self.sequences is None else {"lengths": self.sequences.lengths})
+        known = {weights: self.weights, "inputs": self.inputs, "labels": self.labels}
+        return known | ({} if self.sequences is None else {"lengths": self.sequences.lengths})
 
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Rows in the order of `values` by sequence."""
@@ -93,6 +100,10 @@ def read_rows(
     index: str | None = None,
     sequence: str | None = None,
     sequential: bool = False,
+    inputs: list[str] | None = None,
+    intercept: bool = False,
+    labels: str | None = None,
+    blind: bool = False,
 ) -> Observations:
     """The rows of a table, with what names or weights them apart.
 
@@ -103,6 +114,11 @@ def read_rows(
         index: Column that names rows.
         sequence: Column that names sequences.
         sequential: Whether rows are frames of sequences.
+        inputs: Columns of covariates.
+        intercept: Whether a column of ones stands before them.
+        labels: Column that says what is known of classes.
+        blind: Whether the observed columns may be absent, where covariates are there to predict them from; all of them
+            are then missing.
 
     Raises:
         InvalidFile: If the table cannot be read.
@@ -111,23 +127,35 @@ def read_rows(
     if sequence is not None and not sequential:
         raise invalid("data.sequence", "none, for a model of single rows", repr(sequence), "leave it out")
     if columns is None:
-        columns = [name for name in read_columns(path) if name not in (weights, index, sequence)]
-    wanted = columns if weights is None else [*columns, weights]
+        taken = {weights, index, sequence, labels, *(inputs or ())}
+        columns = [name for name in read_columns(path) if name not in taken]
+    absent = blind and inputs is not None and not {*columns} <= {*read_columns(path)}
+    own = [] if absent else columns
+    wanted = list(dict.fromkeys([*own, *(inputs or ()), *(name for name in (weights, labels) if name is not None)]))
     try:
         found = read_sequences(path, wanted, sequence=sequence, index=index)
     except InvalidFile as error:
         hint = "or read only numeric columns with columns=[…]"
         better = "or name the columns to model as data.columns, and one of times as data.index"
         raise InvalidFile(str(error).replace(hint, better)) from error
-    table = found.table.select(columns, str(path))
-    weight = None
-    if weights is not None:
-        weight = np.ascontiguousarray(found.table.select([weights], str(path)).values[:, 0])
+
+    def column(name: str | None) -> np.ndarray | None:
+        return None if name is None else np.ascontiguousarray(found.table.select([name], str(path)).values[:, 0])
+
+    if absent:
+        values = np.full((len(found.table.values), len(columns)), np.nan)
+    else:
+        values = found.table.select(own, str(path)).values
+    weight = column(weights)
+    known: dict[str, Any] = {"index": found.index, "labels": column(labels)}
+    if inputs is not None:
+        u = found.table.select(inputs, str(path)).values
+        known["inputs"] = np.column_stack([np.ones(len(u)), u]) if intercept else np.ascontiguousarray(u)
     if not sequential:
-        return Observations(Path(path), table.columns, table.values, weight, index=found.index)
+        return Observations(Path(path), columns, values, weight, **known)
     if weight is not None:
         weight = _one_each(weight, found.lengths, found.names)
-    return Observations(Path(path), table.columns, table.values, weight, index=found.index, sequences=found)
+    return Observations(Path(path), columns, values, weight, sequences=found, **known)
 
 
 def _one_each(weight: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.ndarray:
@@ -144,9 +172,20 @@ def _one_each(weight: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.n
 # ---- what a model says of them --------------------------------------------------------------------------------------
 
 
-def label_rows(model: LatentModel, values: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
-    """Names and columns of a prediction: label, responsibilities where the model has them, log-density."""
-    batch = model.batch(torch.from_numpy(np.ascontiguousarray(values)))
+#: Shares of which predictions from covariates name the quantiles.
+_SHARES = (0.05, 0.5, 0.95)
+
+
+def label_rows(model: LatentModel, data: Observations) -> tuple[list[str], list[np.ndarray]]:
+    """Names and columns of a prediction: label, responsibilities where the model has them, log-density.
+
+    Where there are covariates, mean and quantiles of each column given these follow; they stand alone where no column
+    is there.
+    """
+    given, ahead = data.inputs is not None, _predicted(model, data)
+    if given and np.isnan(data.values).all():
+        return [*ahead], [*ahead.values()]
+    batch = model.batch(torch.from_numpy(np.ascontiguousarray(data.values)), inputs=data.inputs)
     with torch.no_grad():
         label = model.most_likely(batch).cpu().numpy()
         posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
@@ -154,7 +193,24 @@ def label_rows(model: LatentModel, values: np.ndarray) -> tuple[list[str], list[
     if isinstance(posterior, torch.Tensor) and posterior.dim() == 2:
         names += [f"responsibility_{k}" for k in range(posterior.shape[1])]
         columns += list(posterior.cpu().numpy().T)
-    return [*names, "log_prob"], [*columns, log_prob]
+    return [*names, "log_prob", *ahead], [*columns, log_prob, *ahead.values()]
+
+
+def _predicted(model: Any, data: Observations) -> dict[str, np.ndarray]:
+    """Mean and quantiles of each column given the covariates, where the model has them."""
+    if data.inputs is None or not hasattr(model, "predict"):
+        return {}
+    try:
+        with torch.no_grad():
+            law = model.predict(data.inputs)
+            found = {"mean": law.mean, **{f"q{share:g}": law.quantile(share) for share in _SHARES}}
+    except NotImplementedError:  # a family without moments
+        return {}
+    return {
+        f"{kind}_{name}": values[:, d].cpu().numpy()
+        for d, name in enumerate(data.columns)
+        for kind, values in found.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -182,7 +238,8 @@ def by_frame(model: Any, data: Observations, function: Callable[[Batch], torch.T
     lengths = data.sequences.lengths
     starts, out = np.cumsum(lengths) - lengths, None
     values = torch.from_numpy(data.values)
-    for numbers, batch in as_buckets(values, lengths=lengths, allow_missing=model.handles_missing):
+    inputs = None if data.inputs is None else torch.from_numpy(data.inputs)
+    for numbers, batch in as_buckets(values, lengths=lengths, u=inputs, allow_missing=model.handles_missing):
         found = function(model.check(batch)).cpu().numpy()
         for row, i in zip(found, range(len(found)) if numbers is None else numbers.tolist(), strict=True):
             out = np.empty((len(values), *row.shape[1:]), row.dtype) if out is None else out

@@ -64,6 +64,9 @@ class Data:
         weights: Column that holds the weight of each row.
         index: Column that says where or when each row was taken, numbers or text: names rows, is not modelled.
         sequence: Column that says which sequence a row belongs to; all rows are one sequence when left out.
+        inputs: Columns of covariates, which regressions and gates read and which are not modelled.
+        intercept: Whether a column of ones stands before the covariates.
+        labels: Column that says which class or state each row belongs to, from 0; empty or −1 where that is unknown.
         image: Photograph whose pixels are the observations.
         colour: What a pixel is: rgb in [0, 1], or lab, where distances are as the eye sees them.
         max_rows: Fit on at most this many rows or pixels, drawn at random; all when left out.
@@ -74,6 +77,9 @@ class Data:
     weights: str | None = None
     index: str | None = None
     sequence: str | None = None
+    inputs: list[str] | None = None
+    intercept: bool = False
+    labels: str | None = None
     image: File | None = None
     colour: Colour = "rgb"
     max_rows: int | None = None
@@ -84,6 +90,8 @@ class Data:
             raise invalid("data", "a path or an image", got, "give data.path or data.image")
         if self.image is not None and (self.index or self.sequence):
             raise invalid("data", "no index or sequence of an image", self.index or self.sequence, "leave them out")
+        if self.intercept and not self.inputs:
+            raise invalid("data.intercept", "false without data.inputs", True, "name the covariates")
         if self.max_rows is not None and self.max_rows < 1:
             raise invalid("data.max_rows", "a number of at least 1", self.max_rows, "leave it out to fit on all rows")
 
@@ -125,8 +133,10 @@ def fit_parser() -> ArgumentParser:
     own.add_argument("--config", action=ActionConfigFile, help="the YAML configuration; --config may be left out")
     own.add_argument("--model", type=LatentModel, required=True, help="the model: class_path and init_args")
     own.add_class_arguments(Data, "data")
-    skip: set[str | int] = {"model", "data", "weights", "inputs", "lengths", "labels"}
-    skip |= {"observed", "validation", "callbacks"}
+    skip: set[str | int] = {
+        "model", "data", "weights", "inputs", "lengths", "labels", "observed", "offset", "trials",
+        "validation", "callbacks",
+    }  # fmt: skip
     own.add_function_arguments(torchem.fit, "fit", skip=skip)
     states = "number of latent states of every factor, or several to fit and compare: [2, 3]"
     own.add_argument("--states", type=int | list[int] | None, help=states)
@@ -136,7 +146,7 @@ def fit_parser() -> ArgumentParser:
     own.add_argument("--dtype", type=Literal["float64", "float32"], default="float64", help="precision of the model")
     for slot, size in [
         ("", "n_states"),
-        *((slot, size) for slot in _SLOTS for size in ("n_components", "n_features", "shape")),
+        *((slot, size) for slot in _SLOTS for size in ("n_components", "n_features", "shape", "n_inputs", "n_outputs")),
     ]:
         key = ".init_args.".join(filter(None, ("model", slot, size)))
         own.link_arguments(("states", "data", "model"), key, compute_fn=functools.partial(_size, slot, size, key))
@@ -198,9 +208,15 @@ def _size(slot: str, size: str, key: str, states: Any, data: Any, model: Any) ->
     arguments = _arguments(model, slot)
     if size not in arguments:
         return None
-    given, source = arguments[size], "the data's columns" if size == "n_features" else "as states says"
-    if size == "n_features":
+    counted = size in ("n_features", "n_inputs", "n_outputs")
+    given, source = arguments[size], "the data's columns" if counted else "as states says"
+    if size in ("n_features", "n_outputs"):
         found: Any = _n_features(data)
+    elif size == "n_inputs":
+        columns = arguments.get("columns")
+        found = len(columns) if columns else given if data.inputs is None else len(data.inputs) + data.intercept
+        if found is None:
+            raise invalid("data.inputs", "columns of covariates", "none", f"name those that {key} counts")
     elif size == "shape":
         k = _n_states(states, model)
         found = _TABLES[slot](k) if k is not None and slot in _TABLES else given
@@ -234,7 +250,7 @@ def _n_features(data: Any) -> int:
         return len(data.columns)
     if data.path is None:
         raise invalid("data", "a path or an image", "neither", "give data.path or data.image")
-    others = {data.weights, data.index, data.sequence}
+    others = {data.weights, data.index, data.sequence, data.labels, *(data.inputs or ())}
     return len([name for name in read_columns(data.path.absolute) if name not in others])
 
 

@@ -127,6 +127,68 @@ def pairs(model: LatentModel, x: Any, columns: Sequence[str] | None = None) -> A
     return axes
 
 
+def prediction(
+    model: Any,
+    x: Any,
+    inputs: Any,
+    columns: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Draw what a mixture predicts along a covariate: the mean, its components and a band of 90 %, over the data.
+
+    Args:
+        model: A mixture whose factors read covariates.
+        x: ``[N, D]`` observations, of which the first column is drawn.
+        inputs: ``[N, M]`` covariates; the first that is not constant is drawn, the others stay at their means.
+        columns: Names of the columns of x.
+        names: Names of the covariates.
+        ax: Axes to draw in; new ones when None.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib, torchem
+        >>> from torchem.factors import Categorical, LinearGaussian
+        >>> matplotlib.use("Agg")
+        >>> model = torchem.Mixture(Categorical(2), LinearGaussian(2, 1, 1))
+        >>> prediction(model, torch.randn(20, 1), torch.randn(20, 1), ["y"]).get_ylabel()
+        'y'
+    """
+    # Together, so that both are thinned alike where there are many.
+    x, u = (value.unsqueeze(-1) if value.dim() == 1 else value for value in (as_tensor(x, "x"), as_tensor(inputs, "u")))
+    if len(u) != len(x):
+        raise invalid("inputs", f"[{len(x)}, M]", f"shape {list(u.shape)}", "give a row for each of x")
+    both, _ = _data(model, torch.cat([x.detach().double(), u.detach().double()], -1), None)
+    data, u = both[:, : x.shape[1]], both[:, x.shape[1] :]
+    labels = _names(columns, x.shape[1])
+    which = int(np.argmax(np.ptp(u, axis=0) > 0))
+    ax = _axes(ax)
+    span = np.linspace(u[:, which].min(), u[:, which].max(), 300)
+    rows = np.repeat(u.mean(0, keepdims=True), len(span), 0)
+    rows[:, which] = span
+    with torch.no_grad():
+        law = model.predict(torch.from_numpy(rows))
+        mean, parts, weights = _array(law.mean), _array(law.component_means), _array(law.weights)
+        low, high = (_array(found)[:, 0] for found in law.quantile([0.05, 0.95]))
+    colours = palette(weights.shape[1])
+    ax.fill_between(span, low, high, color=_FAINT, alpha=0.25, linewidth=0, zorder=1)
+    for k, colour in enumerate(colours):
+        # A component is drawn as strongly as the gate calls for it.
+        shade = np.column_stack([np.tile(colour, (len(span), 1)), weights[:, k].clip(0.0, 1.0)])
+        ax.scatter(span, parts[:, k, 0], c=shade, s=4, linewidths=0, zorder=3)
+    ax.plot(span, mean[:, 0], color=_INK, linewidth=1.6, zorder=4)
+    with torch.no_grad():
+        posterior = _array(model.posterior(model.batch(torch.from_numpy(data), inputs=u)))
+    ax.scatter(u[:, which], data[:, 0], c=(posterior @ colours).clip(0, 1), s=16, alpha=0.8, linewidths=0, zorder=2)
+    bottom, top = data[:, 0].min(), data[:, 0].max()
+    room = 0.1 * (top - bottom)
+    ax.set_ylim(min(bottom, np.percentile(low, 2)) - room, max(top, np.percentile(high, 98)) + room)
+    ax.set(xlabel=f"covariate {which}" if names is None else names[which], ylabel=labels[0])
+    return ax
+
+
 def bound(result: Any, ax: Any = None) -> Any:
     """Draw how the objective rose in each restart, the best one in colour.
 

@@ -28,11 +28,14 @@ from torchem.tables import read_columns
 FORMAT, FORMAT_VERSION = "torchem run", 1
 MODEL, REPORT, CONFIG = "model.safetensors", "report.json", "config.yaml"
 
+#: What a configuration says of columns that are not observed, and of covariates.
+NAMED = ("weights", "index", "sequence", "inputs", "intercept", "labels")
+
 #: What the other commands write into a run when no other place is named; it belongs to the model that it was made with.
 PREDICTIONS, PREDICTED, SAMPLE, IMPUTED = "predictions.csv", "predicted.png", "sample.csv", "imputed.csv"
 _DERIVED = re.compile(
     r"predictions\.csv|predicted\.png|sample\.csv|imputed\.csv"
-    r"|(clusters|bound|segmented|states|posterior|transitions|chain)(-\d+)?\.(png|pdf|svg)"
+    r"|(clusters|prediction|bound|segmented|states|posterior|transitions|chain)(-\d+)?\.(png|pdf|svg)"
 )
 
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -63,7 +66,8 @@ class Run:
         """
         data = self.report["data"]
         own = path is None
-        names = {key: data.get(key) for key in ("index", "sequence")}
+        names: dict[str, Any] = {key: data.get(key) for key in ("index", "sequence", "inputs")}
+        names["intercept"] = bool(data.get("intercept"))
         source = self.folder / data["source"] if own else Path(path)
         if own and not source.exists():
             raise InvalidFile(
@@ -76,7 +80,7 @@ class Run:
             # Other data need not say when they were taken.
             names["index"] = names["index"] if names["index"] in read_columns(source) else None
         weights = data["weights"] if own else None
-        return read_rows(source, self.columns, weights, **names, sequential=self.model.sequential)
+        return read_rows(source, self.columns, weights, **names, sequential=self.model.sequential, blind=not own)
 
 
 def read_run(folder: str | os.PathLike[str], states: int | None = None) -> Run:
@@ -254,7 +258,7 @@ def describe_run(
         candidates: All that were fitted.
         data: All rows.
         rows: Number of rows that the model was fitted on.
-        names: Names of the columns that are not observed: ``weights``, ``index``, ``sequence``.
+        names: What `NAMED` lists.
         folder: Where the report will lie.
     """
     from torchem import __version__

@@ -28,7 +28,7 @@ from torchem.trainer import Trainer, n_states
 Kick = Callable[[Any, Batch, Sequence[torch.Generator]], None]
 
 #: Arguments of `fit` that are no options of a `Trainer`.
-_FIELDS = ("weights", "inputs", "lengths", "labels", "observed", "validation")
+_FIELDS = ("weights", "inputs", "lengths", "labels", "observed", "offset", "trials", "validation")
 #: Steps of EM on the three components of a move before all are freed.
 _PARTIAL = 10
 #: Share of a divided component's mass that goes to the other half, so that neither starts empty.

@@ -37,6 +37,8 @@ def as_sequences(
     labels: Any = None,
     observed: Any = None,
     n_states: int | tuple[int, ...] | None = None,
+    offset: Any = None,
+    trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> Batch:
@@ -66,6 +68,8 @@ def as_sequences(
             to ``evidence``.
         observed: In the layout of the data, False where an entry is missing.
         n_states: K, for labels that are numbers.
+        offset: Known terms of linear predictors in the layout of the data, without the axis of columns.
+        trials: Numbers of trials, likewise.
         allow_missing: Whether single entries may be NaN too, not only whole frames.
         allow_empty: Whether there may be no sequences.
 
@@ -84,7 +88,7 @@ def as_sequences(
     """
     return _read(
         data, lengths=lengths, weight=weight, u=u, evidence=evidence, labels=labels, observed=observed,
-        n_states=n_states, allow_missing=allow_missing, allow_empty=allow_empty,
+        n_states=n_states, offset=offset, trials=trials, allow_missing=allow_missing, allow_empty=allow_empty,
     ).padded()  # fmt: skip
 
 
@@ -177,6 +181,8 @@ def _read(
     labels: Any = None,
     observed: Any = None,
     n_states: int | tuple[int, ...] | None = None,
+    offset: Any = None,
+    trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> _Frames:
@@ -186,7 +192,7 @@ def _read(
     layout = _layout(x, lengths if known is None else _or(lengths, known.lengths))
     if not len(layout.starts) and not allow_empty:
         raise invalid("data", "at least one sequence of at least one frame", "none", "check the filter that made it")
-    along = {"u": u, "evidence": evidence}
+    along = {"u": u, "evidence": evidence, "offset": offset, "trials": trials}
     rows = {
         name: layout.lay(_or(along.get(name), getattr(known, name, None)), "inputs" if name == "u" else name)
         for name in FRAMED

@@ -189,6 +189,8 @@ class Trainer:
         lengths: Any = None,
         labels: Any = None,
         observed: Any = None,
+        offset: Any = None,
+        trials: Any = None,
         validation: Any = None,
     ) -> Result:
         """Fit a model in place.
@@ -201,10 +203,12 @@ class Trainer:
             lengths: Frames of each sequence.
             labels: What is known of the latent states.
             observed: False where an entry is missing.
+            offset: Known terms of linear predictors.
+            trials: Numbers of trials.
             validation: Held-out data to judge the fit by, see `torchem.fit`.
         """
         began = time.perf_counter()
-        result = self.climb(model, data, weights, inputs, lengths, labels, observed, validation)
+        result = self.climb(model, data, weights, inputs, lengths, labels, observed, offset, trials, validation)
         self.tell(result)
         result.seconds = time.perf_counter() - began
         return result
@@ -223,23 +227,16 @@ class Trainer:
         lengths: Any = None,
         labels: Any = None,
         observed: Any = None,
+        offset: Any = None,
+        trials: Any = None,
         validation: Any = None,
     ) -> Result:
         """As `fit`, without a word on how it ended."""
         with _reserved(self.accumulate):
-            return self._climb(model, data, weights, inputs, lengths, labels, observed, validation)
+            fields = (weights, inputs, lengths, labels, observed, offset, trials)
+            return self._climb(model, data, fields, validation)
 
-    def _climb(
-        self,
-        model: LatentModel,
-        data: Any,
-        weights: Any,
-        inputs: Any,
-        lengths: Any,
-        labels: Any,
-        observed: Any,
-        validation: Any,
-    ) -> Result:
+    def _climb(self, model: LatentModel, data: Any, fields: tuple[Any, ...], validation: Any) -> Result:
         if not isinstance(model, LatentModel):
             raise invalid("model", "a torchem model", type(model).__name__, "pass for example torchem.GaussianMixture")
         name = type(model).__name__
@@ -277,7 +274,7 @@ class Trainer:
         if self.device is not None:
             model.to(self.device)
         try:
-            source = Source(model, data, self.batch_size, weights, inputs, lengths, labels, observed)
+            source = Source(model, data, self.batch_size, *fields)
             held_out = None if validation is None else Validation(model, validation)
         except Exception as error:
             distributed.agree(error)
@@ -386,8 +383,11 @@ class _Loop:
         # What the E-steps of the pass, and of the last batch, took for the posterior: kind, temperature, generators.
         self.taken: tuple[EStep, float, list[Tensor]] = ("soft", 1.0, [])
         self.latest = self.taken
-        # What the last M-step gave, where a jump from there was tried instead.
+        # Where to go back to if the objective falls: what the last M-step gave, where a jump from there was tried
+        # instead; or half of the way that it went, where it need not have led up.
         self.fallback: dict[str, Tensor] | None = None
+        self.jumped = False
+        self.guarded = options.direct is None and not model.minorizes
         # Parameters before the last M-step, and whether those after it have been judged.
         self.before: dict[str, Tensor] | None = None
         self.judged = False
@@ -509,6 +509,7 @@ class _Loop:
         if not self.retake:
             self._heal(stats, total)
             self._jump()
+            self._guard()
         return True
 
     # ---- M-steps ----------------------------------------------------------------------------------------------
@@ -651,11 +652,23 @@ class _Loop:
         if not torch.equal(moved, flat):
             self.twin.assign(self._unflat(moved, image))
             self.twin.project()
-            self.fallback = image
+            self.fallback, self.jumped = image, True
+
+    def _guard(self) -> None:
+        """Be ready to halve the last M-step, if it may have lowered the objective and the next one will tell."""
+        if not self.guarded or self.noisy or self.eager or self.fallback is not None or self.before is None:
+            return
+        if any(self.runs[r].rested for r in self.going) or self.since == len(self.runs[self.going[0]].history):
+            return
+        before, now = self.before, self.twin.snapshot()
+        # To the end of what the type can tell apart: there the objective is what it was.
+        if any(not torch.equal(before[name], now[name]) for name in now):
+            self.fallback = {name: (before[name] + now[name]) / 2 for name in now}
 
     def _taken_back(self, values: list[float]) -> bool:
-        """Whether a jump lowered the objective of a replica: that one is put where the M-step had led."""
+        """Whether a step lowered the objective of a replica: that one is put back."""
         fallback, self.fallback = self.fallback, None
+        jumped, self.jumped = self.jumped, False
         if fallback is None:
             return False
         slack = _SLACK.get(self.twin.dtype, 1e-3)
@@ -666,14 +679,16 @@ class _Loop:
         if not any(bad):
             return False
         which = torch.tensor(bad, device=self.twin.device)
-        assert self.accelerator is not None
-        self.accelerator.refuse(which)
+        if jumped:
+            assert self.accelerator is not None
+            self.accelerator.refuse(which)
         now = self.twin.snapshot()
         mask = which if self.twin.replicas else which[0]
         self.twin.assign({
             name: torch.where(mask.reshape((*mask.shape, *[1] * (value.dim() - mask.dim()))), fallback[name], value)
             for name, value in now.items()
         })  # fmt: skip
+        self._guard()
         return True
 
     def _flat(self, values: dict[str, Tensor]) -> Tensor:
@@ -1069,6 +1084,8 @@ def fit(
     lengths: Any = None,
     labels: Any = None,
     observed: Any = None,
+    offset: Any = None,
+    trials: Any = None,
     validation: Any = None,
     e_step: EStep = "soft",
     anneal: Iterable[float] | Callable[[int], float] | None = None,
@@ -1101,7 +1118,9 @@ def fit(
         labels: What is known of the latent states, per observation or frame: whole numbers with −1 for unknown, Boolean
             ``[N, K]`` for sets of states, or non-negative ``[N, K]`` for soft evidence.
         observed: In the shape of the data, False where an entry is missing: the same as NaN there.
-        validation: Held-out data, in any form that ``data`` takes; with weights, inputs, lengths or labels a dictionary
+        offset: Known term of the linear predictor of each observation or frame, for generalised linear models.
+        trials: Number of trials of each, for binomial counts.
+        validation: Held-out data, in any form that ``data`` takes; with weights, inputs, labels and so on a dictionary
             by these names, as ``{"data": x, "weights": w}``. The fit then ends when their mean log-likelihood has not
             risen by ``tol`` for five passes, and returns the parameters, and the restart, that explain them best.
         e_step: ``"soft"``, ``"hard"`` or ``"sample"``.
@@ -1133,7 +1152,8 @@ def fit(
         callbacks=callbacks, progress=progress,
     )  # fmt: skip
     return trainer.fit(
-        model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels, observed=observed,
+        model, data, weights=weights, inputs=inputs, lengths=lengths, labels=labels, observed=observed, offset=offset,
+        trials=trials,
         validation=validation,
     )  # fmt: skip
 
@@ -1148,6 +1168,8 @@ def partial_fit(
     lengths: Any = None,
     labels: Any = None,
     observed: Any = None,
+    offset: Any = None,
+    trials: Any = None,
 ) -> float:
     """One step of online EM on the next batch of a stream, in place.
 
@@ -1163,6 +1185,8 @@ def partial_fit(
         lengths: Frames of each sequence.
         labels: What is known of the latent states.
         observed: False where an entry is missing.
+        offset: Known terms of linear predictors.
+        trials: Numbers of trials.
 
     Returns:
         The mean log-likelihood of the batch, per observation or frame, before it was learnt: an honest score.
@@ -1181,7 +1205,7 @@ def partial_fit(
     gradient.check(model)
     if rule.weight is not None:
         raise invalid("rule", "one that began with this stream", "one that a fit has used", "make a new one for it")
-    source = Source(model, data, None, weights, inputs, lengths, labels, observed)
+    source = Source(model, data, None, weights, inputs, lengths, labels, observed, offset, trials)
     score = total = 0.0
     with torch.no_grad(), declared_precision(model.device):
         survey = source.survey(1, torch.Generator())

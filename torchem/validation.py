@@ -18,7 +18,7 @@ from torchem.stats import Stats
 #: What `Validation` reads from a dictionary: arguments of `torchem.fit`, and what `Source` calls them.
 _FIELDS = {
     "data": "data", "weights": "weight", "inputs": "u", "lengths": "lengths", "labels": "labels",
-    "observed": "observed",
+    "observed": "observed", "offset": "offset", "trials": "trials",
 }  # fmt: skip
 
 

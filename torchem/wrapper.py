@@ -68,6 +68,16 @@ class Wrapper(Factor):
         return self.factor.default_init
 
     @property
+    def minorizes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether no M-step lowers Q."""
+        return self.factor.minorizes
+
+    @property
+    def discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether observations are counts."""
+        return self.factor.discrete
+
+    @property
     def n_components(self) -> int | None:
         return self.factor.n_components
 
@@ -107,6 +117,10 @@ class Wrapper(Factor):
     @property
     def nominal(self) -> list[bool]:
         return self.factor.nominal
+
+    def cdf(self, batch: Batch) -> Tensor:
+        """Distribution function of each column at the wrapped factor's parameters."""
+        return self.factor.cdf(batch)
 
     def prepare(self, moments: Moments) -> None:
         self.factor.prepare(moments)

@@ -398,6 +398,22 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         factor.weight = randn(STATES, 1, 2, seed=40)
         return ModelCase(hmm(factor), ragged(frames(1), u=design()))
 
+    def generalized(kind: Any, x: Tensor) -> ModelCase:
+        factor = kind(STATES, 2, 2)
+        factor.weight = 0.5 * randn(STATES, 2, 2, seed=53) + 0.5
+        return ModelCase(hmm(factor), ragged(x, u=design()))
+
+    def counted() -> ModelCase:
+        x, offset = counts(), 0.2 * randn(SEQUENCES, FRAMES, seed=54)
+        x[0, 1, 0] = x[3, :2] = torch.nan
+        inside = torch.arange(FRAMES) < LENGTHS.unsqueeze(-1)
+        case = generalized(factors.PoissonRegression, x)
+        return replace(case, batch=replace(case.batch, offset=torch.where(inside, offset, offset[:, :1])))
+
+    def successes() -> ModelCase:
+        case = generalized(factors.BinomialRegression, counts().clamp(max=6))
+        return replace(case, batch=replace(case.batch, trials=torch.full((SEQUENCES, FRAMES), 6.0)))
+
     def autoregressive() -> ModelCase:
         factor = factors.Autoregressive.gaussian(STATES, 2, 1, "diag")
         factor.weight = 0.4 * randn(STATES, 2, 3, seed=41)
@@ -423,6 +439,8 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-Mixture", parts
     yield "HMM-Stacked", stacked
     yield "HMM-LinearGaussian", regression
+    yield "HMM-PoissonRegression", counted
+    yield "HMM-BinomialRegression", successes
     yield "HMM-Autoregressive", autoregressive
     yield "HMM-MeanAdjustedAutoregression", adjusted
     yield "HMM-MeanAdjustedAutoregression-order2", lambda: adjusted(2, True)
@@ -494,6 +512,14 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         case = plain(**slots)
         return replace(case, batch=ragged(case.batch.x, u=design()))
 
+    def tree() -> ModelCase:
+        """A first state that is chosen at two forks."""
+        gates = [factors.SoftmaxRegression(2, 2, columns=columns) for columns in ((0, 1), (1, 0))]
+        for seed, gate in enumerate(gates):
+            gate.weight = randn(2, 2, seed=55 + seed)
+        case = plain("full", initial=factors.TreeGate(gates[0], [None, gates[1]]))
+        return replace(case, batch=ragged(case.batch.x, u=design()))
+
     def impossible_steps() -> ModelCase:
         case = inputs()
         case.model.transition.support = masks.left_right(STATES)  # pyright: ignore
@@ -549,6 +575,7 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-ends", ending
     yield "HMM-inputs", inputs
     yield "HMM-inputs-first", lambda: inputs(first=True)
+    yield "HMM-inputs-tree", tree
     yield "HMM-inputs-support", impossible_steps
     yield "HMM-frozen", frozen
     yield "HMM-missing", missing

@@ -85,5 +85,6 @@ def _emitted(model: HMM, known: Batch, n: int, t: int) -> Tensor:
     size = model.n_components ** (model.emission.memory + 1)
     if x.is_floating_point() and bool(x.isnan().all()):
         return torch.zeros(size, dtype=model.dtype)
-    u = None if known.u is None else known.u[n, t].unsqueeze(0)
-    return model.emission.log_prob(Batch(model.emission.cast(x), u=u))[0]
+    given = {name: getattr(known, name) for name in ("u", "offset", "trials")}
+    fields = {name: value[n, t].unsqueeze(0) for name, value in given.items() if value is not None}
+    return model.emission.log_prob(Batch(model.emission.cast(x), **fields))[0]

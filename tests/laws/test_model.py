@@ -656,7 +656,7 @@ def test_em_map_of_many_problems_at_once(build, device: torch.device) -> None:
 
 def is_continuous(x: Tensor) -> bool:
     """Whether data may move: no column of them holds counts or categories."""
-    return x.is_floating_point() and not bool((x == x.round()).flatten(0, -2).all(0).any())
+    return x.is_floating_point() and not bool(((x == x.round()) | x.isnan()).flatten(0, -2).all(0).any())
 
 
 SMOOTH = every_model(only=lambda name: not any(part in name for part in ("N1", "1e", "Counts", "missing")))

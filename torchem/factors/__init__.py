@@ -2,6 +2,7 @@
 
 from torchem.factors.autoregressive import Autoregressive
 from torchem.factors.bernoulli import Bernoulli
+from torchem.factors.binomial_regression import BinomialRegression
 from torchem.factors.categorical import Categorical
 from torchem.factors.categoricals import Categoricals
 from torchem.factors.censored import Censored
@@ -16,11 +17,14 @@ from torchem.factors.mixture import Mixture
 from torchem.factors.multinomial import Multinomial
 from torchem.factors.negative_binomial import NegativeBinomial
 from torchem.factors.neural import Neural
+from torchem.factors.neural_gate import NeuralGate
 from torchem.factors.poisson import Poisson
+from torchem.factors.poisson_regression import PoissonRegression
 from torchem.factors.product import Product
 from torchem.factors.softmax_regression import SoftmaxRegression
 from torchem.factors.stacked import Stacked
 from torchem.factors.student_t import StudentT
+from torchem.factors.tree_gate import TreeGate
 from torchem.factors.truncated import Truncated
 from torchem.factors.uniform import Uniform
 from torchem.factors.von_mises import VonMises
@@ -30,6 +34,7 @@ from torchem.factors.zero_inflated import ZeroInflated
 __all__ = [
     "Autoregressive",
     "Bernoulli",
+    "BinomialRegression",
     "Categorical",
     "Categoricals",
     "Censored",
@@ -44,11 +49,14 @@ __all__ = [
     "Multinomial",
     "NegativeBinomial",
     "Neural",
+    "NeuralGate",
     "Poisson",
+    "PoissonRegression",
     "Product",
     "SoftmaxRegression",
     "Stacked",
     "StudentT",
+    "TreeGate",
     "Truncated",
     "Uniform",
     "VonMises",

@@ -64,6 +64,11 @@ class Composite(Factor):
         return all(part.replicates for part in self.parts().values())
 
     @property
+    def minorizes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether no M-step lowers Q of any part."""
+        return all(part.minorizes for part in self.parts().values())
+
+    @property
     def default_init(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Clusters, if any part starts from them."""
         starts = {part.default_init for part in self.parts().values()}

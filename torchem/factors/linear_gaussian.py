@@ -11,6 +11,7 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior
+from torchem.factors._coefficients import Coefficients
 from torchem.ops import gaussian as ops
 from torchem.ops import linalg, missing
 from torchem.ops.least_squares import NormalEquations
@@ -29,7 +30,7 @@ _START = 4
 _ALTERNATE = 20
 
 
-class LinearGaussian(Factor, Conjugate):
+class LinearGaussian(Coefficients, Conjugate):
     """Normal components whose means are linear in covariates.
 
     log p(x | u, k) = log N(x | W_k u, Σ_k). There is no intercept unless u has a column of ones.
@@ -39,12 +40,13 @@ class LinearGaussian(Factor, Conjugate):
 
     Args:
         n_components: K, the number of states.
-        n_inputs: M, the number of columns of u.
+        n_inputs: M, the number of columns of u that it reads.
         n_outputs: D, the number of columns of x.
         covariance_type: ``"full"`` [K, D, D], ``"tied"`` [D, D], ``"diag"`` [K, D] or ``"spherical"`` [K].
-        shared: Columns of u whose coefficients all states have in common, or ``"all"``.
+        shared: Inputs whose coefficients all states have in common, or ``"all"``.
         covariance_floor: Smallest variance that the M-step allows.
         floor_type: ``"relative"`` to the data's variance per column, or ``"absolute"`` (see `Gaussian`).
+        columns: Which columns of u are the inputs; all of them when None.
 
     Raises:
         InvalidArgument: For sizes below one, an unknown option, a negative floor or a column that u has not.
@@ -62,12 +64,7 @@ class LinearGaussian(Factor, Conjugate):
     views: ClassVar = {"weight": "coefficient", "covariances": "scale"}
     handles_missing: ClassVar[bool] = True
     splits: ClassVar = frozenset({"weight", "covariances"})
-    # Lines through chosen observations: clusters of x say little of regressions, and random shares of much data give
-    # components that hardly differ.
-    default_init: ClassVar[str] = "random_from_data"
 
-    coefficient: Tensor | None
-    common: Tensor | None
     scale: Tensor
     unit: Tensor
 
@@ -80,82 +77,23 @@ class LinearGaussian(Factor, Conjugate):
         shared: Sequence[int] | Literal["all"] = (),
         covariance_floor: float = 1e-6,
         floor_type: Literal["relative", "absolute"] = "relative",
+        columns: Sequence[int] | None = None,
     ):
-        super().__init__()
-        for name, size in (("n_components", n_components), ("n_inputs", n_inputs), ("n_outputs", n_outputs)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise invalid(name, "a positive whole number", repr(size), "give at least 1")
+        super().__init__(n_components, n_inputs, n_outputs, shared, columns)
         one_of("covariance_type", covariance_type, ops.STRUCTURES)
         one_of("floor_type", floor_type, ("relative", "absolute"))
         if not (isinstance(covariance_floor, (int, float)) and 0 <= covariance_floor < math.inf):
             raise invalid("covariance_floor", "a finite number of at least 0", covariance_floor, "use the default 1e-6")
-        columns = tuple(range(n_inputs)) if shared == "all" else tuple(shared)
-        if len(set(columns)) < len(columns) or not set(columns) <= set(range(n_inputs)):
-            raise invalid("shared", f"different columns from 0 to {n_inputs - 1}", shared, "count columns of u from 0")
-        self._k, self.n_inputs, self.n_outputs = n_components, n_inputs, n_outputs
         self.covariance_type: CovarianceType = covariance_type
-        self.shared = columns
         self.covariance_floor = float(covariance_floor)
         self.floor_type = floor_type
         self.structure = ops.STRUCTURES[covariance_type]
-        self._own = [m for m in range(n_inputs) if m not in columns]
-        for name in ("coefficient", "common"):
-            self.register_parameter(name, None)
-        if self._own:
-            self.new_parameter("coefficient", torch.zeros(n_components, n_outputs, len(self._own)))
-        if columns:
-            self.new_parameter("common", torch.zeros(n_outputs, len(columns)))
         self.new_parameter("scale", torch.zeros(self.structure.shape(n_components, n_outputs)))
         self.register_buffer("unit", torch.ones(n_outputs))
-        alike = {"common": bool(columns), "scale": bool(self.structure.shared)}
-        self.shared_parameters = frozenset(name for name, holds in alike.items() if holds)
+        if self.structure.shared:
+            self.shared_parameters = self.shared_parameters | {"scale"}
 
     # ---- views ------------------------------------------------------------------------------------------------
-
-    @property
-    def n_components(self) -> int:
-        return self._k
-
-    @property
-    def n_features(self) -> int:
-        return self.n_outputs
-
-    @property
-    def weight(self) -> Tensor:
-        """Coefficients ``[*r, K, D, M]``; assignable."""
-        weight = self._joined(self.coefficient, self.common)
-        if not self.shared:
-            return weight
-        order = [*self._own, *self.shared]
-        return weight[..., sorted(range(self.n_inputs), key=order.__getitem__)]
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        weight = as_tensor(value, "weight").to(self.device, torch.float64)
-        shape = [*self.replicas, self._k, self.n_outputs, self.n_inputs]
-        if list(weight.shape) != shape:
-            raise invalid("weight", f"shape {shape}", list(weight.shape), "give a matrix [D, M] per component")
-        if not bool(weight.isfinite().all()):
-            raise invalid("weight", "finite numbers", "NaN or infinity", "correct that entry")
-        common = weight[..., list(self.shared)]
-        if bool((common != common[..., :1, :, :]).any()):
-            raise invalid(
-                "weight", f"equal coefficients of the shared inputs {list(self.shared)}", "coefficients that differ",
-                "repeat them for every component",
-            )  # fmt: skip
-        with torch.no_grad():
-            if self.coefficient is not None:
-                self.coefficient.copy_(weight[..., self._own])
-            if self.common is not None:
-                self.common.copy_(common[..., 0, :, :])
-
-    def _joined(self, coefficient: Tensor | None, common: Tensor | None) -> Tensor:
-        """All coefficients ``[*r, K, D, M]``, those in common last."""
-        if common is None:
-            assert coefficient is not None
-            return coefficient
-        repeated = common.unsqueeze(-3).expand(*common.shape[:-2], self._k, *common.shape[-2:])
-        return repeated if coefficient is None else torch.cat([coefficient, repeated], -1)
 
     @property
     def covariances(self) -> Tensor:
@@ -182,17 +120,6 @@ class LinearGaussian(Factor, Conjugate):
             self.scale.copy_(raw)
 
     # ---- the distribution -------------------------------------------------------------------------------------
-
-    def check(self, batch: Batch) -> None:
-        super().check(batch)
-        self._inputs(batch)
-
-    def _inputs(self, batch: Batch) -> Tensor:
-        u = batch.u
-        if u is None or u.shape[-1] != self.n_inputs:
-            got = "none" if u is None else f"{u.shape[-1]} columns"
-            raise invalid("inputs", f"covariates [N, {self.n_inputs}]", got, "pass inputs=u to fit, or Batch(x, u=u)")
-        return u
 
     def log_prob(self, batch: Batch) -> Tensor:
         return self.kernel().log_potential(batch)
@@ -229,6 +156,10 @@ class LinearGaussian(Factor, Conjugate):
             moved = center[0] + x[own] - drawn[own]
             drawn[own] += sweep.conditional(moved, center)[0][0] - center[0]
         return torch.where(batch.x.isnan(), drawn.to(batch.x), batch.x)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        mean, variance = self.moments(batch)
+        return torch.special.ndtr((batch.x.unsqueeze(-2) - mean) / variance.sqrt())
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``count``, ``dof`` [*r, K], ``xx`` as the covariances, ``ux`` [*r, K, M, D] and ``uu`` [*r, K, M, M]."""
@@ -567,47 +498,13 @@ class LinearGaussian(Factor, Conjugate):
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
-    def freeze(self, *names: str, mask: Tensor | None = None) -> "LinearGaussian":
-        super().freeze(*names, mask=mask)
-        # A component whose coefficients are kept keeps those that it has in common with the others.
-        held = self.frozen("coefficient")
-        if held is not None and self.shared and bool(held.any()):
-            self.register_buffer("frozen_common", held.any())
-        return self
-
-    def unfreeze(self, *names: str) -> "LinearGaussian":
-        super().unfreeze(*names)
-        if self.frozen("coefficient") is None:
-            self._buffers.pop("frozen_common", None)
-        return self
-
     def check_mask(self, name: str, mask: Tensor) -> None:
         if name == "covariances" and self.covariance_type == "tied" and mask.dim():
             raise invalid("mask", "no mask (one covariance serves all components)", list(mask.shape), "freeze it whole")
         super().check_mask(name, mask)
 
-    def n_parameters(self) -> int:
-        d, own, common = self.n_outputs, len(self._own), len(self.shared)
-        sizes = {
-            "coefficient": self._k * d * own,
-            "common": d * common,
-            "scale": self.structure.n_parameters(self._k, d),
-        }
-        masks = {name: self.frozen(name) for name in sizes}
-        kept = {name: 0.0 if mask is None else float(mask.double().mean()) for name, mask in masks.items()}
-        return sum(round(size * (1 - kept[name])) for name, size in sizes.items())
-
-    def select(self, keep: Tensor) -> "LinearGaussian":
-        index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
-        small = type(self)(**{**self.config(), "n_components": len(index)}).to(self.device, self.dtype)
-        for name, value in (*self.named_parameters(), *self.named_buffers()):
-            whole = name in {*self.shared_parameters, "unit", "frozen_common"} or value.dim() == 0
-            kept = (value if whole else value[index]).detach().clone()
-            if isinstance(value, torch.nn.Parameter):
-                small.get_parameter(name).data = kept
-            else:
-                small.register_buffer(name, kept)
-        return small
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "scale": self.structure.n_parameters(self._k, self.n_outputs)}
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         u = self._inputs(Batch(z) if batch is None else batch).to(self.dtype)

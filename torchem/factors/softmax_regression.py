@@ -1,5 +1,8 @@
 """Multinomial logistic regression of a latent child: gates and transitions that depend on covariates."""
 
+import copy
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,11 +11,14 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid
 from torchem.factor import Factor
+from torchem.factors._coefficients import checked_columns, covariates
 from torchem.ops.least_squares import NormalEquations
 from torchem.stats import Stats
 
 #: Steps of least squares: the first solves, the others take back the rounding of ill-conditioned inputs.
 _REFINE = 3
+#: Steps that a start takes.
+_START = 100
 
 
 class SoftmaxRegression(Factor):
@@ -34,11 +40,12 @@ class SoftmaxRegression(Factor):
 
     Args:
         n_components: K, the number of classes.
-        n_inputs: M, the number of columns of u.
+        n_inputs: M, the number of columns of u that it reads.
         n_parents: P, the number of states of the parent, or None for a gate.
+        columns: Which columns of u are the inputs; all of them when None.
 
     Raises:
-        InvalidArgument: For sizes below one.
+        InvalidArgument: For sizes below one, or a column that u has not.
 
     Source: D. Böhning (1992), theorem 1.
 
@@ -56,13 +63,16 @@ class SoftmaxRegression(Factor):
     coefficient: Tensor
     allowed: Tensor
 
-    def __init__(self, n_components: int, n_inputs: int, n_parents: int | None = None):
+    def __init__(
+        self, n_components: int, n_inputs: int, n_parents: int | None = None, columns: Sequence[int] | None = None
+    ):
         super().__init__()
         for name, size in (("n_components", n_components), ("n_inputs", n_inputs), ("n_parents", n_parents)):
             whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
             if not whole and not (name == "n_parents" and size is None):
                 raise invalid(name, "a positive whole number", repr(size), "give at least 1")
         self.n_classes, self.n_inputs, self.n_parents = n_components, n_inputs, n_parents
+        self.columns = checked_columns(columns, n_inputs)
         #: Sizes of the parent's axis, if there is one, and of the child's.
         self.shape = (n_components,) if n_parents is None else (n_parents, n_components)
         self.new_parameter("coefficient", torch.zeros(*self.shape[:-1], n_components - 1, n_inputs))
@@ -112,11 +122,7 @@ class SoftmaxRegression(Factor):
         self._inputs(batch)
 
     def _inputs(self, batch: Batch) -> Tensor:
-        u = batch.u
-        if u is None or u.shape[-1] != self.n_inputs:
-            got = "none" if u is None else f"{u.shape[-1]} columns"
-            raise invalid("inputs", f"covariates [N, {self.n_inputs}]", got, "pass inputs=u to fit, or Batch(x, u=u)")
-        return u
+        return covariates(batch, self.n_inputs, self.columns)
 
     def log_table(self, batch: Batch) -> Tensor:
         """``[*r, *n, (P,) K]``: a table for each row of u."""
@@ -193,6 +199,27 @@ class SoftmaxRegression(Factor):
         value = stats["constant"] + (theta * slope).sum((-2, -1))
         return value if self.n_parents is None else value.sum(-1)
 
+    def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
+        """First parameters from responsibilities: many steps, for experts that overlap hide what a weak gate says."""
+        moving = copy.deepcopy(self)
+        for _ in range(_START):
+            for name, value in moving.maximize(moving.penalized(moving.table_stats(batch, expected))).items():
+                moving.get_parameter(name).data = value
+        return dict(moving.named_parameters())
+
+    def normal_stats(self, precision: Tensor) -> Stats:
+        """The log-density of `torchem.priors.Normal`, of some ``precision [M]``, as a quadratic."""
+        known = precision > 0
+        norm = torch.where(known, (torch.where(known, precision, 1.0) / (2 * torch.pi)).log(), 0.0).sum()
+        # E over K classes, one of them pinned, has the determinant 2^(1 − K) / K.
+        size = self.allowed.sum(-1).to(torch.float64)
+        log_det = -(size - 1) * math.log(2) - size.log()
+        constant = ((size - 1) * norm + known.sum() * log_det) / 2
+        curvature = torch.diag_embed(precision).expand(*constant.shape, -1, -1)
+        linear = torch.zeros_like(self.coefficient, dtype=torch.float64)
+        shared = ("constant", "linear", "curvature") if self.n_parents is None else ()
+        return Stats(constant=constant, linear=linear, curvature=curvature, shared=shared)
+
     def forbid(self, states: Tensor) -> None:
         left = self.allowed & ~states
         self.allowed, self.restricted = torch.where(left.any(-1, keepdim=True), left, self.allowed), True
@@ -214,7 +241,7 @@ class SoftmaxRegression(Factor):
         """Keep some classes; as a transition, the same states as parents."""
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         square = self.n_parents == self.n_classes
-        small = SoftmaxRegression(len(index), self.n_inputs, len(index) if square else self.n_parents)
+        small = SoftmaxRegression(len(index), self.n_inputs, len(index) if square else self.n_parents, self.columns)
         small = small.to(self.device, self.dtype)
         weight, allowed, mask = self.weight.detach(), self.allowed, self.frozen("coefficient")
         if square:
@@ -229,7 +256,10 @@ class SoftmaxRegression(Factor):
         return small
 
     def config(self) -> dict[str, Any]:
-        return {"n_components": self.n_classes, "n_inputs": self.n_inputs, "n_parents": self.n_parents}
+        return {
+            "n_components": self.n_classes, "n_inputs": self.n_inputs, "n_parents": self.n_parents,
+            "columns": self.columns,
+        }  # fmt: skip
 
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:

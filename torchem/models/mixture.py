@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torchem.batch import Batch, as_tensor
+from torchem.batch import Batch, as_batch, as_tensor
 from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian, LowRankGaussian
@@ -26,6 +26,7 @@ from torchem.models.imputation import (
     spread_out,
     total,
 )
+from torchem.models.prediction import Prediction
 from torchem.ops import reduce
 from torchem.stats import Stats
 
@@ -155,6 +156,31 @@ class Mixture(DiscreteModel):
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
         return self._each(data, lambda p, b: reduce.first_max(self._joint(p, b).detach()))
 
+    def predict(self, inputs: Any, *, offset: Any = None, trials: Any = None) -> Prediction:
+        """The law of x given covariates: its mean, variance, quantiles and density, and what the gate says.
+
+        Args:
+            inputs: Covariates ``[N, M]``.
+            offset: Known terms of linear predictors, ``[N]``.
+            trials: Numbers of trials, ``[N]``.
+
+        Returns:
+            A `torchem.models.prediction.Prediction` of N rows.
+
+        Example:
+            >>> from torchem.factors import PoissonRegression
+            >>> m = Mixture(Categorical(1), PoissonRegression(1, 1))
+            >>> m.component.weight = [[[1.0]]]
+            >>> m.predict([[0.0], [2.0]]).quantile(0.5).tolist()
+            [[1.0], [7.0]]
+        """
+        u = as_tensor(inputs, "inputs")
+        blank = torch.zeros(len(u), self.component.n_features or 1, dtype=self.dtype)
+        batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_empty=True).to(self.device)
+        self.check(batch)
+        weights = self.mixing.log_table(batch).exp()
+        return Prediction(self.component, batch, weights.expand(len(u), -1))
+
     @torch.no_grad()
     def impute(
         self,
@@ -225,7 +251,14 @@ class Mixture(DiscreteModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, latents: bool = False, inputs: Any = None, generator: torch.Generator | None = None
+        self,
+        n: int,
+        *,
+        latents: bool = False,
+        inputs: Any = None,
+        offset: Any = None,
+        trials: Any = None,
+        generator: torch.Generator | None = None,
     ) -> Any:
         """Draw ``n`` observations ``[n, D]``, and their components ``[n]`` when ``latents`` is True.
 
@@ -233,12 +266,17 @@ class Mixture(DiscreteModel):
             n: Number of draws.
             latents: Whether to return the components as well.
             inputs: Covariates ``[n, M]``, where a gate or the components read them.
+            offset: Known terms of linear predictors, ``[n]``.
+            trials: Numbers of trials, ``[n]``.
             generator: Source of the draws.
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
-        u = None if inputs is None else as_tensor(inputs, "inputs").to(self.device, self.dtype)
-        blank = Batch(torch.empty(n, 0, device=self.device), u=u)
+        u, offset, trials = (
+            None if value is None else as_tensor(value, name).to(self.device, self.dtype)
+            for name, value in (("inputs", inputs), ("offset", offset), ("trials", trials))
+        )
+        blank = Batch(torch.empty(n, 0, device=self.device), u=u, offset=offset, trials=trials)
         table = self.mixing.log_table(blank).exp()
         if table.shape[0] == 1:
             z = torch.multinomial(table[0], n, replacement=True, generator=generator) if n else torch.empty(0).long()
@@ -252,7 +290,17 @@ class Mixture(DiscreteModel):
 
     @property
     def default_init(self) -> str:
-        return self.component.default_init
+        return "kmeans" if self._gated else self.component.default_init
+
+    @property
+    def _gated(self) -> bool:
+        return not isinstance(self.mixing.unwrapped, Categorical)
+
+    def landmarks(self, batch: Batch) -> Tensor:
+        # A gate can only tell apart what covariates do.
+        if not self._gated or batch.u is None:
+            return batch.x
+        return torch.cat([batch.x.to(torch.float64), batch.u.to(torch.float64)], -1)
 
     def initialize(self, batch: Batch, expected: Tensor) -> None:
         self._assign(*self._from_responsibilities(batch, expected))
@@ -260,7 +308,7 @@ class Mixture(DiscreteModel):
     def _from_responsibilities(self, batch: Batch, expected: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.weight is not None:
             expected = expected * batch.weight.unsqueeze(-1).to(expected)
-        tables = self.mixing.maximize(self.mixing.table_stats(batch, expected))
+        tables = self.mixing.initialize_table(batch, expected)
         return tables, self.component.initialize(batch, expected)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:

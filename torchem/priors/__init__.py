@@ -6,6 +6,7 @@ posterior instead of its mode. Statistics themselves never hold a prior. Hyper-p
 moments of the data when a fit begins.
 """
 
+from torchem.priors.coefficients import Normal
 from torchem.priors.normal import MatrixNormalInverseWishart, NormalInverseGamma, NormalInverseWishart
 from torchem.priors.rates import Beta, Gamma
 from torchem.priors.tables import Dirichlet, StickBreaking, StickyDirichlet
@@ -15,6 +16,7 @@ __all__ = [
     "Dirichlet",
     "Gamma",
     "MatrixNormalInverseWishart",
+    "Normal",
     "NormalInverseGamma",
     "NormalInverseWishart",
     "StickBreaking",

@@ -1,0 +1,151 @@
+"""Gates that are networks: any module that gives scores of the classes."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchem.batch import Batch
+from torchem.errors import invalid, wrong_type
+from torchem.factor import Factor
+from torchem.factors._coefficients import checked_columns
+from torchem.stats import Stats
+
+
+class NeuralGate(Factor):
+    """A latent child whose log-odds are a network's output.
+
+    log p(z = j | u, parent = p) = log softmax_j(module(u)_pj).
+
+    The gate of a mixture of experts, or a transition that reads inputs. The network is kept in evaluation mode. Q is no
+    function of statistics: it is fitted under `torchem.Gradient`, as `Neural` is.
+
+    Args:
+        module: Network from u ``[n, M]`` to scores ``[n, n_components]``, or ``[n, n_parents · n_components]``.
+        n_components: K, the number of classes.
+        n_parents: P, the number of states of the parent, or None for a gate.
+        columns: Which columns of u the network is given; all of them when None.
+
+    Raises:
+        InvalidType: If it is no torch module.
+        InvalidArgument: If it has no parameters, or for sizes below one.
+
+    Source: R. A. Jacobs, M. I. Jordan, S. J. Nowlan, G. E. Hinton (1991).
+
+    Example:
+        >>> gate = NeuralGate(torch.nn.Linear(1, 2), 2)
+        >>> gate.log_table(Batch(torch.zeros(3, 1), u=torch.ones(3, 1))).exp().sum(-1).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    sufficient: ClassVar[bool] = False
+    replicates: ClassVar[bool] = False
+
+    module: nn.Module
+
+    def __init__(
+        self,
+        module: nn.Module,
+        n_components: int,
+        n_parents: int | None = None,
+        columns: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise wrong_type("module", "a torch module", module, "pass for example a torch.nn.Sequential")
+        for name, size in (("n_components", n_components), ("n_parents", 1 if n_parents is None else n_parents)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise invalid(name, "a positive whole number", repr(size), "give at least 1")
+        if not any(value.is_floating_point() for value in module.parameters()):
+            raise invalid("module", "a network with parameters", "none", "use Categorical for weights free of inputs")
+        self.module, self.n_classes, self.n_parents = module, n_components, n_parents
+        self.columns = None if columns is None else checked_columns(columns, len(columns))
+        self.shape = (n_components,) if n_parents is None else (n_parents, n_components)
+        #: Whether the whole network is kept through every M-step.
+        self.fixed = False
+        module.eval()
+
+    def train(self, mode: bool = True) -> "NeuralGate":
+        super().train(mode)
+        self.module.eval()
+        return self
+
+    def row_size(self) -> int:
+        # What each layer gives is kept for the gradient.
+        return 4 * self.n_classes * (self.n_parents or 1) + 2 * sum(len(v) for v in self.parameters() if v.dim() > 1)
+
+    # ---- as a latent child ------------------------------------------------------------------------------------
+
+    def log_table(self, batch: Batch) -> Tensor:
+        """``[*n, (P,) K]``: a table for each row of u."""
+        u = batch.u
+        if u is None:
+            raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
+        rows = (u if self.columns is None else u[..., list(self.columns)]).flatten(0, -2).to(self.dtype)
+        value = self.module(rows)
+        size = (len(rows), self.n_classes * (self.n_parents or 1))
+        if not isinstance(value, Tensor) or tuple(value.shape) != size:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise invalid("module", f"scores of shape {list(size)}", got, "give one number for each class")
+        return value.to(self.dtype).reshape(*u.shape[:-1], *self.shape).log_softmax(-1)
+
+    def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
+        """``value []``: Q at the current parameters, which is no function of statistics."""
+        terms = torch.where(expected > 0, expected * self.log_table(batch), 0.0)
+        return Stats(value=terms.sum(dtype=torch.float64), shared=("value",))
+
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        return self.table_stats(batch, expected)
+
+    def expected_log_prob(self, stats: Stats) -> Tensor:
+        """Q of the parameters that the statistics were taken at."""
+        return stats["value"]
+
+    def penalized(self, stats: Stats) -> Stats:
+        """Statistics alone: a prior joins the objective that is climbed."""
+        return stats
+
+    def maximize(self, stats: Stats) -> dict[str, Tensor]:
+        raise invalid(
+            "NeuralGate", "an optimiser to climb Q with, which is no function of statistics", "a network by itself",
+            "wrap it: torchem.Gradient(NeuralGate(…), torch.optim.Adam, steps=10, lr=1e-2)",
+        )  # fmt: skip
+
+    # ---- freezing, bookkeeping --------------------------------------------------------------------------------
+
+    def freeze(self, *names: str, mask: Tensor | None = None) -> "NeuralGate":
+        """Keep the whole network through every M-step.
+
+        Raises:
+            InvalidArgument: For names or a mask.
+        """
+        if names or mask is not None:
+            raise invalid(
+                "freeze", "no name and no mask, for the whole network", names or "a mask",
+                "use requires_grad_(False) for layers that shall stay",
+            )  # fmt: skip
+        self.fixed = True
+        return self
+
+    def unfreeze(self, *names: str) -> "NeuralGate":
+        """Let M-steps move the network again."""
+        self.fixed = False
+        return self
+
+    def n_parameters(self) -> int:
+        return 0 if self.fixed else sum(value.numel() for value in self.parameters() if value.requires_grad)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "module": self.module, "n_components": self.n_classes, "n_parents": self.n_parents, "columns": self.columns,
+        }  # fmt: skip
+
+    @classmethod
+    def example(cls) -> tuple[Factor, Batch]:
+        generator = torch.Generator().manual_seed(0)
+        gate = cls(nn.Linear(2, 3), 3).double()
+        for parameter in gate.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        u = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+        return gate, Batch(torch.zeros(20, 1, dtype=torch.float64), u=u)
