@@ -4,7 +4,7 @@
     python scripts/benchmark.py gmm [--device cpu] [--rounds 5] [--quick] [--part large memory small] [--json PATH]
     python scripts/benchmark.py hmm [--rounds 5] [--quick] [--part iteration decode gradient memory time] [--json PATH]
     python scripts/benchmark.py modes [--rounds 5] [--quick] [--part online file restarts variational tradeoffs]
-    python scripts/benchmark.py models [--rounds 5] [--quick] [--part missing]
+    python scripts/benchmark.py models [--rounds 5] [--quick] [--part missing counts experts student]
 
 Prints median times, their ratio to the peer's (median and range over rounds), the share of the machine's
 matrix-product rate that an E-step reaches, and the peak of extra memory. `modes` holds the ways to run EM against each
@@ -28,7 +28,7 @@ PARTS = {
     "gmm": ["large", "memory", "small"],
     "hmm": ["iteration", "decode", "gradient", "memory", "time"],
     "modes": ["online", "file", "restarts", "variational", "tradeoffs"],
-    "models": ["missing"],
+    "models": ["missing", "counts", "experts", "student"],
 }
 
 
