@@ -16,6 +16,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("torchem")
 
+# Warnings are errors, and torch gives some of them once only: whichever test came first would fail.
+torch.set_warn_always(True)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

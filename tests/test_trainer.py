@@ -738,7 +738,18 @@ def test_options_are_the_same_in_both() -> None:
 
     options = {n: (p.default, p.kind) for n, p in signature(torchem.Trainer).parameters.items()}
     ours = {n: (p.default, p.kind) for n, p in signature(torchem.fit).parameters.items()}
-    for name in ("model", "data", "weights", "inputs", "lengths", "labels", "observed", "validation"):
+    for name in (
+        "model",
+        "data",
+        "weights",
+        "inputs",
+        "lengths",
+        "labels",
+        "observed",
+        "offset",
+        "trials",
+        "validation",
+    ):
         ours.pop(name)
     assert ours == options
 

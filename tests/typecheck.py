@@ -3,29 +3,33 @@
 import functools
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from types import FunctionType, UnionType
-from typing import Any, Self, Union, get_args, get_origin
+from types import FunctionType
+from typing import Any, ForwardRef, Literal, Self, get_args, get_origin
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
 #: An int is a float here, as it is for type checkers (PEP 484).
-_CONF = BeartypeConf(is_pep484_tower=True)
+_CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
 
 
 def _opaque(hint: Any) -> bool:
-    """Whether no function can check the hint by itself: ``Self``, or a protocol that is not checkable at run time."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(map(_opaque, get_args(hint)))
+    """Whether no function can check the hint by itself: ``Self``, a name, a protocol not checkable at run time."""
+    if isinstance(hint, (str, ForwardRef)):
+        return True
     bare_protocol = getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
-    return hint is Self or bare_protocol
+    parts = () if get_origin(hint) is Literal else get_args(hint)
+    return hint is Self or bare_protocol or any(map(_opaque, parts))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with arguments and result held to their annotations at each call."""
     hints = getattr(function, "__annotations__", {})
     function.__annotations__ = {name: Any if _opaque(hint) else hint for name, hint in hints.items()}
-    return beartype(conf=_CONF)(function)
+    strict = beartype(conf=_CONF)(function)
+    # What reads them elsewhere finds them as they were.
+    function.__annotations__ = hints
+    return strict
 
 
 def _shaped(hint: Any) -> bool:

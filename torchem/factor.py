@@ -385,6 +385,11 @@ class Factor(nn.Module, ABC):
         """
         return [None] * (self.n_features or 1)
 
+    def _counted(self, mean: Tensor) -> list[Tensor | None]:
+        """Counts up to the largest mean ``[…, K, D]`` of each column, above which no mode of single counts lies."""
+        most = mean.detach().reshape(-1, mean.shape[-1]).amax(0).ceil().tolist()
+        return [torch.arange(int(top) + 1, dtype=self.dtype, device=self.device) for top in most]
+
     @property
     def nominal(self) -> list[bool]:
         """For each column whether its values are names, without a mean."""

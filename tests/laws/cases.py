@@ -344,12 +344,22 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
         return ModelCase(hmm(factor), ragged(torch.cat([(counts()[..., :1] > 3).double(), classes(4)], -1)))
 
     def angles() -> ModelCase:
-        """Turning angles beside lengths of steps."""
+        """Turning angles beside lengths of steps and headings."""
         turns, steps = factors.VonMises(STATES, 1), factors.Exponential(STATES, 1)
+        headings = factors.VonMisesFisher(STATES, 2)
+        headings.directions = torch.nn.functional.normalize(randn(STATES, 2, seed=62), dim=-1)
+        headings.concentrations = 1 + 5 * rand(STATES, seed=63)
         turns.means, turns.concentrations = 2 * randn(STATES, 1, seed=54), 1 + 5 * rand(STATES, 1, seed=55)
         steps.rates = 0.5 + rand(STATES, 1, seed=51)
-        x = torch.cat([frames(1).clamp(-3, 3), rand(SEQUENCES, FRAMES, 1, seed=52)], -1)
-        return ModelCase(hmm(factors.Product([turns, steps])), ragged(x))
+        angle = frames(1).clamp(-3, 3)
+        x = torch.cat([angle, rand(SEQUENCES, FRAMES, 1, seed=52), (2 * angle).cos(), (2 * angle).sin()], -1)
+        return ModelCase(hmm(factors.Product([turns, steps, headings])), ragged(x))
+
+    def low_rank() -> ModelCase:
+        factor = factors.LowRankGaussian(STATES, 3, 1)
+        factor.means, factor.loadings = 2 * randn(STATES, 3, seed=64), randn(STATES, 3, 1, seed=65)
+        factor.noise_variances = 0.5 + rand(STATES, 3, seed=66)
+        return ModelCase(hmm(factor), ragged(frames(3)))
 
     def poisson() -> ModelCase:
         factor = factors.Poisson(STATES, 2)
@@ -431,6 +441,7 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-Categorical", categorical
     yield "HMM-Categoricals", categoricals
     yield "HMM-VonMises", angles
+    yield "HMM-LowRankGaussian", low_rank
     yield "HMM-Poisson", poisson
     yield "HMM-Product", product
     yield "HMM-Counts", lambda: ModelCase(hmm(Counts.example()[0]), ragged(counts()))

@@ -77,6 +77,9 @@ class Around(Composite):
         """Whether the factor inside is of counts."""
         return self.factor.unwrapped.discrete
 
+    def outcomes(self) -> list[Tensor | None]:
+        return self.factor.outcomes()
+
     # ---- views ------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:

@@ -126,10 +126,7 @@ class Columns(Factor, Conjugate):
         return mean.reshape(shape), variance.reshape(shape)
 
     def outcomes(self) -> list[Tensor | None]:
-        if not self.discrete:
-            return super().outcomes()
-        most = self.mean_variance()[0].detach().reshape(-1, self._d).amax(0).ceil().tolist()
-        return [torch.arange(int(top) + 1, dtype=self.dtype, device=self.device) for top in most]
+        return self._counted(self.mean_variance()[0]) if self.discrete else super().outcomes()
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 

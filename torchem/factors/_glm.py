@@ -58,6 +58,7 @@ class GeneralizedLinear(Coefficients):
 
     handles_missing: ClassVar[bool] = True
     discrete: ClassVar[bool] = True
+    independent = True
 
     unit: Tensor
 

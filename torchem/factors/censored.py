@@ -103,6 +103,10 @@ class Censored(Bounded):
         low, high = self.limits().to(x.dtype)
         return torch.minimum(torch.maximum(x, low), high)
 
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Missing entries drawn as they are, not as they would have been recorded; see `Factor.complete`."""
+        return self.factor.complete(batch, z, generator)
+
     # ---- starts, bookkeeping ----------------------------------------------------------------------------------
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:

@@ -159,6 +159,9 @@ class NegativeBinomial(Cells):
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
+    def outcomes(self) -> list[Tensor | None]:
+        return self._counted(self.means)
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         size = self._size().detach()[z]
         rates = torch._standard_gamma(size, generator=generator)  # pyright: ignore[reportPrivateImportUsage]

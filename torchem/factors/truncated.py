@@ -92,6 +92,11 @@ class Truncated(Bounded):
     def kernel(self) -> Kernel:
         return _TruncatedKernel(self)
 
+    def outcomes(self) -> list[Tensor | None]:
+        if not self.discrete:
+            return super().outcomes()
+        return self._counted(self.moments(Batch(torch.zeros(1, self._d, device=self.device)))[0])
+
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         mean, variance = self.factor.moments(batch)
         lead = len(self.replicas)
