@@ -152,6 +152,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("factorial HMM", "missing entries"): "whole",
     ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",
+    ("mixture of directions", "missing entries"): "whole",
+    ("Laplace mixture", "`em_map`"): "function of statistics",
     ("amortized model", "labels"): "labels",
     ("amortized model", "missing rows"): "missing",
     ("amortized model", "missing entries"): "missing",
