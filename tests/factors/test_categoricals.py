@@ -129,7 +129,7 @@ def test_latent_classes_are_found_and_missing_answers_do_not_matter() -> None:
     model = torchem.Mixture(Categorical(3), Categoricals(3, truth.sizes)).double()
     torchem.fit(model, x, seed=0, restarts=8, tol=1e-6, max_iter=500, progress=False)
     best = min(
-        max(float((a[list(order)] - b).abs().max()) for a, b in zip(model.component.tables, truth.tables, strict=True))
+        max((a[list(order)] - b).abs().max().item() for a, b in zip(model.component.tables, truth.tables, strict=True))
         for order in itertools.permutations(range(3))
     )
     assert best < 0.06

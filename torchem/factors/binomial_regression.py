@@ -66,8 +66,10 @@ class BinomialRegression(GeneralizedLinear):
         return Expansion(value, y - trials * eta.sigmoid(), trials * bend)
 
     def base_measure(self, y: Tensor, trials: Tensor) -> Tensor:
-        # Entries that are missing stand as zero; those that cannot be are refused at the edge.
-        return (trials + 1).lgamma() - (y + 1).lgamma() - ((trials - y).clamp(min=0.0) + 1).lgamma()
+        # Entries that are missing stand as zero; those that cannot be are refused at the edge, or impossible.
+        failures = trials - y
+        value = (trials + 1).lgamma() - (y + 1).lgamma() - (failures.clamp(min=0.0) + 1).lgamma()
+        return torch.where(failures < 0, -torch.inf, value)
 
     def mean_variance(self, eta: Tensor, trials: Tensor) -> tuple[Tensor, Tensor]:
         p = eta.sigmoid()
