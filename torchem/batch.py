@@ -1,6 +1,6 @@
 """A batch of observations: what every model and factor reads, validated once, where it is built."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -76,8 +76,29 @@ class Batch:
         if size <= rows:
             yield self
             return
-        for start in range(0, size, rows):
-            yield self[start : start + rows]
+        # The same pieces each time: what they remember serves the next pass as well.
+        yield from self.remember(("pieces", rows), lambda: [self[i : i + rows] for i in range(0, size, rows)])
+
+    def remember(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What is computed from the observations alone, once: passes over the same batch find it again.
+
+        It is forgotten when x is changed in place, and not kept where derivatives or transforms are followed.
+
+        Example:
+            >>> batch = Batch(torch.ones(2, 1))
+            >>> [batch.remember("total", lambda: float(batch.x.sum())) for _ in range(2)]
+            [2.0, 2.0]
+        """
+        if _followed(self):
+            return compute()
+        kept, version = self.__dict__.setdefault("_kept", {}), self.x._version
+        if key not in kept or kept[key][0] != version:
+            kept[key] = (version, compute())
+        return kept[key][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files hold what the batch was made of.
+        return dict(zip(_FIELDS, self.values(), strict=True))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; from pinned memory the copy overlaps with computation."""
@@ -143,6 +164,13 @@ class Batch:
 
     def _framed(self, fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         return {name: fn(value) for name in FRAMED if (value := getattr(self, name)) is not None}
+
+
+def _followed(batch: Batch) -> bool:
+    """Whether derivatives, transforms or a compiler follow what is computed from a batch."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(value.requires_grad or value.is_inference() for value in batch.values() if value is not None)
 
 
 _FIELDS = tuple(field.name for field in fields(Batch))

@@ -118,7 +118,8 @@ class Columns(Factor, Conjugate):
         return _ColumnsKernel(self)
 
     def row_size(self) -> int:
-        return 5 * self._d + 4 * self._k
+        # Of complete rows; where entries are missing there are two copies of x more.
+        return self._d + 3 * self._k
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         shape = (*self.replicas, *[1] * (batch.x.dim() - 1), self._k, self._d)
@@ -247,20 +248,27 @@ class _ColumnsKernel(Kernel):
         self.axes = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
         self.seen: Tensor | None = None
-        if any_missing(x):
+        if batch.remember("missing", lambda: any_missing(x)):
             missing = x.isnan()
             x = torch.where(missing, 0.0, x)
             self.seen = (~missing).to(x)
-        self.t, base = family.entries(x)
-        value = self._linear(*self._form(self.t.dtype))
+        # The base measure is the same in each pass.
+        dtype, base = batch.remember((type(family), family.dtype), lambda: self._base(x))
+        self.t = x.to(dtype)
+        value = self._linear(*self._form(dtype))
         if base is not None:
-            value = value + (base if self.seen is None else base * self.seen).sum(-1)
+            value = value + base
         if family.restricted:
             broken = self._linear(*(form.to(self.t.dtype) for form in family.forbidden()))
             value = torch.where(broken > 0.5, -torch.inf, value)
         # State-major in memory, so that reductions over states run along contiguous observations.
         value = value.to(family.dtype).mT
         return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
+
+    def _base(self, x: Tensor) -> tuple[torch.dtype, Tensor | None]:
+        """The type that potentials need, and h of each row ``[n]`` over the entries observed, or None for zero."""
+        t, base = self.family.entries(x)
+        return t.dtype, None if base is None else (base if self.seen is None else base * self.seen).sum(-1)
 
     def _linear(self, slope: Tensor, constant: Tensor) -> Tensor:
         """Σ_d [x_d slope_kd − constant_kd] over the entries observed, ``[*r, K, n]``."""

@@ -10,8 +10,12 @@ from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor, Kernel, Prior, outside
 from torchem.factors._tables import SMOOTH, Table, apart
+from torchem.ops.missing import any_missing
 from torchem.priors import Dirichlet
 from torchem.stats import Stats
+
+#: The byte that stands for what is missing.
+_NONE = 255
 
 
 class Categoricals(Table):
@@ -144,7 +148,7 @@ class Categoricals(Table):
         return _IndicatorKernel(self)
 
     def row_size(self) -> int:
-        return 3 * len(self._cells) + 4 * self.n_components
+        return len(self._cells) + 3 * self.n_components
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of each category's number, ``[*r, *n, K, D]``; see `Factor.conditional`."""
@@ -220,19 +224,30 @@ class _IndicatorKernel(Kernel):
         self.excluded = (table == -torch.inf).to(table) if family.forbids else None
         self.table = table if self.excluded is None else torch.where(table == -torch.inf, 0.0, table)
         self.column = torch.tensor(family._column, device=family.device)
-        self.code = torch.tensor(family._code, device=family.device, dtype=family.dtype).unsqueeze(-1)
+        kind = torch.uint8 if max(family.sizes) <= _NONE else family.dtype
+        self.code = torch.tensor(family._code, device=family.device, dtype=kind).unsqueeze(-1)
         self.total: Tensor | float = 0.0
 
     def log_potential(self, batch: Batch) -> Tensor:
         self.axes = batch.x.shape[:-1]
-        x = batch.x.reshape(-1, batch.x.shape[-1]).to(self.code)
-        # What is missing, NaN, is equal to nothing.
         # Observations run along the rows, as they do in all that is made of it: contiguous for copies and reductions.
-        self.hot = (x.mT.contiguous().index_select(0, self.column) == self.code).to(self.code)
+        code = self._codes(batch).mT.contiguous().index_select(0, self.column)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            self.hot = (code == self.code).to(self.table)
+        else:
+            self.hot = torch.eq(code, self.code, out=self.table.new_empty(code.shape))
         value = self.table @ self.hot
         if self.excluded is not None:
             value = torch.where(self.excluded @ self.hot > 0.5, -torch.inf, value)
         return value.mT.unflatten(-2, self.axes) if len(self.axes) != 1 else value.mT
+
+    def _codes(self, batch: Batch) -> Tensor:
+        """Categories ``[n, D]`` in bytes where these suffice, or as they are; what is missing is equal to none."""
+        x = batch.x.reshape(-1, batch.x.shape[-1])
+        if self.code.dtype != torch.uint8:
+            return x
+        missing = x.is_floating_point() and batch.remember("missing", lambda: any_missing(x))
+        return (x.nan_to_num(nan=_NONE) if missing else x).to(torch.uint8)
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, expected.shape[-1])
