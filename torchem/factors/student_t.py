@@ -396,9 +396,12 @@ class _StudentKernel(Kernel):
         else:
             distance = -2 * value - (log_det + self.d * ops.LOG_2PI)
         distance = distance.clamp(min=0.0)
-        self.mean = (self.freedom + size) / (self.freedom + distance)
-        self.mean_log = ((self.freedom + size) / 2).digamma() - ((self.freedom + distance) / 2).log()
-        value = ops.student(distance, log_det, size, self.freedom).mT
+        half = (self.freedom + size) / 2
+        # One logarithm of each distance serves the density and the expected logarithm of the scale.
+        beyond = (distance / self.freedom).log1p()
+        self.mean = 2 * half / (self.freedom + distance)
+        self.mean_log = half.digamma() - (self.freedom / 2).log() - beyond
+        value = (ops.student_constant(log_det, size, self.freedom) - half * beyond).mT
         return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
@@ -407,11 +410,11 @@ class _StudentKernel(Kernel):
         weight = expected.mT
         if self.seen is not None:  # nothing seen is nothing said
             weight = torch.where(self.seen.any(-1), weight, 0.0)
-        self.sweep.collect(weight * self.mean, weight)
-        self.count = self.count + weight.sum(-1, dtype=torch.float64)
-        self.scale = self.scale + (weight * self.mean).sum(-1, dtype=torch.float64)
+        scaled, total = weight * self.mean, weight.sum(-1, dtype=torch.float64)
+        self.sweep.collect(scaled, weight)
+        self.count = self.count + total
+        self.scale = self.scale + scaled.sum(-1, dtype=torch.float64)
         self.log = self.log + (weight * self.mean_log).sum(-1, dtype=torch.float64)
-        total = weight.sum(-1, dtype=torch.float64)
         if self.seen is not None and isinstance(self.structure, ops.Entrywise):
             self.dof = self.dof + (weight @ self.seen.to(weight)).to(torch.float64)
         else:

@@ -48,9 +48,13 @@ def _pairs(p: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def student(distance: Tensor, log_det: Tensor, size: Tensor, freedom: Tensor) -> Tensor:
     """Log-density of a t with ``freedom``, of ``size`` columns, at a squared distance; 0 for no columns."""
+    return student_constant(log_det, size, freedom) - (freedom + size) / 2 * (distance / freedom).log1p()
+
+
+def student_constant(log_det: Tensor, size: Tensor, freedom: Tensor) -> Tensor:
+    """`student` at the mean."""
     half = (freedom + size) / 2
-    constant = half.lgamma() - (freedom / 2).lgamma() - (size * (freedom * math.pi).log() + log_det) / 2
-    return constant - half * (distance / freedom).log1p()
+    return half.lgamma() - (freedom / 2).lgamma() - (size * (freedom * math.pi).log() + log_det) / 2
 
 
 #: Degrees of freedom of a covariance that is known: what they blur is below rounding.
