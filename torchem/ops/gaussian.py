@@ -367,7 +367,7 @@ class Full(Structure):
         return linalg.from_log_cholesky(raw).square().sum(-1)
 
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
-        return torch.einsum("...i,...ij,...j->...", reach, _precision(raw).abs(), reach)
+        return ((_precision(raw).abs() @ reach.unsqueeze(-1)).squeeze(-1) * reach).sum(-1)
 
     def freedom(self, dof: Tensor, d: int) -> Tensor:
         return dof + d
@@ -459,7 +459,7 @@ class Tied(Structure):
         return value.expand(*value.shape[:-2], k, d)
 
     def conditioning(self, reach: Tensor, raw: Tensor) -> Tensor:
-        return torch.einsum("...ki,...ij,...kj->...k", reach, _precision(raw).abs(), reach)
+        return ((reach @ _precision(raw).abs()) * reach).sum(-1)
 
     def freedom(self, dof: Tensor, d: int) -> Tensor:
         return (dof - 1).sum(-1) + d + 1
