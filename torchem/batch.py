@@ -82,7 +82,8 @@ class Batch:
     def remember(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What is computed from the observations alone, once: passes over the same batch find it again.
 
-        It is forgotten when x is changed in place, and not kept where derivatives or transforms are followed.
+        It is forgotten when torch changes x in place, and not kept where derivatives or transforms are followed. What
+        NumPy writes into an array that x shares is not noticed: make a new batch of it.
 
         Example:
             >>> batch = Batch(torch.ones(2, 1))
