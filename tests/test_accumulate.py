@@ -290,6 +290,11 @@ def test_a_stream_needs_its_rule_and_possible_data() -> None:
     with pytest.raises(InvalidArgument, match="positive probability"):
         torchem.partial_fit(model, torch.tensor([[2]]), Stochastic())
     assert torch.equal(model.component.probs, before)
+    begun, nothing = Stochastic(), DataLoader(TensorDataset(torch.empty(0, 2)))
+    torchem.partial_fit(mixture(2, 2), blobs(10, 2, 2), begun)
+    for rule in (Stochastic(), begun):
+        with pytest.raises(InvalidArgument, match="at least one batch"):
+            torchem.partial_fit(mixture(2, 2), nothing, rule)
 
 
 def _free(model: torchem.GaussianMixture) -> torch.Tensor:

@@ -854,6 +854,8 @@ class _Loop:
 
     def _tune_within(self) -> None:
         """Let numerics follow the parameters between two batches of a pass."""
+        if self.noisy and not _due(getattr(self.rule, "pushed", 0)):
+            return
         adjustment = self.twin.tune(self.survey.rows, 0)
         if adjustment is not None and adjustment.move is not None:
             self._carry(adjustment.move)
@@ -1158,6 +1160,11 @@ def fit(
     )  # fmt: skip
 
 
+def _due(step: int) -> bool:
+    """Whether numerics are checked after this step of online EM: it moves little, and a check costs a third of one."""
+    return step % 8 == 0 or step & (step - 1) == 0
+
+
 def partial_fit(
     model: LatentModel,
     data: Any,
@@ -1207,13 +1214,15 @@ def partial_fit(
         raise invalid("rule", "one that began with this stream", "one that a fit has used", "make a new one for it")
     source = Source(model, data, None, weights, inputs, lengths, labels, observed, offset, trials)
     score = total = 0.0
+    read = False
     with torch.no_grad(), declared_precision(model.device):
-        survey = source.survey(1, torch.Generator())
         if rule.pushed == 0:
+            survey = source.survey(1, torch.Generator())
             model.prepare(survey.moments)
             model.project()
             model.tune(survey.rows)
         for key, batch in source:
+            read = True
             stats = model.e_step(batch)
             found = float(stats["log_likelihood"])
             if not math.isfinite(found):
@@ -1230,7 +1239,9 @@ def partial_fit(
                     replay = gradient.Replay(functools.partial(copy.deepcopy(model).expectations, batch))
                     model.assign(model.maximize(ready))
                     gradient.climb(model, replay, lambda sums: sums, rule.seen)
-                adjustment = model.tune(max(survey.rows, int(rule.seen)))
+                adjustment = model.tune(int(rule.seen)) if _due(rule.pushed) else None
                 if adjustment is not None and adjustment.move is not None:
                     rule.translate(adjustment.move)
+    if not read:
+        raise invalid("data", "at least one batch", "an empty loader", "check the sampler")
     return score / total if total > 0 else math.nan
