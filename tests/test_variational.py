@@ -18,6 +18,7 @@ from tests.laws import cases
 from tests.laws.cases import close
 from torchem import Variational, factors, priors
 from torchem.batch import Batch
+from torchem.factor import Prior
 from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson, Product
 from torchem.model import LatentModel
 
@@ -512,7 +513,8 @@ def test_the_bound_never_falls_and_is_reported(build) -> None:
 @CLIMBING
 def test_replicas_are_fits_of_their_own(build) -> None:
     model, data, options = build()
-    result = torchem.fit(model, data, seed=0, restarts=2, max_iter=4, tol=0, progress=False, **options)
+    # Starts of responsibilities at random: others may end in the same clusters by other numbers.
+    result = torchem.fit(model, data, init="random", seed=0, restarts=2, max_iter=4, tol=0, progress=False, **options)
     assert len(set(result.restarts)) == 2
     batch = model.batch(data, **{{"inputs": "u", "weights": "weight"}[k]: v for k, v in options.items()})
     both = model.replicate(3)
@@ -755,3 +757,42 @@ def test_the_map_of_many_small_problems_at_once() -> None:
     for i in range(3):
         for name, value in step(params, Batch(x[i])).items():
             close(both[name][i], value, rtol=1e-8)
+
+
+@pytest.mark.parametrize("replicas", [0, 2])
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_the_divergence_of_normal_families_is_its_definition(kind: Any, replicas: int) -> None:
+    model: Any = torchem.variational(torchem.GaussianMixture(3, 2, kind).double())
+    x = cases.randn(60, 2, seed=1) * torch.tensor([1.0, 50.0]) + 7
+    torchem.fit(model, x, max_iter=3, tol=0, seed=0, progress=False)
+    model = model.replicate(replicas) if replicas else model
+    factor: Any = model.component
+    prior, inner, posterior = factor.prior, factor.factor, factor.posterior()
+    start = prior.posterior_stats(inner)
+    plain = Prior.divergence(prior, inner, posterior, start, prior.log_normalizer(inner, start))
+    assert plain.shape == inner.replicas
+    close(factor.divergence(), plain, rtol=1e-10)
+
+
+def test_a_prior_is_read_again_when_it_or_its_factor_changes() -> None:
+    model: Any = torchem.variational(torchem.GaussianMixture(3, 2).double(), mixing=priors.StickBreaking(1.0))
+    torchem.fit(model, cases.randn(60, 2, seed=1), max_iter=2, tol=0, seed=0, progress=False)
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(model.mixing.prior, "concentration", 5.0),
+        lambda: setattr(model.mixing, "prior", priors.Dirichlet(3.0)),
+        lambda: model.mixing.prior.concentration.fill_(7.0),
+    ]
+    found = [model.mixing.divergence()]
+    for change in changes:
+        change()
+        found.append(model.mixing.divergence())
+        fresh = copy.deepcopy(model.mixing)
+        fresh._known = None
+        assert torch.equal(found[-1], fresh.divergence())
+    assert len({float(value.detach()) for value in found}) == 4
+    both = model.replicate(2)
+    close(both.mixing.divergence(), found[-1].expand(2))
+    # The origin is moved: as far as the divergence knows, nothing has changed.
+    before = model.component.divergence()
+    model.component.factor.origin = model.component.factor.origin + 100.0
+    close(model.component.divergence(), before, rtol=1e-9)

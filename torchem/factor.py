@@ -166,6 +166,21 @@ class Prior(ABC):
         """Gradient of `log_normalizer`: expected natural parameters under the posterior."""
         return conjugate(factor).expected_natural(posterior)
 
+    def divergence(self, factor: "Factor", posterior: Stats, start: Stats, norm: Tensor) -> Tensor:
+        """KL(q ‖ prior) ``[*r]`` of a posterior, in nats: ⟨E η, q − prior⟩ − A(q) + A(prior), E η the gradient of A.
+
+        Args:
+            factor: What the prior stands over, at the posterior's means.
+            posterior: q in natural coordinates.
+            start: The prior in them, `posterior_stats`.
+            norm: A(prior), the `log_normalizer` of ``start``.
+        """
+        lead = len(factor.replicas)
+        parts = self.expected_natural(factor, posterior).map(
+            lambda eta, q, p: (eta * (q - p)).flatten(lead).sum(-1), posterior, start
+        )
+        return torch.stack(parts.leaves()).sum(0) - self.log_normalizer(factor, posterior) + norm
+
     def means(self, factor: "Factor", posterior: Stats) -> Tensor | None:
         """Posterior means of a table, where they are not in proportion to the posterior's counts."""
         return None

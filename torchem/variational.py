@@ -5,6 +5,7 @@ so every model does variational Bayes without knowing. The bound of a model gain
 """
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class Variational(Wrapper):
             raise invalid("factor", "one without replicas", f"{factor.replicas[0]} of them", "wrap it before")
         given = prior if prior is not None else factor.prior
         self.factor = factor
+        self._known: tuple[list[Any], list[Any], tuple[Stats, Tensor]] | None = None
         self._check_frozen(given)
         self._prior = self._accepted(family.weak_prior() if given is None else given)
         factor.prior = None
@@ -118,19 +120,28 @@ class Variational(Wrapper):
         return self._family.posterior({name: getattr(self, name) for name in self._rank})
 
     def divergence(self) -> Tensor:
-        """KL(q ‖ prior) ``[*r]``, in nats: ⟨E η, q − prior⟩ − A(q) + A(prior), with E η the gradient of A at q.
-
-        Of what is not frozen, against its prior given what is.
-        """
+        """KL(q ‖ prior) ``[*r]``, in nats, of what is not frozen, against its prior given what is."""
         posterior = self.posterior()
         if self._some_frozen:
             return self._divergence_given(posterior)
-        natural = self._given.expected_natural(self.factor, posterior)
-        prior, lead = self._given.posterior_stats(self.factor), len(self.replicas)
-        parts = natural.map(lambda eta, q, p: (eta * (q - p)).flatten(lead).sum(-1), posterior, prior)
-        total = torch.stack(parts.leaves()).sum(0)
-        norm = self._given.log_normalizer(self.factor, posterior)
-        return total - norm + self._given.log_normalizer(self.factor, prior)
+        return self._given.divergence(self.factor, posterior, *self._start())
+
+    def _start(self) -> tuple[Stats, Tensor]:
+        """The prior in natural coordinates and its log-normaliser, kept as long as nothing that they read moves."""
+        prior, factor = self._given, self.factor
+        read = [factor, prior, *vars(prior).values(), *factor._buffers.values()]
+        state = [item._version for item in read if isinstance(item, Tensor)]
+        state += [factor.replicas, factor.device, getattr(factor, "version", 0)]
+        if self._known is not None:
+            was, then, made = self._known
+            if state == then and len(read) == len(was) and all(map(operator.is_, read, was)):
+                return made
+        stats = prior.posterior_stats(factor)
+        made = stats, prior.log_normalizer(factor, stats)
+        # What a transform makes does not outlive it.
+        if not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
+            self._known = read, state, made
+        return made
 
     def _divergence_given(self, posterior: Stats) -> Tensor:
         prior = self._given.posterior_stats(self.factor)
@@ -207,9 +218,9 @@ class Variational(Wrapper):
 
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """The posterior prior + S, as means and strengths: the maximiser of the bound over all q."""
-        posterior = self._given.posterior_stats(self.factor) + stats
         if self._still:
             return outer(self.factor.maximize(stats))
+        posterior = self._start()[0] + stats
         values = outer(self._family.settle(posterior))
         return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
 

@@ -524,9 +524,7 @@ class Gaussian(Factor, Conjugate):
         held = self._held("mean", dof)
         return Stats(
             count=count, dof=dof if held is None else dof - held.to(dof), first=first,
-            # About the origin again: + κ δδᵀ.
-            second=self.structure.scatter(-count, -first, scatter, delta),
-            shared=self.structure.shared, version=self.version,
+            second=self.structure.about(scatter, first, delta), shared=self.structure.shared, version=self.version,
         )  # fmt: skip
 
     def _blur(self, posterior: Stats) -> Tensor:
@@ -686,6 +684,15 @@ class _BlurredKernel(_GaussianKernel):
         super().__init__(factor)
         self.entrywise = isinstance(factor.structure, ops.Entrywise)
         self.blur = blur
+        self.found: Stats | None = None
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        self.found = None
+        super().collect(batch, expected)
+
+    def stats(self) -> Stats:
+        self.found = super().stats() if self.found is None else self.found
+        return self.found
 
     def log_potential(self, batch: Batch) -> Tensor:
         value = super().log_potential(batch)

@@ -156,6 +156,10 @@ class Structure(ABC):
     def scatter(self, count: Tensor, first: Tensor, second: Tensor, delta: Tensor) -> Tensor:
         """Second moments about ``origin + delta`` instead of the origin."""
 
+    def about(self, scatter: Tensor, first: Tensor, delta: Tensor) -> Tensor:
+        """Second moments about the origin from those about means at ``delta``, with first moments κδ: + κδδᵀ."""
+        return scatter + first.unsqueeze(-1) * delta.unsqueeze(-2)
+
     def mass(self, dof: Tensor) -> Tensor:
         """Degrees of freedom behind each covariance that is estimated by itself."""
         return dof
@@ -439,6 +443,9 @@ class Tied(Structure):
         cross = first.mT @ delta
         return second - cross - cross.mT + delta.mT @ (count.unsqueeze(-1) * delta)
 
+    def about(self, scatter: Tensor, first: Tensor, delta: Tensor) -> Tensor:
+        return scatter + first.mT @ delta
+
     def mass(self, dof: Tensor) -> Tensor:
         return dof.sum(-1)
 
@@ -499,6 +506,9 @@ class Entrywise(Structure):
 
     def normalizer(self, dof: Tensor, raw: Tensor, k: int, d: int) -> Tensor:
         return (dof * (2 * self.deviations(raw, d) + LOG_2PI)).sum((-2, -1))
+
+    def about(self, scatter: Tensor, first: Tensor, delta: Tensor) -> Tensor:
+        return scatter + self.pooled(first * delta)
 
     def divided(self, scatter: Tensor, mass: Tensor) -> Tensor:
         return scatter / mass

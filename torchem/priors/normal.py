@@ -5,6 +5,7 @@ In units of the statistics such a prior is what κ observations at the prior mea
 more degrees of freedom than the posterior does.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -151,9 +152,36 @@ class _MeanAndCovariance(_Normal):
         first = structure.by_column(count) * delta
         return Stats(
             count=count, dof=structure.dof(freedom.expand(lead), k, d), first=first,
-            second=structure.scatter(-count, -first, scale, delta),
-            shared=structure.shared, version=getattr(factor, "version", 0),
+            second=structure.about(scale, first, delta), shared=structure.shared, version=getattr(factor, "version", 0),
         )  # fmt: skip
+
+    def divergence(self, factor: Factor, posterior: Stats, start: Stats, norm: Tensor) -> Tensor:
+        """KL(q ‖ prior) from means, degrees of freedom and C = Ψ/ν, without natural coordinates of q.
+
+            A(prior) + ½ Σ c (κ₀/κ + log κ − 1 − log 2π) + ½ Σ tr C⁻¹ (Ψ₀ + κ₀ δδᵀ)
+            + Σ [½ ν₀ (log |C| + D log ν/2) − log Γ_D(ν/2) + ½ (ν − ν₀) ψ_D(ν/2) − ½ ν D],
+
+        with δ between the means, Γ_D and ψ_D multivariate, c = D columns behind each κ. Of variances of entries D and
+        c are one.
+
+        Source: W. D. Penny (2001), Kullback–Leibler divergences of normal, gamma, Dirichlet and Wishart densities.
+        """
+        structure, d, lead = self._structure(factor), factor.n_features, len(factor.replicas)
+        assert d is not None
+        raw, count = _of(factor, "scale"), posterior["count"]
+        entrywise = isinstance(structure, Entrywise)
+        width = 1 if entrywise else d
+        spread = raw if entrywise else raw.diagonal(dim1=-2, dim2=-1).sum(-1)
+        nu, nu_0 = structure.freedom(posterior["dof"], d), structure.freedom(start["dof"], d)
+        half = (nu.unsqueeze(-1) - torch.arange(width, dtype=nu.dtype, device=nu.device)) / 2
+        each = nu_0 * (spread + width / 2 * (nu / 2).log()) + (nu - nu_0) / 2 * half.digamma().sum(-1)
+        each = each - half.lgamma().sum(-1) - width / 2 * nu - width * (width - 1) / 4 * math.log(math.pi)
+        means = (start["count"] / count + count.log() - (1 + LOG_2PI)) * (width / 2)
+        total = norm + means.flatten(lead).sum(-1) + (each.flatten(lead).sum(-1) if each.dim() > lead else each)
+        delta = _of(factor, "mean") - _of(factor, "origin")
+        return (
+            total + structure.trace(raw, structure.scatter(start["count"], start["first"], start["second"], delta)) / 2
+        )
 
     def config(self) -> dict[str, Any]:
         return {
