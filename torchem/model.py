@@ -620,9 +620,16 @@ class _TablePass(Kernel):
     def __init__(self, factor: Factor, score: bool = False):
         self.factor, self.table = factor, factor.log_table if score else factor.table_potential
         self.total: Stats | None = None
+        self.kept: Tensor | None = None
 
     def log_potential(self, batch: Batch) -> Tensor:
-        return self.table(batch)
+        if self.kept is not None:
+            return self.kept
+        value = self.table(batch)
+        # One table for many rows reads nothing of them.
+        if len(batch) > 1 and value.shape[len(self.factor.replicas)] == 1:
+            self.kept = value
+        return value
 
     def inner(self) -> Tensor:
         return self.factor.expected_log_prob(self.stats())
