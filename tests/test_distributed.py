@@ -163,7 +163,7 @@ def _callback(rank: int, world: int) -> Any:
 
 
 def _interrupt(rank: int, world: int) -> Any:
-    def stop(progress: torchem.trainer.Progress) -> None:
+    def stop(progress: torchem.result.Progress) -> None:
         if rank == 0 and progress.iteration == 3:
             raise KeyboardInterrupt
 

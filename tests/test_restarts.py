@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 import torchem
 from tests.regressions.common import COVARIANCE_TYPES, blobs, fit, gap, mixture, rand, same
 from torchem.restarts import align, assignment, compare
-from torchem.trainer import Progress
+from torchem.result import Progress
 
 
 class Starts:

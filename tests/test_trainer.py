@@ -30,8 +30,8 @@ from tests.regressions.common import (
     started,
 )
 from torchem.errors import ConvergenceWarning, DegenerateComponent, InvalidArgument
+from torchem.result import Progress
 from torchem.stopping import aitken, verdict
-from torchem.trainer import Progress
 
 FIXED: dict[str, Any] = {"init": None, "tol": 0.0}
 

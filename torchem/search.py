@@ -20,10 +20,11 @@ from torch import Tensor
 from torchem import initialize
 from torchem.batch import Batch
 from torchem.errors import invalid
+from torchem.loop import n_states
 from torchem.model import DiscreteModel, LatentModel
 from torchem.ops import reduce
 from torchem.result import Result
-from torchem.trainer import Trainer, n_states
+from torchem.trainer import Trainer
 
 Kick = Callable[[Any, Batch, Sequence[torch.Generator]], None]
 
