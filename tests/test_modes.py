@@ -106,6 +106,16 @@ def sequences() -> dict[str, Any]:
     return {"data": truth.sample(12, 15, generator=rng())}
 
 
+def dialects() -> dict[str, Any]:
+    """Sequences of two chains."""
+    parts = []
+    for seed, stay in enumerate((0.9, 0.3)):
+        truth = torchem.GaussianHMM(2, 2).double()
+        truth.means, truth.transition_matrix = [[-1.5, 0.0], [1.5, 1.0]], [[stay, 1 - stay], [1 - stay, stay]]
+        parts.append(truth.sample(10, 15, generator=rng(seed)))
+    return {"data": torch.stack(parts, 1).flatten(0, 1)}
+
+
 def symbols() -> dict[str, Any]:
     truth = torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)).double()
     truth.emission.probs, truth.transition_matrix = [[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], [[0.9, 0.1], [0.2, 0.8]]
@@ -155,6 +165,12 @@ class Normal(torch.nn.Module):
 def network(k: int) -> torchem.Gradient:
     torch.manual_seed(0)
     return torchem.Gradient(Neural(Normal(k, 2), k), torch.optim.Adam, steps=2, lr=0.1)
+
+
+def kinds() -> torchem.Mixture:
+    """A cluster in parts, and one with outliers."""
+    outliers = torchem.Mixture(Categorical(1), StudentT(1, 2))
+    return torchem.Mixture(Categorical(2), [torchem.GaussianMixture(2, 2), outliers])
 
 
 def climbed() -> torchem.GaussianMixture:
@@ -230,6 +246,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     ),
     "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
+    "mixture of HMMs": (lambda: torchem.Mixture(Categorical(2), torchem.GaussianHMM(2, 2)), dialects),
+    "mixture of models": (kinds, points),
     "amortized model": (amortized, points),
     "gradient mixture": (climbed, points),
     "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),

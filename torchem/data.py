@@ -19,6 +19,8 @@ from torchem.sequences import as_buckets
 _SURVEY = 1 << 13
 #: Frames, padding included, of the sequences by which restarts are compared.
 _GLANCE = 1 << 13
+#: Frames, padding included, of the sequences that a start looks at where it looks at whole ones; at least so many.
+_FRAMES = 1 << 16
 #: Rows, or sequences, that a data set gives at a time.
 _ROWS, _SEQUENCES = 4096, 256
 
@@ -132,6 +134,7 @@ class Source:
             fields |= {
                 "allow_missing": self.model.handles_missing,
                 "n_states": self.model.labelled,
+                "whole": self.model.whole,
             }
             found = [(number, self.model.check(batch)) for number, batch in as_buckets(data, **fields)]
         else:
@@ -223,10 +226,17 @@ class Source:
             self.batches += self.held is None
             if self.sequential:
                 glance.add(batch)
+            if self.model.whole:
+                some = min(limit, max(_SEQUENCES, _FRAMES // batch.x.shape[1]))
+                pool.append(_draw(batch, some, generator))
+                if sum(len(priority) for priority, _ in pool) > 2 * some:
+                    pool = [_best(pool, some)]
             for rows in self._rows(batch):
                 # Nothing here may be as long as the data, which may be a file.
                 for piece in rows.split(_SURVEY):
                     moments.add(piece)
+                    if self.model.whole:
+                        continue
                     pool.append(_draw(piece, limit, generator))
                     if sum(len(priority) for priority, _ in pool) > 2 * limit:
                         pool = [_best(pool, limit)]

@@ -10,6 +10,7 @@ statistics and everything computed from them, through which many restarts run as
 import difflib
 import functools
 import inspect
+import math
 import operator
 import sys
 from abc import ABC, abstractmethod
@@ -282,6 +283,14 @@ class Factor(nn.Module, ABC):
             if tensor.dim() > rank:
                 self._set(name, tensor.detach()[index].clone())
 
+    def take_constants(self, one: "Factor", place: int) -> None:
+        """Take the constants of a factor of the same kind into one place of the replica axis, in place."""
+        for name, rank in self._rank.items():
+            mine, theirs = getattr(self, name), getattr(one, name)
+            if name in self._buffers and mine.dim() > rank:
+                mine[place] = theirs.to(mine)
+        self.refresh()
+
     def _set(self, name: str, value: Tensor) -> None:
         if name in self._parameters:
             getattr(self, name).data = value
@@ -473,7 +482,7 @@ class Factor(nn.Module, ABC):
 
     def gather(self, batch: Batch, expected: Tensor) -> Stats:
         """`stats` of a batch of rows, piece by piece, so that memory stays bounded."""
-        width = self.dtype.itemsize * max(1, *self.replicas, 1)
+        width = self.dtype.itemsize * math.prod(self.replicas)
         rows = rows_per_piece(self.row_size() * width, self.device)
         starts = range(0, max(1, len(batch)), rows)
         parts = (self.stats(batch[i : i + rows], expected[..., i : i + rows, :]) for i in starts)

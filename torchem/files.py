@@ -21,6 +21,7 @@ from torchem.errors import InvalidFile, TorchemError, describe, invalid, wrong_t
 from torchem.factor import Factor, Prior
 from torchem.gradient import Gradient
 from torchem.model import LatentModel
+from torchem.models.nested import Copies, Several
 from torchem.models.stationary import Stationary
 from torchem.variational import Variational
 
@@ -473,8 +474,7 @@ def _constructor(source: Any) -> Callable[..., nn.Module]:
 def _replicated(model: Any, *replicas: int) -> Any:
     if len(replicas) != 1 or not isinstance(replicas[0], int) or replicas[0] < 1:
         raise invalid("replicas", "one positive number", replicas, "save the model again")
-    if isinstance(model, LatentModel):
-        return model.replicate(replicas[0])
+    # In place: priors are still to be put on the very modules that were built.
     for module in model.modules():
         if isinstance(module, Factor):
             module.replicate(replicas[0])
@@ -490,7 +490,9 @@ def _classes(package: Any) -> dict[str, type[nn.Module]]:
 _OWN: dict[str, type[nn.Module]] = {
     **_classes(models),
     **{f"factors.{name}" if name in models.__all__ else name: kind for name, kind in _classes(factors).items()},
+    "Copies": Copies,
     "Gradient": Gradient,
+    "Several": Several,
     "Stationary": Stationary,
     "Variational": Variational,
 }

@@ -7,6 +7,7 @@ gives the most likely configuration.
 
 import copy
 import functools
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ class LatentModel(nn.Module, ABC):
 
     #: Whether an observation is a sequence of frames.
     sequential: ClassVar[bool] = False
+    #: Whether E-steps take the posterior itself, so that their ``log_likelihood`` is that of the data.
+    exact: bool = True
     #: What may stand for the posterior in `e_step`; and whether it takes a temperature.
     e_steps: ClassVar[tuple[EStep, ...]] = ("soft",)
     anneals: ClassVar[bool] = False
@@ -99,6 +102,8 @@ class LatentModel(nn.Module, ABC):
             if states is None:
                 raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
             fields.setdefault("n_states", states)
+        if self.whole:
+            fields["whole"] = True
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
 
     @property
@@ -116,6 +121,11 @@ class LatentModel(nn.Module, ABC):
         """The observations that starts and moments look at: rows, or the frames of sequences."""
         return batch
 
+    @property
+    def whole(self) -> bool:
+        """Whether latents are of whole sequences, and starts and labels too, rather than of their frames."""
+        return False
+
     def count(self, batch: Batch) -> Tensor:
         """Weight of all observations (frames, for sequences), float64."""
         return batch.total_weight()
@@ -130,7 +140,7 @@ class LatentModel(nn.Module, ABC):
 
     def row_size(self) -> int:
         """Numbers held per observation while a piece is processed."""
-        return sum(factor.row_size() for _, factor in self.slots()) * max(1, *self.replicas, 1)
+        return sum(factor.row_size() for _, factor in self.slots()) * math.prod(self.replicas)
 
     def stream(self, batch: Batch) -> Iterator[Batch]:
         """The batch in pieces that fit the cache (CPU) or the budget (CUDA), on the model's device and in its types.
@@ -460,10 +470,16 @@ class DiscreteModel(LatentModel):
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         """log Σ_z exp Σ potentials, ``[*r, N]``; with ``plus=reduce.maximum`` the value of the best configuration."""
 
+    def log_normalizer(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        """log Z ``[*r, N]``: `log_partition`, or something faster that equals it."""
+        return self.log_partition(potentials, batch)
+
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """log Z per row, and weighted expectations in the shape of each potential.
 
-        This default differentiates `log_partition`: the reference that every faster override must equal.
+        Weights are those of the rows, ``[N]``, or of the rows under each replica, ``[*r, N]``: in a mixture of models
+        they are the responsibilities. This default differentiates `log_partition`: the reference that every faster
+        override must equal.
 
         Source: M. J. Wainwright, M. I. Jordan (2008), proposition 3.1.
         """
@@ -538,7 +554,8 @@ class DiscreteModel(LatentModel):
         self, batch: Batch, kind: EStep = "soft", beta: float = 1.0, uniforms: Uniforms | None = None
     ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Pieces of a batch, each with the weighted expectations that an E-step collects from it, by slot."""
-        infer, kernels = self._inference(kind, beta, uniforms), self._kernels()
+        infer = self._inference(kind, beta, uniforms)
+        kernels = self._passes(infer)
         for piece in self.stream(batch):
             yield piece, infer({slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}, piece)[1]
 
@@ -554,8 +571,12 @@ class DiscreteModel(LatentModel):
             for slot, f in self.slots()
         }
 
+    def _passes(self, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Kernel]:
+        """A pass of every factor for one E-step; factors with discrete latents of their own infer these likewise."""
+        return self._kernels()
+
     def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
-        kernels = self._kernels()
+        kernels = self._passes(infer)
         log_likelihood: Tensor | None = None
         for piece in self.stream(batch):
             potentials = {slot: kernel.log_potential(piece) for slot, kernel in kernels.items()}
@@ -578,14 +599,23 @@ class DiscreteModel(LatentModel):
 
     def _each(self, data: Any, function: Callable[[dict[str, Tensor], Batch], Any], score: bool = False) -> Any:
         """Apply a function of potentials to the data piece by piece and join the results, tensors, along the rows."""
-        batch = self.check(data) if isinstance(data, Batch) else self.batch(data)
+        batch = self._read(data, {})
         with declared_precision(self.device):
             kernels = self._kernels(score)
             parts = [function({s: k.log_potential(p) for s, k in kernels.items()}, p) for p in self.stream(batch)]
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
 
-    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        return self._each(data, self.log_partition, score=True)
+    def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
+        """log p(x) of each row or sequence, ``[N]``; with ``labels`` that of them beside the data.
+
+        Args:
+            data: As for `torchem.fit`.
+            **fields: ``lengths``, ``inputs``, ``labels``, … as for `LatentModel.batch`.
+        """
+        return self._each(self._read(data, fields), self.log_normalizer, score=True)
+
+    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
+        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
 
 
 def global_uniforms(shape: torch.Size) -> Tensor:

@@ -14,6 +14,7 @@ from torchem.batch import (
     check_rows,
     check_weight,
     complete_frames,
+    evidence_from_labels,
     full_lengths,
     given_or,
     masked,
@@ -41,6 +42,7 @@ def as_sequences(
     trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
+    whole: bool = False,
 ) -> Batch:
     """Build a validated `Batch` of N sequences, ``x [N, T, D]``, from any of the forms in which sequences come.
 
@@ -72,6 +74,8 @@ def as_sequences(
         trials: Numbers of trials, likewise.
         allow_missing: Whether single entries may be NaN too, not only whole frames.
         allow_empty: Whether there may be no sequences.
+        whole: Whether labels are of sequences, ``[N]`` or ``[N, K]``, rather than of frames. What they say then stands
+            at the first frame of each.
 
     Returns:
         A batch whose ``lengths`` are None where every sequence fills T.
@@ -89,6 +93,7 @@ def as_sequences(
     return _read(
         data, lengths=lengths, weight=weight, u=u, evidence=evidence, labels=labels, observed=observed,
         n_states=n_states, offset=offset, trials=trials, allow_missing=allow_missing, allow_empty=allow_empty,
+        whole=whole,
     ).padded()  # fmt: skip
 
 
@@ -185,6 +190,7 @@ def _read(
     trials: Any = None,
     allow_missing: bool = False,
     allow_empty: bool = False,
+    whole: bool = False,
 ) -> _Frames:
     known = data if isinstance(data, Batch) else None
     x = data if known is None else known.x
@@ -199,12 +205,23 @@ def _read(
         if name != "x"
     }
     batch = check_rows(
-        Batch(layout.x, **rows), labels=layout.lay(labels, "labels"), n_states=n_states, place=layout.place,
-        allow_missing=allow_missing, allow_missing_rows=True,
+        Batch(layout.x, **rows), labels=None if whole else layout.lay(labels, "labels"), n_states=n_states,
+        place=layout.place, allow_missing=allow_missing, allow_missing_rows=True,
     )  # fmt: skip
+    if whole and labels is not None:
+        batch = _labelled(batch, labels, n_states, layout.starts)
     weights = given_or(weight, None if known is None else known.weight, "weights", batch.x.device)
     weights = check_weight(weights, len(layout.starts), "sequence")
     return _Frames(batch, layout.lengths, layout.starts, layout.frames, weights)
+
+
+def _labelled(batch: Batch, labels: Any, n_states: int | tuple[int, ...] | None, starts: Tensor) -> Batch:
+    """Rows with what labels say of the sequences that start at some of them."""
+    known = evidence_from_labels(labels, n_states, (len(starts),), place=lambda n: f"sequence {n}").to(batch.x.device)
+    before = batch.evidence
+    if before is None:
+        before = known.new_zeros(len(batch), known.shape[-1])
+    return replace(batch, evidence=before.to(known).index_add(0, starts, known))
 
 
 def _masked(data: Any, observed: Any) -> Any:

@@ -74,8 +74,6 @@ class Variational(Wrapper):
         if not isinstance(factor, Factor):
             raise wrong_type("factor", "a torchem factor", factor, "pass for example model.component")
         family = conjugate(factor)
-        if factor.replicas:
-            raise invalid("factor", "one without replicas", f"{factor.replicas[0]} of them", "wrap it before")
         given = prior if prior is not None else factor.prior
         self.factor = factor
         self._known: tuple[list[Any], list[Any], tuple[Stats, Tensor]] | None = None
@@ -83,9 +81,14 @@ class Variational(Wrapper):
         self._prior = self._accepted(family.weak_prior() if given is None else given)
         factor.prior = None
         # Whatever its parameters are now, they begin with one observation more than the prior.
-        start = self._prior.posterior_stats(factor).map(lambda leaf: leaf + 1.0)
-        for name, value in family.strengths(start).items():
+        one = copy.deepcopy(factor)
+        for _ in factor.replicas:
+            one.take_replicas(0)
+        start = self._prior.posterior_stats(one).map(lambda leaf: leaf + 1.0)
+        for name, value in conjugate(one).strengths(start).items():
             self.new_parameter(name, value.detach().to(factor.device, factor.dtype))
+        for size in reversed(factor.replicas):  # in a mixture of models, one for each
+            Factor.replicate(self, size)
 
     def _accepted(self, prior: Prior) -> Prior:
         if not isinstance(prior, Prior):

@@ -599,6 +599,43 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-N1", lambda: single(2, 1, 9)
 
 
+def _nested_cases() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Mixtures whose components are models."""
+
+    def spread(model: Mixture) -> Mixture:
+        for i, value in enumerate(model.component.parameters()):
+            value.data = value.data + 0.4 * randn(*value.shape, seed=70 + i)
+        model.weights = randn(model.n_components, seed=69).softmax(-1)
+        return model
+
+    def chains() -> ModelCase:
+        model = spread(Mixture(Categorical(2), hmm(gaussian(STATES, 2, "diag"))).double())
+        evidence = torch.zeros(SEQUENCES, FRAMES, 2, dtype=torch.float64)
+        evidence[0, 0, 1], evidence[3:5] = -torch.inf, randn(2, FRAMES, 2, seed=71)
+        weight = 2 * rand(SEQUENCES, seed=72)
+        weight[::3] = 0
+        inside = (torch.arange(FRAMES) < LENGTHS.unsqueeze(-1)).unsqueeze(-1)
+        batch = ragged(frames(2))
+        return ModelCase(model, replace(batch, evidence=torch.where(inside, evidence, 0.0), weight=weight))
+
+    def several() -> ModelCase:
+        """Chains that emit alike, and a chain that stays where it is."""
+        table = Categorical(STATES, 4)
+        table.probs, table.prior = randn(STATES, 4, seed=73).softmax(-1), priors.Dirichlet(1.5)
+        still = hmm(table, 1)
+        still.restrict(torch.eye(STATES))
+        models = [hmm(table), still, hmm(Categorical(2, 4))]
+        return ModelCase(Mixture(Categorical(3), models).double(), ragged(classes(4)))
+
+    def mixtures() -> ModelCase:
+        model = spread(Mixture(Categorical(2), mixture(2, 2, "tied")).double())
+        return ModelCase(model, Batch(blobs(50, 2, 3)))
+
+    yield "Mixture-HMMs", chains
+    yield "Mixture-several", several
+    yield "Mixture-mixtures", mixtures
+
+
 #: Models whose bound is not the log-likelihood: the laws of exact inference are not theirs.
 APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM}
 
@@ -615,7 +652,7 @@ def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
                 yield f"{name}-example{i or ''}", lambda offer=offer, i=i: ModelCase(*offer()[i])
 
 
-MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_emissions(), *_chains()])
+MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_nested_cases(), *_emissions(), *_chains()])
 
 
 def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.MarkDecorator:

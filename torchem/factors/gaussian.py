@@ -381,7 +381,7 @@ class Gaussian(Factor, Conjugate):
         small = rows * self._k * self._d <= _SMALL
         if small and iteration % 8 and iteration & (iteration - 1):
             return None  # the check costs as much as an iteration of so small a fit
-        if small or self.structure.prefers_differences(self._k * max(1, *self.replicas, 1), self._d):
+        if small or self.structure.prefers_differences(self._k * math.prod(self.replicas), self._d):
             self.direct = True
         elif self.origin.numel() == self._d:  # one origin for all
             error = float(ops.rounding(self.structure, self.mean, self.scale, self.origin))

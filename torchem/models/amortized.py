@@ -82,6 +82,7 @@ class AmortizedModel(LatentModel):
     log_variance: Tensor | None
 
     accelerates: ClassVar[bool] = False
+    exact = False
 
     def __init__(
         self,

@@ -151,6 +151,11 @@ class FactorialHMM(LatentModel):
         return *chains, ("emission", self.emission)
 
     @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether q is the posterior itself."""
+        return self.q == "exact"
+
+    @property
     def handles_missing(self) -> bool:
         """False: frames may be missing as a whole."""
         return False
@@ -715,7 +720,7 @@ class FactorialHMM(LatentModel):
     def stream(self, batch: Batch) -> Iterator[Batch]:
         """Sequences in pieces whose messages fit the budget, on the model's device."""
         states = math.prod(self.n_states) if self.q == "exact" else self.n_components
-        size = _PER_STATE * states * self.dtype.itemsize * max(1, *self.replicas, 1) * max(1, batch.x.shape[1])
+        size = _PER_STATE * states * self.dtype.itemsize * math.prod(self.replicas) * max(1, batch.x.shape[1])
         budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
         for piece in batch.split(max(1, budget // size)):
             yield piece if piece.x.device == self.device else piece.to(self.device)

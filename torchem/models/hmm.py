@@ -1,6 +1,7 @@
 """Hidden Markov models: a chain of discrete states behind a sequence of observations."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -272,8 +273,8 @@ class HMM(DiscreteModel):
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         return chain.reference(*self._chain(potentials, batch), batch.lengths, plus)
 
-    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        return self._each(data, lambda p, b: chain.log_normalizer(*self._chain(p, b), b.lengths), score=True)
+    def log_normalizer(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return chain.log_normalizer(*self._chain(potentials, batch), batch.lengths)
 
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         initial, transition, emission = self._chain(potentials, batch)
@@ -353,7 +354,7 @@ class HMM(DiscreteModel):
         """Frames whose K × K tables are held at once; 0 where all steps are alike or all tables fit."""
         if isinstance(self.transition.unwrapped, Categorical):
             return 0
-        width = len(batch) * max(1, *self.replicas, 1) * self._states**2 * self.dtype.itemsize * _PER_STATE
+        width = len(batch) * math.prod(self.replicas) * self._states**2 * self.dtype.itemsize * _PER_STATE
         block = max(16, (self.memory_budget or _TABLES) // max(1, width))
         return block if block < batch.x.shape[1] else 0
 
@@ -636,9 +637,6 @@ class HMM(DiscreteModel):
         x, z = Draw(self, n, length, inputs, generator).run()
         return (x, z) if latents else x
 
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
-
     # ---- starts and health ------------------------------------------------------------------------------------
 
     def rows(self, batch: Batch) -> Batch:
@@ -778,7 +776,7 @@ class HMM(DiscreteModel):
         """
         frames = max(1, batch.x.shape[1])
         states = self._states
-        size = _PER_STATE * states * self.dtype.itemsize * max(1, *self.replicas, 1)
+        size = _PER_STATE * states * self.dtype.itemsize * math.prod(self.replicas)
         budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
         pieces = -(-len(batch) // max(1, budget // (size * frames)))
         for piece in batch.split(max(1, -(-len(batch) // max(1, pieces)))):

@@ -1,6 +1,8 @@
 """Finite mixtures: one discrete latent per observation."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -9,10 +11,10 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_batch, as_tensor
 from torchem.errors import invalid, wrong_type
-from torchem.factor import Factor
+from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
-from torchem.model import DiscreteModel, Reduction, Uniforms
+from torchem.model import DiscreteModel, LatentModel, Reduction, Tempered, Uniforms
 from torchem.models.imputation import (
     Conditional,
     Gaps,
@@ -26,6 +28,7 @@ from torchem.models.imputation import (
     spread_out,
     total,
 )
+from torchem.models.nested import Models, Taken, models_of, nested
 from torchem.models.prediction import Prediction
 from torchem.ops import reduce
 from torchem.stats import Stats
@@ -37,14 +40,20 @@ class Mixture(DiscreteModel):
     E-step: γ_nk ∝ p(z = k) p(x_n | z = k), the responsibilities. M-step: each factor under them. A gate that reads
     covariates in ``mixing`` makes a mixture of experts.
 
+    A component may be a model: rows are then what it reads, whole sequences where it is a hidden Markov model, and
+    p(x | z = k) its likelihood, its own latents summed out. Sequences are clustered so by their dynamics. ``hard``,
+    ``sample`` and annealed E-steps take the latents inside likewise: the most likely z and path together. A gate reads
+    the covariates of a sequence's first frame; labels are of sequences, ``[N]``.
+
     Args:
         mixing: A latent child over K classes, such as ``Categorical(K)``.
-        component: An observed child with K components.
+        component: An observed child with K components; a model, of which each component is a copy; or a list of K
+            models of any kinds that read the same data.
 
     Raises:
-        InvalidArgument: If the two disagree about K.
+        InvalidArgument: If the two disagree about K, or a model only bounds its likelihood.
 
-    Source: A. P. Dempster, N. M. Laird, D. B. Rubin (1977), section 4.3.
+    Source: A. P. Dempster, N. M. Laird, D. B. Rubin (1977), section 4.3; P. Smyth (1997) for models.
 
     Example:
         >>> m = Mixture(Categorical(3), Gaussian(3, 2, "diag"))
@@ -53,13 +62,16 @@ class Mixture(DiscreteModel):
     """
 
     mixing: Factor
-    component: Factor
+    component: Any  # a factor
 
-    def __init__(self, mixing: Factor, component: Factor):
+    def __init__(self, mixing: Factor, component: Factor | LatentModel | Sequence[LatentModel]):
         super().__init__()
-        for name, factor in (("mixing", mixing), ("component", component)):
-            if not isinstance(factor, Factor):
-                raise wrong_type(name, "a torchem factor", factor, "pass for example factors.Categorical(K)")
+        if not isinstance(component, Factor) and isinstance(component, (LatentModel, Sequence)):
+            component = nested(component, _classes(mixing))
+        if not isinstance(mixing, Factor):
+            raise wrong_type("mixing", "a torchem factor", mixing, "pass for example factors.Categorical(K)")
+        if not isinstance(component, Factor):
+            raise wrong_type("component", "a torchem factor or model", component, "pass for example Gaussian(K, D)")
         classes = getattr(mixing, "shape", (component.n_components,))[-1]
         if component.n_components is not None and classes != component.n_components:
             raise invalid(
@@ -97,6 +109,45 @@ class Mixture(DiscreteModel):
         # A wrapper reads and assigns as what it wraps.
         return self.mixing
 
+    # ---- models as components ---------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> Models | None:
+        """The models that are the components, where they are models."""
+        return models_of(self.component)
+
+    @property
+    def sequential(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether an observation is a sequence."""
+        return self.whole
+
+    @property
+    def whole(self) -> bool:
+        models = self.models
+        return models is not None and models.sequential
+
+    def rows(self, batch: Batch) -> Batch:
+        return self.models.rows(batch) if self.whole and self.models is not None else batch
+
+    def stream(self, batch: Batch) -> Iterator[Batch]:
+        if self.whole and self.models is not None:
+            yield from self.models.stream(batch, self.memory_budget)
+        else:
+            yield from super().stream(batch)
+
+    def _kernels(self, score: bool = False) -> dict[str, Kernel]:
+        kernels = super()._kernels(score)
+        return {**kernels, "mixing": _FirstFrames(kernels["mixing"])} if self.whole else kernels
+
+    def _passes(self, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Kernel]:
+        kernels, models = self._kernels(), self.models
+        if models is None:
+            return kernels
+        plain, beta = (infer.infer, infer.beta) if isinstance(infer, Tempered) else (infer, 1.0)
+        uniforms = plain.keywords["uniforms"] if isinstance(plain, functools.partial) else None
+        kind = "sample" if uniforms is not None else "hard" if plain == self.infer_hard else "soft"
+        return {**kernels, "component": models.kernel(taken=Taken(kind, beta, uniforms))}
+
     # ---- inference --------------------------------------------------------------------------------------------
 
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
@@ -114,7 +165,8 @@ class Mixture(DiscreteModel):
     @staticmethod
     def _joint(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
         joint = potentials["mixing"] + potentials["component"]
-        return joint if batch.evidence is None else joint + batch.evidence.to(joint)
+        known = _evidence(batch)
+        return joint if known is None else joint + known.to(joint)
 
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         joint = self._joint(potentials, batch)
@@ -143,18 +195,23 @@ class Mixture(DiscreteModel):
         return {"mixing": mixing, "component": chosen}
 
     def _known(self, expected: dict[str, Tensor], batch: Batch) -> Tensor:
-        posterior = expected["component"]
-        assert batch.evidence is not None
-        known = torch.where(posterior > 0, posterior * batch.evidence.to(posterior), 0.0)
+        posterior, evidence = expected["component"], _evidence(batch)
+        assert evidence is not None
+        known = torch.where(posterior > 0, posterior * evidence.to(posterior), 0.0)
         return known.sum((-2, -1), dtype=torch.float64)
 
-    def posterior(self, data: Any) -> Float[Tensor, "*r n k"]:
-        """Responsibilities ``[N, K]``; rows sum to one, or to zero where an observation is impossible."""
-        return self._each(data, lambda p, b: reduce.responsibilities(self._joint(p, b))[1])
+    def posterior(self, data: Any, **fields: Any) -> Float[Tensor, "*r n k"]:
+        """Responsibilities ``[N, K]``; rows sum to one, or to zero where an observation is impossible.
 
-    def most_likely(self, data: Any) -> Int[Tensor, "*r n"]:
+        Args:
+            data: As for `torchem.fit`.
+            **fields: ``inputs``, ``labels`` (what is known of the components), … as for `LatentModel.batch`.
+        """
+        return self._each(self._read(data, fields), lambda p, b: reduce.responsibilities(self._joint(p, b))[1])
+
+    def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n"]:
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
-        return self._each(data, lambda p, b: reduce.first_max(self._joint(p, b).detach()))
+        return self._each(self._read(data, fields), lambda p, b: reduce.first_max(self._joint(p, b).detach()))
 
     def predict(self, inputs: Any, *, offset: Any = None, trials: Any = None) -> Prediction:
         """The law of x given covariates: its mean, variance, quantiles and density, and what the gate says.
@@ -174,6 +231,7 @@ class Mixture(DiscreteModel):
             >>> m.predict([[0.0], [2.0]]).quantile(0.5).tolist()
             [[1.0], [7.0]]
         """
+        self._refuse_models("predict")
         u = as_tensor(inputs, "inputs")
         blank = torch.zeros(len(u), self.component.n_features or 1, dtype=self.dtype)
         batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_empty=True).to(self.device)
@@ -201,6 +259,7 @@ class Mixture(DiscreteModel):
             tensor([[2., 1.]])
         """
         checked_draws(draws, self, variance)
+        self._refuse_models("impute")
         gaps = Gaps.of(data, self._read(data, fields), False)
         batch = gaps.batch[gaps.index]
         rows, share = floating(batch, self), self.posterior(batch)
@@ -235,6 +294,7 @@ class Mixture(DiscreteModel):
             >>> law.mean.tolist(), law.variance.tolist()
             ([[1.0], [0.0]], [[0.75], [0.75]])
         """
+        self._refuse_models("condition")
         width, left = self.component.n_features or len(self.component.outcomes()), None
         if columns is not None:
             data, left = spread_out(as_tensor(data, "data"), columns, width)
@@ -246,13 +306,18 @@ class Mixture(DiscreteModel):
         left = list(range(mean.shape[-1])) if left is None else left
         return Conditional(self, rows, left, share, mean[..., left], variance[..., left])
 
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+    def _refuse_models(self, method: str) -> None:
+        if self.models is not None:
+            raise invalid(
+                method, "a mixture whose components are factors", "one of models",
+                f"use model.component[k].{method}, weighed by model.posterior",
+            )  # fmt: skip
 
     @torch.no_grad()
     def sample(
         self,
         n: int,
+        length: int | None = None,
         *,
         latents: bool = False,
         inputs: Any = None,
@@ -264,8 +329,9 @@ class Mixture(DiscreteModel):
 
         Args:
             n: Number of draws.
+            length: Frames of each, where they are sequences ``[n, length, D]``; see `HMM.sample`.
             latents: Whether to return the components as well.
-            inputs: Covariates ``[n, M]``, where a gate or the components read them.
+            inputs: Covariates ``[n, M]``, where a gate or the components read them; of sequences ``[n, length, M]``.
             offset: Known terms of linear predictors, ``[n]``.
             trials: Numbers of trials, ``[n]``.
             generator: Source of the draws.
@@ -276,14 +342,20 @@ class Mixture(DiscreteModel):
             None if value is None else as_tensor(value, name).to(self.device, self.dtype)
             for name, value in (("inputs", inputs), ("offset", offset), ("trials", trials))
         )
-        blank = Batch(torch.empty(n, 0, device=self.device), u=u, offset=offset, trials=trials)
+        if length is not None and not self.whole:
+            raise invalid("length", "none: an observation is a row", length, "leave it out")
+        heads = (
+            u[:, 0] if u is not None and u.dim() == 3 else u[:1].expand(n, -1) if u is not None and self.whole else u
+        )
+        blank = Batch(torch.empty(n, 0, device=self.device), u=heads, offset=offset, trials=trials)
         table = self.mixing.log_table(blank).exp()
         if table.shape[0] == 1:
             z = torch.multinomial(table[0], n, replacement=True, generator=generator) if n else torch.empty(0).long()
         else:
             z = torch.multinomial(table, 1, generator=generator)[:, 0]
         z = z.to(self.device)
-        x = self.component.sample(z, blank, generator)
+        models = self.models
+        x = self.component.sample(z, blank, generator) if models is None else models.draw(z, length, u, generator)
         return (x, z) if latents else x
 
     # ---- starts and health ------------------------------------------------------------------------------------
@@ -297,6 +369,8 @@ class Mixture(DiscreteModel):
         return not isinstance(self.mixing.unwrapped, Categorical)
 
     def landmarks(self, batch: Batch) -> Tensor:
+        if self.models is not None:
+            return self.models.landmarks(batch)
         # A gate can only tell apart what covariates do.
         if not self._gated or batch.u is None:
             return batch.x
@@ -308,7 +382,7 @@ class Mixture(DiscreteModel):
     def _from_responsibilities(self, batch: Batch, expected: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.weight is not None:
             expected = expected * batch.weight.unsqueeze(-1).to(expected)
-        tables = self.mixing.initialize_table(batch, expected)
+        tables = self.mixing.initialize_table(_first_frames(batch) if self.whole else batch, expected)
         return tables, self.component.initialize(batch, expected)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
@@ -348,13 +422,16 @@ class Mixture(DiscreteModel):
         matters = torch.ones_like(gap, dtype=torch.bool)
         if tolerance > 0 or self.component.averages:
             # Only where one of the two is responsible does it matter whether they differ.
-            share = reduce.responsibilities(
-                self._joint({"mixing": self.mixing.table_potential(batch), "component": joint}, batch)
-            )[1]
+            mixing = self._kernels()["mixing"].log_potential(batch)
+            share = reduce.responsibilities(self._joint({"mixing": mixing, "component": joint}, batch))[1]
             matters = (share.unsqueeze(-1) + share.unsqueeze(-2)) > 0.01
         # Components that no observation needs agree about nothing: a prior makes them equal for good.
         same = ~(matters & (gap > tolerance)).any(0) & matters.any(0) & joint.isfinite().all(0)
         return [(j, i) for i, j in same.tril(-1).nonzero().tolist()]
+
+    def surprise(self, rows: Batch) -> Tensor:
+        # Long sequences are less likely than short ones.
+        return super().surprise(rows) / rows.frames() if self.whole else super().surprise(rows)
 
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
         """Put the components ``which [*r, K]`` at observations ``index [*r, K]``, with an even share of the mass."""
@@ -388,6 +465,45 @@ class Mixture(DiscreteModel):
         """Keep only some components, in place; weights are renormalised."""
         self.mixing = self.mixing.pruned(keep)
         self.component = self.component.pruned(keep)
+
+
+def _classes(mixing: Any) -> int:
+    """How many classes a law of them has."""
+    shape = getattr(mixing, "shape", None)
+    if not isinstance(mixing, Factor) or not shape:
+        raise wrong_type("mixing", "a torchem factor over classes", mixing, "pass for example factors.Categorical(K)")
+    return shape[-1]
+
+
+def _evidence(batch: Batch) -> Tensor | None:
+    """What is known of the components, ``[N, K]``: of sequences, all that stands at their frames."""
+    evidence = batch.evidence
+    return evidence.sum(1) if evidence is not None and evidence.dim() == 3 else evidence
+
+
+def _first_frames(batch: Batch) -> Batch:
+    """The first frames of sequences, as rows: what gates read of them."""
+    given = {name: None if (own := getattr(batch, name)) is None else own[:, 0] for name in ("x", "u", "offset")}
+    return replace(batch, **given, trials=None, lengths=None, evidence=None)  # pyright: ignore[reportArgumentType]
+
+
+class _FirstFrames(Kernel):
+    """A pass of mixing weights over sequences."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        return self.kernel.log_potential(_first_frames(batch))
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        self.kernel.collect(_first_frames(batch), expected)
+
+    def stats(self) -> Stats:
+        return self.kernel.stats()
+
+    def inner(self) -> Tensor:
+        return self.kernel.inner()
 
 
 class GaussianMixture(Mixture):
