@@ -49,6 +49,8 @@ class LatentModel(nn.Module, ABC):
     anneals: ClassVar[bool] = False
     #: Whether an M-step is a pure map of the parameters, which can be extrapolated.
     accelerates: ClassVar[bool] = True
+    #: Whether the posterior is exact, so that the objective is log p(x) and no bound on it.
+    exact: ClassVar[bool] = False
     #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
     memory_budget: int | None = None
 
@@ -455,6 +457,7 @@ class DiscreteModel(LatentModel):
 
     e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard", "sample")
     anneals: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     @abstractmethod
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
