@@ -61,7 +61,7 @@ def labels(name: str) -> None:
     model, given = started(name)
     with torch.no_grad():
         batch = model.batch(given["data"], u=given.get("inputs"))
-        continuous = isinstance(model, torchem.AmortizedModel)
+        continuous = model.labelled is None
         states = torch.zeros(len(batch)) if continuous else model.most_likely(batch)
         known = quiet(copy.deepcopy(model), labels=states.long(), max_iter=1, **given)
         if getattr(model, "models", None) is None:
@@ -98,7 +98,10 @@ def holes(name: str, part: tuple[Any, ...]) -> None:
 
 def missing_rows(name: str) -> None:
     """Rows, or frames of sequences."""
-    holes(name, (slice(None, None, 4),) if "HMM" not in name else (slice(None), slice(None, None, 4)))
+    holes(
+        name,
+        (slice(None, None, 4),) if "HMM" not in name and "space" not in name else (slice(None), slice(None, None, 4)),
+    )
 
 
 def missing_entries(name: str) -> None:
@@ -157,6 +160,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("neural HMM", "`em_map`"): "function of statistics",
     ("mixture of directions", "missing entries"): "whole",
     ("Laplace mixture", "`em_map`"): "function of statistics",
+    ("state space", "labels"): "labels",
+    ("variational state space", "labels"): "labels",
     ("amortized model", "labels"): "labels",
     ("amortized model", "missing rows"): "missing",
     ("amortized model", "missing entries"): "missing",

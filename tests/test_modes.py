@@ -145,6 +145,12 @@ def prior() -> torchem.GaussianMixture:
     return model
 
 
+def series() -> dict[str, Any]:
+    truth = torchem.LinearGaussianStateSpace(1, 2).double()
+    truth.dynamics, truth.loadings = [[0.9]], [[1.0], [-0.5]]
+    return {"data": truth.sample(10, 12, generator=rng())}
+
+
 def amortized() -> torchem.AmortizedModel:
     torch.manual_seed(0)
     return torchem.AmortizedModel(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), 1, steps=2)
@@ -248,6 +254,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "mixture of HMMs": (lambda: torchem.Mixture(Categorical(2), torchem.GaussianHMM(2, 2)), dialects),
     "mixture of models": (kinds, points),
+    "state space": (lambda: torchem.LinearGaussianStateSpace(1, 2), series),
+    "variational state space": (lambda: torchem.variational(torchem.LinearGaussianStateSpace(1, 2)), series),
     "amortized model": (amortized, points),
     "gradient mixture": (climbed, points),
     "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),
@@ -274,6 +282,12 @@ REFUSED = {
     ("amortized model", "annealed"): "temperature",
     ("amortized model", "squarem"): "map to extrapolate",
     ("amortized model", "anderson"): "map to extrapolate",
+    **{
+        (f"{kind}state space", mode): why
+        for kind in ("", "variational ")
+        for mode, why in (("hard", "configurations"), ("sampled", "configurations"), ("annealed", "temperature"))
+    },
+    ("variational state space", "direct"): "a bound on it",
     ("neural HMM", "squarem"): "map to extrapolate",
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",

@@ -13,7 +13,15 @@ from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.gradient import Gradient
 from torchem.model import DiscreteModel, LatentModel, em_map
-from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import (
+    HMM,
+    AmortizedModel,
+    FactorialHMM,
+    GaussianHMM,
+    GaussianMixture,
+    LinearGaussianStateSpace,
+    Mixture,
+)
 from torchem.result import Progress, Result
 from torchem.search import perturb, split_merge
 from torchem.stats import Stats
@@ -39,6 +47,7 @@ __all__ = [
     "FullBatch",
     "GaussianHMM",
     "GaussianMixture",
+    "LinearGaussianStateSpace",
     "Gradient",
     "HMM",
     "Incremental",

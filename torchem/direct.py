@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchem.ascent import Climber, Optimizer, Walk, movable, settle, summed
 from torchem.batch import Batch
 from torchem.errors import invalid
-from torchem.model import DiscreteModel, LatentModel, placed, weighted
+from torchem.model import LatentModel, placed, weighted
 from torchem.stats import Stats
 
 
@@ -48,7 +48,7 @@ class Direct(Climber):
         Raises:
             InvalidArgument: Then.
         """
-        if not isinstance(model, DiscreteModel) or any(factor.averages for factor in model.factors()):
+        if not model.exact or any(factor.averages for factor in model.factors()):
             raise invalid(
                 "direct", "a model whose objective is log p(x) (and the log prior)",
                 f"{type(model).__name__}, whose objective is a bound on it", "leave it out",

@@ -100,6 +100,25 @@ class Adjustment:
     retake: bool = False
 
 
+@dataclass(frozen=True)
+class Quadratic:
+    """What inference over normal latents is fed of a normal child: a quadratic function of it and of its covariates.
+
+        log N(x | W_k u, L_k L_kᵀ) + c_k − ½ uᵀ V_k u
+
+    Attributes:
+        factor: L, lower, ``[*r, K, D, D]``.
+        weight: W, ``[*r, K, D, M]``; of a law without covariates its mean, ``[*r, K, D, 1]``, for a u of one.
+        offset: c, ``[*r, K]``: what an expectation under a posterior of the parameters takes off.
+        penalty: V, ``[*r, K, M, M]``: how unsure coefficients are; None where they are known.
+    """
+
+    factor: Tensor
+    weight: Tensor
+    offset: Tensor
+    penalty: Tensor | None = None
+
+
 @runtime_checkable
 class Moments(Protocol):
     """What a data source tells a factor before the first E-step about each column."""
@@ -430,6 +449,23 @@ class Factor(nn.Module, ABC):
     def row_size(self) -> int:
         """Numbers held per observation while a piece is processed; decides how many rows a piece has."""
         return 4 * (self.n_components or 1)
+
+    # ---- normal latents ---------------------------------------------------------------------------------------
+
+    def quadratic(self) -> Quadratic:
+        """What inference is fed where the child, or its covariates, are normal latents: an expected log-density."""
+        raise NotImplementedError(f"{type(self).__name__} is no law of normal latents: it has no quadratic")
+
+    def moment_stats(self, count: Tensor, xx: Tensor, ux: Tensor, uu: Tensor) -> Stats:
+        """Statistics from posterior moments, where the child, or its covariates, are latent; all carry the weights.
+
+        Args:
+            count: ``[*r, K]`` Σ expected.
+            xx: ``[*r, K, D, D]`` Σ expected E[x xᵀ].
+            ux: ``[*r, K, M, D]`` Σ expected E[u xᵀ]; of a law without covariates Σ expected E[xᵀ], M = 1.
+            uu: ``[*r, K, M, M]`` Σ expected E[u uᵀ].
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no law of normal latents: it has no moment_stats")
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -813,6 +849,14 @@ class Conjugate(ABC):
     @abstractmethod
     def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         """A pass whose potentials are expected log-densities, base measure included."""
+
+    def expected_quadratic(self, posterior: Stats) -> Quadratic:
+        """As `Factor.quadratic`, expected under the posterior."""
+        raise NotImplementedError(f"{type(self).__name__} is no law of normal latents: it has no expected_quadratic")
+
+    def check_given(self) -> None:
+        """Refuse to keep frozen what leaves a posterior of the rest that is of another form."""
+        return
 
     @abstractmethod
     def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:

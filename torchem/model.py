@@ -45,13 +45,13 @@ class LatentModel(nn.Module, ABC):
 
     #: Whether an observation is a sequence of frames.
     sequential: ClassVar[bool] = False
-    #: Whether E-steps take the posterior itself, so that their ``log_likelihood`` is that of the data.
-    exact: bool = True
     #: What may stand for the posterior in `e_step`; and whether it takes a temperature.
     e_steps: ClassVar[tuple[EStep, ...]] = ("soft",)
     anneals: ClassVar[bool] = False
     #: Whether an M-step is a pure map of the parameters, which can be extrapolated.
     accelerates: ClassVar[bool] = True
+    #: Whether E-steps take the posterior itself, so that their ``log_likelihood`` is log p(x) and no bound on it.
+    exact: bool = False
     #: Bytes that one piece of data may occupy while it is processed; None for the default of the device.
     memory_budget: int | None = None
 
@@ -465,6 +465,7 @@ class DiscreteModel(LatentModel):
 
     e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard", "sample")
     anneals: ClassVar[bool] = True
+    exact = True
 
     @abstractmethod
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:

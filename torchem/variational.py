@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument, invalid, wrong_type
-from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, conjugate
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, Quadratic, conjugate
 from torchem.model import LatentModel
 from torchem.ops.missing import any_missing
 from torchem.stats import Stats
@@ -210,6 +210,10 @@ class Variational(Wrapper):
             return self.factor.kernel()
         return self._family.expected_kernel(self.posterior(), self._given)
 
+    def quadratic(self) -> Quadratic:
+        """Expected log-density under the posterior, as a quadratic function of normal latents."""
+        return self.factor.quadratic() if self._still else self._family.expected_quadratic(self.posterior())
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One observation from the posterior predictive for each state in ``z [n]``."""
         if self._still:
@@ -298,6 +302,7 @@ class Variational(Wrapper):
         kept = [view for view, name in self.factor.views.items() if self.factor.frozen(name) is not None]
         if not kept or self._still:
             return
+        self._family.check_given()
         name = type(self.factor).__name__
         if not set(kept) <= self._family.splits:
             raise invalid(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch
-from torchem.factor import Adjustment, Factor, Moments
+from torchem.factor import Adjustment, Factor, Moments, Quadratic
 
 
 class Wrapper(Factor):
@@ -148,6 +148,12 @@ class Wrapper(Factor):
 
     def table_stats(self, batch: Batch, expected: Tensor) -> Any:
         return self.factor.table_stats(batch, expected)
+
+    def quadratic(self) -> Quadratic:
+        return self.factor.quadratic()
+
+    def moment_stats(self, count: Tensor, xx: Tensor, ux: Tensor, uu: Tensor) -> Any:
+        return self.factor.moment_stats(count, xx, ux, uu)
 
     def n_parameters(self) -> int:
         return self.factor.n_parameters()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior
+from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior, Quadratic
 from torchem.factors._scale import column_variances
 from torchem.ops import gaussian as ops
 from torchem.ops import missing, tails
@@ -529,6 +529,30 @@ class Gaussian(Factor, Conjugate):
 
     def _blur(self, posterior: Stats) -> Tensor:
         return self.structure.blur(*self._sureness(posterior), self._d)
+
+    def quadratic(self) -> Quadratic:
+        factor = self.structure.dense(self.scale, self._k, self._d)
+        return Quadratic(factor, self.mean.unsqueeze(-1), torch.zeros_like(self.mean[..., 0]))
+
+    def expected_quadratic(self, posterior: Stats) -> Quadratic:
+        blur = self._blur(posterior).to(self.dtype)
+        plain = self.quadratic()
+        # Entrywise structures blur each entry by itself.
+        offset = blur.sum(-1) if isinstance(self.structure, ops.Entrywise) else blur
+        return Quadratic(plain.factor, plain.weight, plain.offset + offset)
+
+    def moment_stats(self, count: Tensor, xx: Tensor, ux: Tensor, uu: Tensor) -> Stats:
+        count, xx, ux = (value.to(torch.float64) for value in (count, xx, ux))
+        origin = self.origin.to(torch.float64).expand(*ux.squeeze(-2).shape)
+        first = ux.squeeze(-2) - count.unsqueeze(-1) * origin
+        cross = ux.mT * origin.unsqueeze(-2)
+        outer = count[..., None, None] * origin.unsqueeze(-1) * origin.unsqueeze(-2)
+        about = xx - cross - cross.mT + outer
+        second = self.structure.second(torch.eye(self._d).to(about).expand_as(about), about)
+        counts = self.structure.counts(count, self._d)
+        return Stats(
+            count=counts, dof=counts, first=first, second=second, shared=self.structure.shared, version=self.version
+        )
 
     def expected_kernel(self, posterior: Stats, prior: Prior) -> Kernel:
         return _BlurredKernel(self, self._blur(posterior))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, Quadratic
 from torchem.factors._coefficients import Coefficients
 from torchem.ops import gaussian as ops
 from torchem.ops import linalg, missing
@@ -188,6 +188,24 @@ class LinearGaussian(Coefficients, Conjugate):
         # Two counts, as in `Gaussian`: a conjugate prior differs in them.
         return Stats(count=count, dof=count, xx=xx, ux=ux, uu=uu, shared=shared)
 
+    def moment_stats(self, count: Tensor, xx: Tensor, ux: Tensor, uu: Tensor) -> Stats:
+        count, xx, ux, uu = (value.to(torch.float64) for value in (count, xx, ux, uu))
+        second = self.structure.second(torch.eye(self.n_outputs).to(xx).expand_as(xx), xx)
+        return self._moments(count, second, ux, uu)
+
+    def quadratic(self) -> Quadratic:
+        factor = self.structure.dense(self.scale, self._k, self.n_outputs)
+        return Quadratic(factor, self.weight, torch.zeros_like(self.weight[..., 0, 0]))
+
+    def expected_quadratic(self, posterior: Stats) -> Quadratic:
+        root = linalg.inverse_factor(linalg.cholesky(posterior["uu"]))
+        penalty = self.n_outputs * (root.mT @ root)
+        held = self._held("coefficient", penalty)
+        penalty = penalty if held is None else torch.where(held, 0.0, penalty)
+        plain = self.quadratic()
+        offset = plain.offset + self._blur(posterior).to(self.dtype)
+        return Quadratic(plain.factor, plain.weight, offset, penalty.to(self.dtype))
+
     def kernel(self) -> Kernel:
         return _RegressionKernel(self)
 
@@ -208,15 +226,26 @@ class LinearGaussian(Coefficients, Conjugate):
             None if value is None else value.to(torch.float64) for value in (self.coefficient, self.common, self.scale)
         )
         assert raw is not None
+
+        def factors(raw: Tensor) -> Tensor:
+            return self.structure.dense(raw, self._k, self.n_outputs)
+
         # A covariance of all states weights their common coefficients alike, so least squares need not know it.
         coupled = common is not None and not self.structure.shared and self._k > 1
+        entries = self.frozen("coefficient")
+        entries = None if entries is None or entries.dim() < 3 else entries
+        # Where other coefficients of one column are kept than of another the covariance weights what is left, too.
+        coupled = coupled or (entries is not None and not isinstance(self.structure, ops.Entrywise))
         for _ in range(_ALTERNATE if coupled else _REFINE):
             rest = step.rest(self._joined(coefficient, common))
             move = None
             if common is not None and self.frozen("common") is None:
-                move = step.common(rest, self.structure.dense(raw, self._k, self.n_outputs))
+                move = step.common(rest, factors(raw))
                 common = common + move
-            if coefficient is not None:
+            if coefficient is not None and entries is not None:
+                moved = torch.where(seen, coefficient + step.some(rest, ~entries, factors(raw)), coefficient)
+                coefficient = torch.where(entries, coefficient, moved)
+            elif coefficient is not None:
                 moved = torch.where(seen, coefficient + step.own(rest, move), coefficient)
                 coefficient = self.keep_frozen("coefficient", moved)
             if coupled:
@@ -498,7 +527,21 @@ class LinearGaussian(Coefficients, Conjugate):
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
+    def check_given(self) -> None:
+        mask = self.frozen("coefficient")
+        if mask is not None and mask.dim() > 1:
+            raise invalid(
+                "mask", "whole components of a posterior of coefficients", f"single coefficients {list(mask.shape)}",
+                "freeze all coefficients, or leave that factor out of variational Bayes",
+            )  # fmt: skip
+
     def check_mask(self, name: str, mask: Tensor) -> None:
+        """Whole components, or single coefficients by a mask ``[K, D, M]``, where none are common to all states."""
+        if name == "weight" and mask.dim() == 3 and not self.shared:
+            shape = (self._k, self.n_outputs, self.n_inputs)
+            if mask.shape != shape:
+                raise invalid("mask", f"shape {list(shape)}", list(mask.shape), "give a truth value per coefficient")
+            return
         if name == "covariances" and self.covariance_type == "tied" and mask.dim():
             raise invalid("mask", "no mask (one covariance serves all components)", list(mask.shape), "freeze it whole")
         super().check_mask(name, mask)
@@ -588,6 +631,23 @@ class _Step:
         gram = gram.flatten(-4, -3).flatten(-2, -1)
         move = NormalEquations(gram, size.flatten(-2)).solve(right.flatten(-2).unsqueeze(-1))
         return move.squeeze(-1).unflatten(-1, right.shape[-2:])
+
+    def some(self, rest: Tensor, free: Tensor, factors: Tensor) -> Tensor:
+        """Step ``[*r, K, D, M]`` of the ``free [K, D, M]`` coefficients alone, under noise of lower factors.
+
+        The gradient P·rest vanishes along them: (P ⊗ uu) restricted to what is free.
+        """
+        root = linalg.inverse_factor(factors)
+        precision = root.mT @ root
+        both = (free.unsqueeze(-1).unsqueeze(-1) & free.unsqueeze(-3).unsqueeze(-3)).to(precision)
+        gram = precision[..., :, None, :, None] * self.uu[..., None, :, None, :] * both
+        size = precision.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self.uu.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        # What is kept solves x = 0.
+        one = torch.where(free, 0.0, 1.0).to(size)
+        size = torch.where(free, size, 1.0)
+        gram = gram.flatten(-4, -3).flatten(-2, -1) + one.flatten(-2).diag_embed()
+        right = torch.where(free, precision @ rest, 0.0).flatten(-2).unsqueeze(-1)
+        return NormalEquations(gram, size.flatten(-2)).solve(right).squeeze(-1).unflatten(-1, rest.shape[-2:])
 
     def own(self, rest: Tensor, move: Tensor | None) -> Tensor:
         """Step ``[*r, K, D, F]`` of each state's own coefficients after the common ones moved by ``move``."""

@@ -4,5 +4,14 @@ from torchem.models.amortized import AmortizedModel
 from torchem.models.factorial_hmm import FactorialHMM
 from torchem.models.hmm import HMM, GaussianHMM
 from torchem.models.mixture import GaussianMixture, Mixture
+from torchem.models.state_space import LinearGaussianStateSpace
 
-__all__ = ["HMM", "AmortizedModel", "FactorialHMM", "GaussianHMM", "GaussianMixture", "Mixture"]
+__all__ = [
+    "HMM",
+    "AmortizedModel",
+    "FactorialHMM",
+    "GaussianHMM",
+    "GaussianMixture",
+    "LinearGaussianStateSpace",
+    "Mixture",
+]

@@ -82,7 +82,6 @@ class AmortizedModel(LatentModel):
     log_variance: Tensor | None
 
     accelerates: ClassVar[bool] = False
-    exact = False
 
     def __init__(
         self,
