@@ -13,7 +13,16 @@ from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.gradient import Gradient
 from torchem.model import DiscreteModel, LatentModel, em_map
-from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import (
+    HMM,
+    HSMM,
+    AmortizedModel,
+    FactorialHMM,
+    GaussianHMM,
+    GaussianHSMM,
+    GaussianMixture,
+    Mixture,
+)
 from torchem.result import Progress, Result
 from torchem.search import perturb, split_merge
 from torchem.stats import Stats
@@ -38,9 +47,11 @@ __all__ = [
     "FactorialHMM",
     "FullBatch",
     "GaussianHMM",
+    "GaussianHSMM",
     "GaussianMixture",
     "Gradient",
     "HMM",
+    "HSMM",
     "Incremental",
     "LatentModel",
     "Mixture",

@@ -20,7 +20,7 @@ from torchem.batch import Batch
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.model import LatentModel
-from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, HSMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianHSMM, GaussianMixture, Mixture
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
@@ -599,6 +599,57 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-N1", lambda: single(2, 1, 9)
 
 
+def hsmm(duration: Factor, emission: Factor, seed: int = 0, **more: Any) -> HSMM:
+    """Segments of random probabilities under laws of durations and emissions."""
+    k = emission.n_components
+    assert k is not None
+    model = HSMM(Categorical(k), Categorical(k, k), duration, emission, **more).double()
+    model.initial_probs = randn(k, seed=seed + 70).softmax(-1)
+    apart = randn(k, k, seed=seed + 71).masked_fill(torch.eye(k, dtype=torch.bool), -torch.inf)
+    model.transition_matrix = apart.softmax(-1)
+    return model
+
+
+def _segments() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Hidden semi-Markov models: tables of durations with zeros, and both families; censored and complete ends."""
+
+    def table() -> ModelCase:
+        durations = Categorical(STATES, 3)
+        durations.probs = [[0.5, 0.3, 0.2], [0.0, 0.6, 0.4], [0.2, 0.2, 0.6]]
+        weight = 2 * rand(SEQUENCES, seed=72)
+        weight[::3] = 0
+        evidence = torch.zeros(SEQUENCES, FRAMES, STATES, dtype=torch.float64)
+        evidence[0, 2, 1] = evidence[5, 0, 0] = -torch.inf
+        evidence[4:6] += randn(2, FRAMES, STATES, seed=73)
+        batch = ragged(frames(2))
+        x = batch.x.clone()
+        x[2, 1] = x[0, 3, 0] = torch.nan
+        model = hsmm(durations, gaussian(STATES, 2, "diag"))
+        return ModelCase(model, replace(batch.with_x(x), weight=weight, evidence=evidence))
+
+    def poisson() -> ModelCase:
+        durations = factors.PoissonDuration(STATES, 4)
+        durations.rates = [0.5, 1.0, 2.5]
+        model = hsmm(durations, gaussian(STATES, 2, "full"))
+        model.transition.prior = priors.Dirichlet(1.5)
+        return ModelCase(model, ragged(frames(2)))
+
+    def spread() -> ModelCase:
+        durations = factors.NegativeBinomialDuration(2, 6)
+        durations.means, durations.dispersions = [0.7, 2.0], [0.5, 1.5]
+        return ModelCase(hsmm(durations, gaussian(2, 1, "diag"), censored=False), ragged(frames(1, 2)))
+
+    def convenient() -> ModelCase:
+        model = GaussianHSMM(STATES, 2, 7, covariance_type="tied").double()  # may last longer than any sequence
+        model.means, model.duration_probs = 2 * randn(STATES, 2, seed=74), randn(STATES, 7, seed=75).softmax(-1)
+        return ModelCase(model, Batch(frames(2)))
+
+    yield "HSMM-table", table
+    yield "HSMM-poisson", poisson
+    yield "HSMM-negative-binomial", spread
+    yield "HSMM-GaussianHSMM", convenient
+
+
 #: Models whose bound is not the log-likelihood: the laws of exact inference are not theirs.
 APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM}
 
@@ -615,7 +666,7 @@ def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
                 yield f"{name}-example{i or ''}", lambda offer=offer, i=i: ModelCase(*offer()[i])
 
 
-MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_emissions(), *_chains()])
+MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_emissions(), *_chains(), *_segments()])
 
 
 def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.MarkDecorator:

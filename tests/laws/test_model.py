@@ -24,7 +24,7 @@ from torchem.models.stationary import Stationary
 pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
 ROOMY = every_model(only=lambda name: "N1" not in name)
 CHAINS = every_model(only=lambda name: name.startswith("HMM"))
-MIXTURES = every_model(only=lambda name: not name.startswith("HMM"))
+MIXTURES = every_model(only=lambda name: name.startswith(("GaussianMixture", "Mixture")))
 
 
 def test_every_model_has_cases() -> None:
@@ -46,7 +46,7 @@ def test_passes_are_the_factors_own_kernels(build: Callable[[], ModelCase]) -> N
 
 
 def test_every_factor_stands_in_a_chain() -> None:
-    found = {type(f).__name__ for name, build in cases.MODEL_CASES.items() if name.startswith("HMM")
+    found = {type(f).__name__ for name, build in cases.MODEL_CASES.items() if name.startswith(("HMM", "HSMM"))
              for f in build().model.modules()}  # fmt: skip
     # Those without a Q of statistics keep laws of their own, in tests/test_gradient.py.
     assert {kind.__name__ for kind in cases.concrete_factors()} <= found

@@ -3,6 +3,7 @@
 from torchem.models.amortized import AmortizedModel
 from torchem.models.factorial_hmm import FactorialHMM
 from torchem.models.hmm import HMM, GaussianHMM
+from torchem.models.hsmm import HSMM, GaussianHSMM
 from torchem.models.mixture import GaussianMixture, Mixture
 
-__all__ = ["HMM", "AmortizedModel", "FactorialHMM", "GaussianHMM", "GaussianMixture", "Mixture"]
+__all__ = ["HMM", "HSMM", "AmortizedModel", "FactorialHMM", "GaussianHMM", "GaussianHSMM", "GaussianMixture", "Mixture"]
