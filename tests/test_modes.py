@@ -218,6 +218,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "categorical HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)), symbols),
     "movement HMM": (movement, walks),
     "stationary HMM": (lambda: torchem.HMM("stationary", Categorical(2, 2), Gaussian(2, 2)), sequences),
+    "semi-Markov HMM": (lambda: torchem.GaussianHSMM(2, 2, 9, "poisson"), sequences),
     "MAP": (prior, points),
     "variational mixture": (lambda: torchem.variational(torchem.GaussianMixture(3, 2)), points),
     "variational multinomial": (
@@ -229,6 +230,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         varied,
     ),
     "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
+    "variational semi-Markov HMM": (lambda: torchem.variational(torchem.GaussianHSMM(2, 2, 9)), sequences),
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "amortized model": (amortized, points),
     "gradient mixture": (climbed, points),
@@ -260,6 +262,7 @@ REFUSED = {
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",
     ("variational HMM", "direct"): "a bound on it",
+    ("variational semi-Markov HMM", "direct"): "a bound on it",
     ("factorial HMM", "direct"): "a bound on it",
     ("amortized model", "direct"): "a bound on it",
     ("variational multinomial", "direct"): "a bound on it",

@@ -15,7 +15,7 @@ from torchem.stats import Stats
 #: Bounds of μ and of the size r = 1/α: smaller sizes have their mass at one frame, larger ones are Poisson.
 _MEANS, _SIZES = (1e-12, 1e9), (1e-3, 1e6)
 #: Steps of Newton's method, the multiples of each that are tried, and how far it may go.
-_STEPS, _TRIALS, _REACH = 24, (1.0, 4.0, 0.25, 0.06, 0.01, 0.0), 4.0
+_STEPS, _TRIALS, _REACH = 12, (1.0, 4.0, 0.25, 0.05, 0.0), 4.0
 #: Steps at the end that are taken as they are, where they are as short as this: derivatives need them.
 _POLISH, _SHORT = 3, 1e-2
 

@@ -12,7 +12,7 @@ from torchem.factors._durations import EMPTY, Durations
 from torchem.stats import Stats
 
 #: Steps of Newton's method, and how far each may go.
-_STEPS, _REACH = 24, 3.0
+_STEPS, _REACH = 12, 3.0
 #: How near to its bounds a mean is taken to be, as a share of what lies between them.
 _NEAR = 1e-12
 

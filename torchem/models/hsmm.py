@@ -80,8 +80,7 @@ class HSMM(HMM):
         if not isinstance(censored, bool):
             raise invalid("censored", "True or False", repr(censored), "True where sequences were cut off")
         self.duration, self.censored = duration, censored
-        table = transition.unwrapped
-        if transition is table and bool(table.support.diagonal(dim1=-2, dim2=-1).any()):  # pyright: ignore
+        if transition is transition.unwrapped and self._repeats():
             self.restrict(torch.ones(k, k, dtype=torch.bool, device=self.device))
 
     def slots(self) -> tuple[tuple[str, Factor], ...]:
@@ -195,7 +194,7 @@ class HSMM(HMM):
         last = torch.where(self._last(batch), gamma.sum(-1), 0.0)
         final = counts.scatter_add(-1, place, last.flatten(-2).to(torch.float64)).unflatten(-1, (k, d))
         if self.censored:
-            final = _remaining(final, duration.squeeze(-3).to(torch.float64))
+            final = semi_markov.remaining(final, duration.squeeze(-3).to(torch.float64))
         first = gamma[..., 0, :].to(torch.float64).sum(-2, keepdim=True)
         expected = {
             "initial": first.sum_to_size(potentials["initial"].shape), "transition": pairs,
@@ -308,31 +307,22 @@ class HSMM(HMM):
             raise invalid("dead", "two states that are left, for none follows itself", len(index), "use an HMM")
         super().prune(index)
         self.duration = self.duration.pruned(index)
+        if self._repeats():  # a state that has lost its successors has all others
+            self.restrict(torch.ones(len(index), len(index), dtype=torch.bool, device=self.device))
+
+    def _repeats(self) -> bool:
+        """Whether the table of transitions allows steps from a state to itself."""
+        support: Tensor = self.transition.unwrapped.support  # pyright: ignore[reportAssignmentType]
+        return bool(support.diagonal(dim1=-2, dim2=-1).any())
 
     def check(self, batch: Batch) -> Batch:
         super().check(batch)
-        table = self.transition.unwrapped
-        if bool(getattr(table, "support").diagonal(dim1=-2, dim2=-1).any()):  # noqa: B009
+        if self._repeats():
             raise invalid(
                 "transition", "a table without steps from a state to itself", "one with such steps",
                 "assign model.transition_matrix with zeros on its diagonal",
             )  # fmt: skip
         return batch
-
-
-def _remaining(counts: Tensor, duration: Tensor) -> Tensor:
-    """Expected durations ``[…, K, D]`` of segments of which so many frames were seen, by the law given that."""
-    alive = semi_markov.survival(duration)
-    share = torch.where(alive > -torch.inf, counts, 0.0)
-    found, running = [], torch.zeros_like(counts[..., 0])
-    for d in range(counts.shape[-1]):
-        left = torch.where(alive[..., d] > -torch.inf, alive[..., d], 0.0)
-        if d:
-            before = torch.where(alive[..., d - 1] > -torch.inf, alive[..., d - 1], 0.0)
-            running = running * torch.where(alive[..., d] > -torch.inf, (left - before).exp(), 0.0)
-        running = running + share[..., d]
-        found.append(running * (duration[..., d] - left).exp())
-    return torch.stack(found, -1)
 
 
 class _SegmentDraw(Draw):

@@ -31,11 +31,31 @@ def survival(duration: Tensor) -> Tensor:
         >>> survival(torch.tensor([0.5, 0.25, 0.25]).log()).exp()
         tensor([1.0000, 0.5000, 0.2500])
     """
-    # One by one, so that tails far below the largest entry keep their digits.
-    parts = [duration[..., -1]]
-    for d in range(duration.shape[-1] - 2, -1, -1):
-        parts.append(reduce.logsumexp(torch.stack([parts[-1], duration[..., d]], -1), -1))
-    return torch.stack(parts[::-1], -1)
+    return _from_end(duration)
+
+
+def _from_end(x: Tensor) -> Tensor:
+    """log Σ exp of what stands at a place or after it, in log₂ D steps, none of which subtracts."""
+    shift = 1
+    while shift < x.shape[-1]:
+        later = torch.cat([x[..., shift:], torch.full_like(x[..., :shift], -torch.inf)], -1)
+        x = reduce.logsumexp(torch.stack([x, later], -1), -1)
+        shift *= 2
+    return x
+
+
+def remaining(counts: Tensor, duration: Tensor) -> Tensor:
+    """Expected durations ``[…, K, D]`` of segments of which so many frames were seen, by the law given that.
+
+    Example:
+        >>> remaining(torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.5, 0.25, 0.25]).log())
+        tensor([0., 1., 1.])
+    """
+    alive = survival(duration)
+    some = (counts > 0) & (alive > -torch.inf)
+    rate = torch.where(some, counts, 1.0).log() - torch.where(some, alive, 0.0)
+    reached = _from_end(torch.where(some, rate, -torch.inf).flip(-1)).flip(-1)
+    return (duration + reached).exp()
 
 
 def reference(
@@ -132,7 +152,11 @@ def expectations(
     parts = (initial, transition, duration, emission)
     kernel = _kernel(*parts, *([] if weight is None else [weight]))
     if kernel is not None:
-        return kernel.expectations(*parts, lengths, weight, censored)
+        tail = _tail(duration, censored)
+        log_z, *tables, counts, cut, gamma = kernel.expectations(*parts[:3], tail, emission, lengths, weight)
+        counts = counts + (remaining(cut, duration.to(cut)) if censored else cut)
+        found = zip((*tables, counts, gamma), parts, strict=True)
+        return log_z.to(emission.dtype), *(value.sum_to_size(p.shape).to(p.dtype) for value, p in found)
 
     def total(*given: Tensor) -> Tensor:
         return reference(*given, lengths, censored=censored)
@@ -149,7 +173,8 @@ def log_normalizer(
     """log Z ``[*b]`` by the fastest way; differentiable to any order."""
     kernel = _kernel(initial, transition, duration, emission)
     if kernel is not None:
-        return kernel.log_normalizer(initial, transition, duration, emission, lengths, censored)
+        tail = _tail(duration, censored)
+        return kernel.log_normalizer(initial, transition, duration, tail, emission, lengths).to(emission.dtype)
     return reference(initial, transition, duration, emission, lengths, censored=censored)
 
 
@@ -167,11 +192,20 @@ def paths(
     kernel = _kernel(*potentials)
     if kernel is None:
         return None
+    *tables, emission = potentials
+    given = (*tables, _tail(tables[-1], censored), emission, lengths)
     if uniforms is None:
-        return kernel.viterbi(*potentials, lengths, censored)
-    size = torch.broadcast_shapes(*(value.shape[: value.dim() - rank] for value, rank in zip(potentials, (1, 2, 2, 2))))
-    given = uniforms(torch.Size((*size, potentials[-1].shape[-2] + 1, 2)))
-    return kernel.sample(*potentials, lengths, censored, given)
+        score, path, lasted = kernel.viterbi(*given)
+    else:
+        size = torch.broadcast_shapes(*(value.shape[:-2] for value in (*tables[1:], emission)))
+        score, path, lasted = kernel.sample(*given, uniforms(torch.Size((*size, emission.shape[-2] + 1, 2))))
+    return score.to(emission.dtype), path, lasted
+
+
+def _tail(duration: Tensor, censored: bool) -> Tensor:
+    """Log weights of a last segment that has lasted d frames, float64."""
+    duration = duration.detach().to(torch.float64)
+    return survival(duration) if censored else duration
 
 
 def _kernel(*given: Tensor) -> Any:
