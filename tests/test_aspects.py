@@ -61,7 +61,7 @@ def labels(name: str) -> None:
     model, given = started(name)
     with torch.no_grad():
         batch = model.batch(given["data"], u=given.get("inputs"))
-        continuous = isinstance(model, torchem.AmortizedModel)
+        continuous = isinstance(model, (torchem.AmortizedModel, torchem.FactorAnalysis))
         states = torch.zeros(len(batch)) if continuous else model.most_likely(batch)
         known = quiet(copy.deepcopy(model), labels=states.long(), max_iter=1, **given)
         hard = quiet(model, e_step="hard", max_iter=1, **given)
@@ -149,6 +149,7 @@ ASPECTS: dict[str, Callable[[str], None]] = {
 
 #: All that is refused, with a word of the sentence that says why.
 REFUSED: dict[tuple[str, str], str] = {
+    ("factor analysis", "labels"): "labels",
     ("factorial HMM", "missing entries"): "whole",
     ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",

@@ -668,6 +668,14 @@ def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.Ma
     return pytest.mark.parametrize("build", chosen)
 
 
+def posterior(model: LatentModel, data: Any) -> Tensor:
+    """The posterior as numbers: probabilities of states, or the moments of a normal law."""
+    found = model.posterior(data)
+    if isinstance(found, Tensor):
+        return found
+    return torch.cat([found.mean, found.covariance_matrix.flatten(-2)], -1)
+
+
 # ---- comparisons --------------------------------------------------------------------------------------------------
 
 

@@ -53,9 +53,7 @@ class HSMM(HMM):
 
     duration: Factor
 
-    def __init__(
-        self, initial: Factor, transition: Factor, duration: Factor, emission: Factor, censored: bool = True
-    ):
+    def __init__(self, initial: Factor, transition: Factor, duration: Factor, emission: Factor, censored: bool = True):
         for name, factor in (("initial", initial), ("transition", transition)):
             if not isinstance(factor, Factor) or not isinstance(factor.unwrapped, Categorical):
                 raise invalid(
@@ -107,7 +105,7 @@ class HSMM(HMM):
                 "duration_probs", "a table of durations to assign to", type(self.duration).__name__,
                 f"assign model.duration.{next(iter(self.duration.views), '…')}",
             )  # fmt: skip
-        self.duration.assign_probs(value, "duration_probs")  # pyright: ignore
+        self.duration.assign_probs(value, "duration_probs")  # pyright: ignore[reportCallIssue]
 
     @property
     def mean_durations(self) -> Float[Tensor, "*r k"]:
@@ -140,8 +138,8 @@ class HSMM(HMM):
     # ---- inference --------------------------------------------------------------------------------------------
 
     def _parts(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tables = (potentials[name] for name in ("initial", "transition", "duration"))
-        return *tables, self._informed(potentials, batch)
+        initial, transition, duration = (potentials[name] for name in ("initial", "transition", "duration"))
+        return initial, transition, duration, self._informed(potentials, batch)
 
     def _chain(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The chain of states and how long they have lasted: what paths are listed and filtered on."""

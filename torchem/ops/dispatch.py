@@ -154,7 +154,7 @@ def compiled_chain(device: torch.device) -> ModuleType | None:
 
 @cache
 def _numba_semi_markov() -> ModuleType | None:
-    return import_module("torchem.ops.numba_.semi_markov") if find_spec("torchem.ops.numba_.semi_markov") and _numba_chain() else None
+    return import_module("torchem.ops.numba_.semi_markov") if _numba_chain() else None
 
 
 def compiled_semi_markov(device: torch.device) -> ModuleType | None:

@@ -159,7 +159,7 @@ def expectations(
         return log_z.to(emission.dtype), *(value.sum_to_size(p.shape).to(p.dtype) for value, p in found)
 
     def total(*given: Tensor) -> Tensor:
-        return reference(*given, lengths, censored=censored)
+        return reference(*given, lengths=lengths, censored=censored)
 
     log_z, pull, *_ = torch.func.vjp(total, *parts)
     mass = torch.ones_like(log_z) if weight is None else weight.to(log_z).expand_as(log_z)
@@ -216,5 +216,7 @@ def _kernel(*given: Tensor) -> Any:
         return None
     if torch.is_grad_enabled() and any(value.requires_grad for value in given):
         return None
-    shared = all(value.dim() < 2 + rank or value.shape[-1 - rank] == 1 for value, rank in zip(given[:3], (1, 2, 2)))
+    # Tables of all sequences, not of each.
+    ranks = zip(given[:3], (1, 2, 2), strict=True)
+    shared = all(value.dim() <= rank or value.shape[-1 - rank] == 1 for value, rank in ranks)
     return compiled_semi_markov(given[0].device) if shared else None

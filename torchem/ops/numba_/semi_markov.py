@@ -28,7 +28,7 @@ from torch import Tensor
 from torchem.ops.numba_ import chain
 from torchem.ops.numba_ import vectors as vec
 
-#: Sequences of a group are taken in so many parts at most, whatever the number of threads: sums are the same to the bit.
+#: Sequences are taken in so many parts at most, whatever the number of threads: sums are the same to the bit.
 _PARTS = 16
 #: Posteriors of all segments that begin at a frame in a state which may be left out together.
 _NOTHING = 1e-40
