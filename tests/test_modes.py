@@ -51,6 +51,12 @@ def points() -> dict[str, Any]:
     return {"data": x[torch.randperm(240, generator=rng(1))]}
 
 
+def tests_of_one() -> dict[str, Any]:
+    """Three columns that one score explains."""
+    x = torch.randn(240, 3, generator=rng(), dtype=torch.float64)
+    return {"data": x * 0.7 + torch.randn(240, 1, generator=rng(1), dtype=torch.float64)}
+
+
 def counts() -> dict[str, Any]:
     rate = torch.tensor([2.0, 9.0]).repeat(120).unsqueeze(-1)
     return {"data": torch.poisson(rate, generator=rng()).double()}
@@ -210,6 +216,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "latent classes": (lambda: torchem.Mixture(Categorical(2), Categoricals(2, [2, 3])), answers),
     "VEV mixture": (lambda: torchem.GaussianMixture(3, 2, "VEV"), points),
     "mixture of factor analysers": (lambda: torchem.GaussianMixture(3, 2, "low_rank", rank=1), points),
+    "factor analysis": (lambda: torchem.FactorAnalysis(3, 1), tests_of_one),
     "Bernoulli mixture": (
         lambda: torchem.Mixture(Categorical(2), Bernoulli(2, 2)),
         lambda: {"data": (points()["data"] > 0).double()},
@@ -240,6 +247,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "categorical HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), Categorical(2, 3)), symbols),
     "movement HMM": (movement, walks),
     "stationary HMM": (lambda: torchem.HMM("stationary", Categorical(2, 2), Gaussian(2, 2)), sequences),
+    "semi-Markov HMM": (lambda: torchem.GaussianHSMM(2, 2, 9, "poisson"), sequences),
     "MAP": (prior, points),
     "variational mixture": (lambda: torchem.variational(torchem.GaussianMixture(3, 2)), points),
     "variational multinomial": (
@@ -251,6 +259,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         varied,
     ),
     "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
+    "variational semi-Markov HMM": (lambda: torchem.variational(torchem.GaussianHSMM(2, 2, 9)), sequences),
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "mixture of HMMs": (lambda: torchem.Mixture(Categorical(2), torchem.GaussianHMM(2, 2)), dialects),
     "mixture of models": (kinds, points),
@@ -277,6 +286,9 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
 
 #: All that is refused, with a word of the sentence that says why.
 REFUSED = {
+    ("factor analysis", "hard"): "one of soft",
+    ("factor analysis", "sampled"): "one of soft",
+    ("factor analysis", "annealed"): "temperature",
     ("amortized model", "hard"): "configurations",
     ("amortized model", "sampled"): "configurations",
     ("amortized model", "annealed"): "temperature",
@@ -292,6 +304,7 @@ REFUSED = {
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",
     ("variational HMM", "direct"): "a bound on it",
+    ("variational semi-Markov HMM", "direct"): "a bound on it",
     ("factorial HMM", "direct"): "a bound on it",
     ("amortized model", "direct"): "a bound on it",
     ("variational multinomial", "direct"): "a bound on it",

@@ -22,9 +22,11 @@ from torchem.factors import Categorical, Gaussian
 from torchem.model import LatentModel
 from torchem.models import (
     HMM,
+    HSMM,
     AmortizedModel,
     FactorialHMM,
     GaussianHMM,
+    GaussianHSMM,
     GaussianMixture,
     LinearGaussianStateSpace,
     Mixture,
@@ -644,6 +646,48 @@ def _nested_cases() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "Mixture-mixtures", mixtures
 
 
+def hsmm(duration: Factor, emission: Factor, seed: int = 0, **more: Any) -> HSMM:
+    """Segments of random probabilities under laws of durations and emissions."""
+    k = emission.n_components
+    assert k is not None
+    model = HSMM(Categorical(k), Categorical(k, k), duration, emission, **more).double()
+    model.initial_probs = randn(k, seed=seed + 70).softmax(-1)
+    apart = randn(k, k, seed=seed + 71).masked_fill(torch.eye(k, dtype=torch.bool), -torch.inf)
+    model.transition_matrix = apart.softmax(-1)
+    return model
+
+
+def _segments() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Hidden semi-Markov models: tables of durations with zeros, and both families; censored and complete ends."""
+
+    def table() -> ModelCase:
+        durations = Categorical(STATES, 3)
+        durations.probs = [[0.5, 0.3, 0.2], [0.0, 0.6, 0.4], [0.2, 0.2, 0.6]]
+        evidence = torch.zeros(SEQUENCES, FRAMES, STATES, dtype=torch.float64)
+        evidence[0, 2, 1] = evidence[5, 0, 0] = -torch.inf
+        evidence[4:6] += randn(2, FRAMES, STATES, seed=73)
+        x = batch.x.clone()
+        x[2, 1] = x[0, 3, 0] = torch.nan
+        model = hsmm(durations, gaussian(STATES, 2, "diag"))
+        return ModelCase(model, replace(batch.with_x(x), weight=weight, evidence=evidence))
+
+    def poisson() -> ModelCase:
+        """States that may last longer than any sequence."""
+        model = GaussianHSMM(STATES, 2, 7, "poisson", "full").double()
+        model.duration.rates = [0.5, 1.0, 2.5]  # pyright: ignore
+        model.means, model.transition.prior = 2 * randn(STATES, 2, seed=74), priors.Dirichlet(1.5)
+        return ModelCase(model, ragged(frames(2)))
+
+    def spread() -> ModelCase:
+        durations = factors.NegativeBinomialDuration(2, 6)
+        durations.means, durations.dispersions = [0.7, 2.0], [0.5, 1.5]
+        return ModelCase(hsmm(durations, gaussian(2, 1, "diag"), censored=False), ragged(frames(1, 2)))
+
+    yield "HSMM-table", table
+    yield "HSMM-poisson", poisson
+    yield "HSMM-negative-binomial", spread
+
+
 #: Models whose bound is not the log-likelihood, or whose latents are continuous: not all laws are theirs, and those
 #: that are stand in tests/models.
 APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM, LinearGaussianStateSpace}
@@ -661,12 +705,24 @@ def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
                 yield f"{name}-example{i or ''}", lambda offer=offer, i=i: ModelCase(*offer()[i])
 
 
-MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_nested_cases(), *_emissions(), *_chains()])
+MODEL_CASES = dict(
+    [
+        *_model_examples(), *_gmm_cases(), *_mixture_cases(), *_nested_cases(), *_emissions(), *_chains(), *_segments(),
+    ]
+)  # fmt: skip
 
 
 def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.MarkDecorator:
     chosen = [pytest.param(build, id=name) for name, build in MODEL_CASES.items() if only(name)]
     return pytest.mark.parametrize("build", chosen)
+
+
+def posterior(model: LatentModel, data: Any) -> Tensor:
+    """The posterior as numbers: probabilities of states, or the moments of a normal law."""
+    found = model.posterior(data)
+    if isinstance(found, Tensor):
+        return found
+    return torch.cat([found.mean, found.covariance_matrix.flatten(-2)], -1)
 
 
 # ---- comparisons --------------------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from torchem.factors.mean_adjusted import MeanAdjustedAutoregression
 from torchem.factors.mixture import Mixture
 from torchem.factors.multinomial import Multinomial
 from torchem.factors.negative_binomial import NegativeBinomial
+from torchem.factors.negative_binomial_duration import NegativeBinomialDuration
 from torchem.factors.neural import Neural
 from torchem.factors.neural_gate import NeuralGate
 from torchem.factors.poisson import Poisson
+from torchem.factors.poisson_duration import PoissonDuration
 from torchem.factors.poisson_regression import PoissonRegression
 from torchem.factors.product import Product
 from torchem.factors.softmax_regression import SoftmaxRegression
@@ -48,9 +50,11 @@ __all__ = [
     "Mixture",
     "Multinomial",
     "NegativeBinomial",
+    "NegativeBinomialDuration",
     "Neural",
     "NeuralGate",
     "Poisson",
+    "PoissonDuration",
     "PoissonRegression",
     "Product",
     "SoftmaxRegression",

@@ -233,6 +233,19 @@ class LowRankGaussian(Factor):
         moved = self.conditional(batch)[0][own] + drawn - self.conditional(lacking)[0][own]
         return torch.where(holes, moved.detach().to(batch.x), batch.x)
 
+    def variances(self) -> Tensor:
+        """Ψ of each column, ``[*r, K, D]``, spherical or not."""
+        return self._variances()
+
+    def score_law(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean ``[*r, *n, K, q]`` and covariance ``[*r, *n or 1, K, q, q]`` of the scores given each row."""
+        kernel = _Pass(self)
+        kernel.log_potential(batch)
+        axes = batch.x.shape[:-1]
+        mean = kernel.score.transpose(-3, -2).unflatten(-3, axes)
+        left = kernel.left.movedim(-3, len(self.replicas))
+        return mean, left.unflatten(len(self.replicas), axes if kernel.seen is not None else [1] * len(axes))
+
     def scores(self, batch: Batch) -> Tensor:
         """ẑ of each row under each component, ``[*r, *n, K, q]``.
 

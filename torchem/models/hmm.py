@@ -453,6 +453,10 @@ class HMM(DiscreteModel):
         earlier = self.n_components**self.emission.memory
         return path if earlier == 1 else path.div(earlier, rounding_mode="floor")
 
+    def _codes(self, path: Tensor) -> Tensor:
+        """Paths of the chain that inference runs on as the states that index the emission."""
+        return path
+
     def best_paths(self, data: Any, count: int, **fields: Any) -> tuple[Tensor, Tensor]:
         """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -517,7 +521,7 @@ class HMM(DiscreteModel):
                 found.append(path.unflatten(0, (times, len(piece))))
             return torch.cat(found).transpose(0, 1)
 
-        states = self._each(bare, paths).movedim(-2, 0).flatten(1, 2)[:, place]
+        states = self._codes(self._each(bare, paths)).movedim(-2, 0).flatten(1, 2)[:, place]
         check_possible((states >= 0).all(0).to(torch.float64).unsqueeze(-1), gaps)
         return finished(gaps, self.emission, how, complete(self.emission, rows, states, generator), variance)
 

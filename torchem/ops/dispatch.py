@@ -171,3 +171,13 @@ def compiled_chain(device: torch.device) -> ModuleType | None:
     A fused kernel for CUDA has its place here.
     """
     return _numba_chain() if device.type == "cpu" else None
+
+
+@cache
+def _numba_semi_markov() -> ModuleType | None:
+    return import_module("torchem.ops.numba_.semi_markov") if _numba_chain() else None
+
+
+def compiled_semi_markov(device: torch.device) -> ModuleType | None:
+    """The compiled kernels for segments with durations on a device, where there are any."""
+    return _numba_semi_markov() if device.type == "cpu" else None

@@ -1,0 +1,353 @@
+"""Factor analysis and probabilistic principal components: columns that a few continuous scores explain."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from torchem.batch import Batch, as_tensor, values_known
+from torchem.errors import invalid
+from torchem.factor import Kernel
+from torchem.factors import LowRankGaussian
+from torchem.model import DiscreteModel, EStep, Reduction
+from torchem.models.imputation import Gaps, How, checked_draws, complete, finished, floating, impute
+from torchem.ops import linalg, reduce
+from torchem.ops.gaussian import LOG_2PI
+from torchem.stats import Stats
+
+Noise = Literal["diag", "spherical"]
+
+
+class FactorAnalysis(DiscreteModel):
+    """x = μ + W z + e with scores z ~ N(0, I_q) and noise e ~ N(0, Ψ): p(x) = N(x; μ, W Wᵀ + Ψ).
+
+    With a noise variance for each column (``"diag"``) factor analysis, with one for all (``"spherical"``) probabilistic
+    principal components. E-step: the posterior of the scores, of precision M = I + Wᵀ Ψ⁻¹ W and mean
+    M⁻¹ Wᵀ Ψ⁻¹ (x − μ). M-step: regression on the scores with expanded parameters; see `LowRankGaussian`, which this is
+    with one component. Of complete data the weight, mean and scatter matrix are all that any iteration needs: they are
+    made once, and an iteration costs O(D² q) however many rows there are. Missing entries (NaN) are exact.
+
+    Loadings are determined up to a rotation of the scores. A noise variance at its floor is a Heywood case, for which
+    `Result.floored` names component 0.
+
+    Args:
+        n_features: D, the number of columns.
+        n_factors: q, the number of scores, below D.
+        noise: ``"diag"`` or ``"spherical"``.
+        covariance_floor: Least noise variance, relative to the data's of the column.
+        floor_type: ``"relative"``, ``"absolute"`` or ``"additive"``.
+
+    Raises:
+        InvalidArgument: For sizes out of range or options that do not exist.
+
+    Source: D. B. Rubin, D. T. Thayer (1982); M. E. Tipping, C. M. Bishop (1999); C. Liu, D. B. Rubin, Y. N. Wu (1998).
+
+    Example:
+        >>> m = FactorAnalysis(3, 1)
+        >>> m.loadings, m.noise_variance = [[2.0], [1.0], [0.0]], [1.0, 1.0, 1.0]
+        >>> m.posterior([[2.0, 2.0, 5.0]]).mean
+        tensor([[1.]], grad_fn=<...>)
+    """
+
+    e_steps: ClassVar[tuple[EStep, ...]] = ("soft",)
+    anneals: ClassVar[bool] = False
+
+    component: LowRankGaussian
+
+    def __init__(
+        self,
+        n_features: int,
+        n_factors: int,
+        noise: Noise = "diag",
+        *,
+        covariance_floor: float = 1e-6,
+        floor_type: Literal["relative", "absolute", "additive"] = "relative",
+    ):
+        super().__init__()
+        whole = isinstance(n_features, int) and not isinstance(n_features, bool)
+        if whole and not (isinstance(n_factors, int) and 1 <= n_factors < n_features):
+            raise invalid(
+                "n_factors", f"a whole number from 1 to n_features − 1 = {n_features - 1}", repr(n_factors),
+                "take fewer factors than columns",
+            )  # fmt: skip
+        self.component = LowRankGaussian(1, n_features, n_factors, noise, covariance_floor, floor_type)
+        self.n_features, self.n_factors = n_features, n_factors
+        self.noise: Noise = noise
+        self.covariance_floor, self.floor_type = self.component.covariance_floor, floor_type
+        self._starts: tuple[Sequence[torch.Generator], int] = ((), 0)
+
+    def slots(self) -> tuple[tuple[str, LowRankGaussian], ...]:
+        return (("component", self.component),)
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Float[Tensor, "*r d"]:
+        """μ ``[*r, D]``; assignable."""
+        return self.component.means.squeeze(-2)
+
+    @mean.setter
+    def mean(self, value: Any) -> None:
+        self._assign("means", "mean", value, -2)
+
+    @property
+    def loadings(self) -> Float[Tensor, "*r d q"]:
+        """W ``[*r, D, q]``; assignable."""
+        return self.component.loadings.squeeze(-3)
+
+    @loadings.setter
+    def loadings(self, value: Any) -> None:
+        self._assign("loadings", "loadings", value, -3)
+
+    @property
+    def noise_variance(self) -> Float[Tensor, "*shape"]:
+        """Ψ: ``[*r, D]``, spherical ``[*r]``; assignable, positive."""
+        return self.component.noise_variances.squeeze(-2 if self.noise == "diag" else -1)
+
+    @noise_variance.setter
+    def noise_variance(self, value: Any) -> None:
+        self._assign("noise_variances", "noise_variance", value, -2 if self.noise == "diag" else -1)
+
+    def _assign(self, view: str, name: str, value: Any, axis: int) -> None:
+        given, own = as_tensor(value, name), getattr(self, name)
+        if given.shape != own.shape:
+            raise invalid(name, f"shape {list(own.shape)}", list(given.shape), "give an entry for each column")
+        sound = given.isfinite() & ((given > 0) | (name != "noise_variance"))
+        if not bool(sound.all()):
+            kind = "positive finite numbers" if name == "noise_variance" else "finite numbers"
+            raise invalid(name, kind, f"{float(given[~sound][0]):g}", "correct that entry")
+        setattr(self.component, view, given.unsqueeze(axis))
+
+    @property
+    def covariance(self) -> Float[Tensor, "*r d d"]:
+        """W Wᵀ + Ψ, ``[*r, D, D]``; assign loadings and noise variances instead."""
+        return self.component.covariances.squeeze(-3)
+
+    # ---- inference --------------------------------------------------------------------------------------------
+
+    @property
+    def labelled(self) -> None:
+        """None: the latents are continuous."""
+        return
+
+    def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
+        # The scores are summed out by the factor: one configuration is left.
+        return potentials["component"].squeeze(-1)
+
+    def check(self, batch: Batch) -> Batch:
+        self.component.check(batch)
+        if batch.evidence is not None:
+            raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
+        return batch
+
+    def cast(self, batch: Batch) -> Batch:
+        x = self.component.cast(batch.x)
+        return batch if x is batch.x else batch.with_x(x)
+
+    def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
+        if not isinstance(self.component, LowRankGaussian) or self._incomplete(batch):
+            return super()._e_step(batch, infer)
+        moments = batch.remember(("moments", self.dtype, self.device), lambda: self._moments(batch))
+        kernel = _Scatter(self.component, *moments)
+        return self._assembled({"component": kernel}, kernel.log_likelihood, batch)
+
+    def _incomplete(self, batch: Batch) -> bool:
+        """Whether an entry is missing; where values are not known it may be."""
+        if not values_known() or batch.observed is not None:
+            return True
+        return batch.remember("missing", lambda: bool(batch.x.isnan().any()))
+
+    def _moments(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, mean ``[D]`` and scatter matrix ``[D, D]`` about it, float64, of all rows.
+
+        Source: T. F. Chan, G. H. Golub, R. J. LeVeque (1979), equation 2.1, for those of parts together.
+        """
+        count = torch.zeros((), dtype=torch.float64, device=self.device)
+        mean = count.expand(self.n_features)
+        scatter = count.expand(self.n_features, self.n_features)
+        for piece in self.stream(batch):
+            x = piece.x.to(torch.float64)
+            weight = x.new_ones(len(x)) if piece.weight is None else piece.weight.to(x)
+            # Weight zero silences what is not finite.
+            x = torch.where((weight > 0).unsqueeze(-1), x, mean)
+            own = weight.sum()
+            total = count + own
+            safe = torch.where(total > 0, total, 1.0)
+            center = (weight @ x) / torch.where(own > 0, own, 1.0)
+            gap, shift = x - center, center - mean
+            scatter = scatter + (weight.unsqueeze(-1) * gap).mT @ gap
+            scatter = scatter + torch.outer(shift, shift) * (count * own / safe)
+            mean = mean + shift * (own / safe)
+            count = total
+        return count, mean, scatter
+
+    # ---- use --------------------------------------------------------------------------------------------------
+
+    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
+        return self._each(data, self.log_partition, score=True)
+
+    def posterior(self, data: Any) -> MultivariateNormal:
+        """p(z | x) of each row: normal, ``.mean [N, q]`` and ``.covariance_matrix [N, q, q]``."""
+        mean, factor = self._each(data, lambda p, b: self._scores(b))
+        return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        mean, covariance = self.component.score_law(self.cast(batch))
+        mean, covariance = mean.squeeze(-2), covariance.squeeze(-3)
+        return mean, linalg.cholesky(covariance).expand(*mean.shape, self.n_factors)
+
+    def transform(self, data: Any) -> Float[Tensor, "*r n q"]:
+        """Expected scores of each row, ``[N, q]``."""
+        return self.posterior(data).mean
+
+    def most_likely(self, data: Any) -> Float[Tensor, "*r n q"]:
+        """The most probable scores of each row, ``[N, q]``: those expected."""
+        return self.transform(data)
+
+    @torch.no_grad()
+    def impute(
+        self,
+        data: Any,
+        how: How = "auto",
+        *,
+        draws: int | None = None,
+        variance: bool = False,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Any:
+        """The data with their missing entries filled in; see `LatentModel.impute`.
+
+        Example:
+            >>> m = FactorAnalysis(2, 1)
+            >>> m.loadings, m.noise_variance = [[1.0], [1.0]], [1.0, 1.0]
+            >>> m.impute(torch.tensor([[2.0, torch.nan]]))
+            tensor([[2., 1.]])
+        """
+        checked_draws(draws, self, variance)
+        batch = self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+        gaps = Gaps.of(data, batch, False)
+        rows = floating(gaps.batch[gaps.index], self)
+        if draws is None:
+            share = torch.ones(*self.replicas, len(rows), 1, dtype=self.dtype, device=self.device)
+            found = impute(self, self.component, gaps, how, share, rows)
+        else:
+            states = torch.zeros(draws, len(rows), dtype=torch.long, device=self.device)
+            found = complete(self.component, rows, states, generator)
+        return finished(gaps, self.component, how, found, variance)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
+        """Draw ``n`` observations ``[n, D]``, and their scores ``[n, q]`` when ``latents`` is True."""
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "generator": generator}
+        z, noise = torch.randn(n, self.n_factors, **options), torch.randn(n, self.n_features, **options)
+        deviation = self.noise_variance.sqrt()
+        x = self.mean + z @ self.loadings.mT + noise * deviation
+        return (x, z) if latents else x
+
+    # ---- starts and health ------------------------------------------------------------------------------------
+
+    def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
+        self._starts = (generators, first)
+
+    def initialize(self, batch: Batch, expected: Tensor) -> None:
+        """Principal axes; of restarts after the first random loadings."""
+        if len(batch) <= self.n_factors:
+            raise invalid(
+                "data", f"more rows than the {self.n_factors} factors", len(batch), "take fewer factors"
+            )  # fmt: skip
+        if batch.weight is not None:
+            expected = expected * batch.weight.unsqueeze(-1).to(expected)
+        values = self.component.initialize(self.cast(batch), expected)
+        self.assign({f"component.{name}": value for name, value in (values | self._scattered(values)).items()})
+
+    def _scattered(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        generators, first = self._starts
+        if first + len(generators) <= 1 or self.component.frozen("loading") is not None:
+            return {}
+        loading = values["loading"]
+        shape, scale = loading.shape[-2:], (self.component.unit / (1 + self.n_factors)).sqrt().unsqueeze(-1)
+        drawn = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators])
+        drawn = (drawn.to(scale) * scale).to(loading).unsqueeze(-3)
+        drawn = drawn if self.replicas else drawn[0]
+        later = first + torch.arange(len(generators), device=loading.device) > 0
+        return {"loading": torch.where(later.view(-1, 1, 1, 1) if self.replicas else later[0], drawn, loading)}
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> None:
+        values = self.component.initialize_at(self.cast(batch), index)
+        self.assign({f"component.{name}": value for name, value in values.items()})
+
+    def degenerate(self) -> Tensor | None:
+        return self.component.degenerate()
+
+    @classmethod
+    def examples(cls) -> list[tuple["FactorAnalysis", Batch]]:
+        """Factor analysis of weighted rows, and principal components of rows with missing entries."""
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        found = []
+        for noise, q in (("diag", 2), ("spherical", 1)):
+            model = cls(4, q, noise).double()  # pyright: ignore[reportArgumentType]
+            model.mean, model.loadings = randn(4), randn(4, q)
+            model.noise_variance = 0.3 + randn(*model.noise_variance.shape).square()
+            x = randn(30, 4) @ randn(4, 4) + 0.5
+            weight = randn(30).square()
+            weight[::5] = 0
+            if q == 1:
+                x[3:9, 1] = x[20:, 0] = x[12] = torch.nan
+            found.append((model, Batch(x, weight=weight if q == 2 else None)))
+        return found
+
+
+class _Scatter(Kernel):
+    """The statistics and the likelihood of complete rows from their weight, mean and scatter matrix."""
+
+    def __init__(self, factor: LowRankGaussian, count: Tensor, mean: Tensor, scatter: Tensor):
+        self.factor = factor
+        center, loading = factor.mean.to(torch.float64).squeeze(-2), factor.loading.to(torch.float64).squeeze(-3)
+        variance = factor.variances().to(torch.float64).squeeze(-2)
+        weighted = loading / variance.unsqueeze(-1)
+        eye = torch.eye(loading.shape[-1], dtype=torch.float64, device=loading.device)
+        inverse = linalg.inverse_factor(linalg.cholesky(eye + loading.mT @ weighted))
+        left = inverse.mT @ inverse
+        gap = mean - center
+        moment = scatter + count * gap.unsqueeze(-1) * gap.unsqueeze(-2)
+        pull = left @ weighted.mT  # ẑ = pull (x − μ)
+        cross = moment @ pull.mT
+        spread = pull @ cross
+        square = moment.diagonal(dim1=-2, dim2=-1)
+        # ‖x − μ − W ẑ‖²_Ψ + ‖ẑ‖², summed, in which nothing cancels but what the fit explains.
+        rest = square - 2 * (cross * loading).sum(-1) + ((loading @ spread) * loading).sum(-1)
+        distance = (rest / variance).sum(-1) + spread.diagonal(dim1=-2, dim2=-1).sum(-1)
+        log_det = variance.log().sum(-1) - 2 * inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self.log_likelihood = -0.5 * (distance + count * (log_det + gap.shape[-1] * LOG_2PI))
+        shift = center - factor.origin.to(torch.float64)
+        first, score = count * gap, count * (pull @ gap.unsqueeze(-1)).squeeze(-1)
+        own = {
+            "count": count.expand(first.shape[:-1]), "first": first + count * shift,
+            "square": square + 2 * shift * first + count * shift.square(),
+            "cross": cross + shift.unsqueeze(-1) * score.unsqueeze(-2),
+            "score": score, "outer": spread + count * left,
+        }  # fmt: skip
+        ranks = {"count": 0, "first": 1, "square": 1, "cross": 2, "score": 1, "outer": 2}
+        own = {name: value.unsqueeze(-1 - ranks[name]) for name, value in own.items()}  # one component
+        self.total = Stats(own, version=factor.version)
+
+    def log_potential(self, batch: Batch) -> Tensor:
+        raise NotImplementedError("rows are not seen one by one")
+
+    def collect(self, batch: Batch, expected: Tensor) -> None:
+        raise NotImplementedError("rows are not seen one by one")
+
+    def stats(self) -> Stats:
+        return self.total
+
+    def inner(self) -> Tensor:
+        return self.factor.expected_log_prob(self.total)

@@ -1,0 +1,222 @@
+"""Segments of states with durations of their own: log normaliser, posteriors, best paths and draws.
+
+Segments (k_i, d_i) follow each other until they cover the T frames of a sequence. Its potentials are unnormalised
+logarithms, any entry −inf: ``initial [*b, K]``, ``transition [*b, K, K]`` (rows: from), ``duration [*b, K, D]`` (entry
+d − 1: a segment of d frames) and ``emission [*b, T, K]``; leading axes broadcast; ``lengths [*b]`` says how many frames
+are valid. Then
+
+    Z = Σ exp(initial(k_1) + Σ_i duration(k_i, d_i) + Σ_i transition(k_i, k_{i+1}) + Σ_t emission_t(k at t)),
+
+where the last segment of a `censored` sequence may go on: it counts with its survival, Σ_{d' ≥ d} exp duration(k, d').
+That sum is no choice of a configuration: it stays one where ``plus`` is a maximum or a draw.
+
+`reference` says just that, in the log domain, for autograd to differentiate to any order. All else runs on compiled
+loops (`numba_.semi_markov`) where there are any.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchem.ops import reduce
+from torchem.ops.dispatch import compiled_semi_markov
+
+
+def survival(duration: Tensor) -> Tensor:
+    """log Σ_{d' ≥ d} exp duration(k, d'), ``[…, K, D]``; −inf, without NaN, where nothing is left.
+
+    Example:
+        >>> survival(torch.tensor([0.5, 0.25, 0.25]).log()).exp()
+        tensor([1.0000, 0.5000, 0.2500])
+    """
+    return _from_end(duration)
+
+
+def _from_end(x: Tensor) -> Tensor:
+    """log Σ exp of what stands at a place or after it, in log₂ D steps, none of which subtracts."""
+    shift = 1
+    while shift < x.shape[-1]:
+        later = torch.cat([x[..., shift:], torch.full_like(x[..., :shift], -torch.inf)], -1)
+        x = reduce.logsumexp(torch.stack([x, later], -1), -1)
+        shift *= 2
+    return x
+
+
+def remaining(counts: Tensor, duration: Tensor) -> Tensor:
+    """Expected durations ``[…, K, D]`` of segments of which so many frames were seen, by the law given that.
+
+    Example:
+        >>> remaining(torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.5, 0.25, 0.25]).log())
+        tensor([0., 1., 1.])
+    """
+    alive = survival(duration)
+    some = (counts > 0) & (alive > -torch.inf)
+    rate = torch.where(some, counts, 1.0).log() - torch.where(some, alive, 0.0)
+    reached = _from_end(torch.where(some, rate, -torch.inf).flip(-1)).flip(-1)
+    return (duration + reached).exp()
+
+
+def reference(
+    initial: Tensor,
+    transition: Tensor,
+    duration: Tensor,
+    emission: Tensor,
+    lengths: Tensor | None = None,
+    plus: Any = reduce.logsumexp,
+    *,
+    censored: bool = True,
+) -> Tensor:
+    """log Z ``[*b]`` by the forward recursion over the frames that a segment has lasted, in time and memory O(T K D).
+
+    Source: K. P. Murphy (2002), Hidden semi-Markov models; S.-Z. Yu (2010), section 3, for censored ends.
+
+    Example:
+        >>> flat = torch.zeros(2)
+        >>> apart = torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]])
+        >>> reference(flat, apart, torch.zeros(2, 3), torch.zeros(3, 2), censored=False).exp()  # 3, 1 + 2, 2 + 1, 1 × 3
+        tensor(8.)
+    """
+    message = _forward(initial, transition, duration, emission, lengths, plus)
+    return plus((message + (survival(duration) if censored else duration)).flatten(-2), -1)
+
+
+def _forward(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None, plus: Any
+) -> Tensor:
+    """Messages ``[*b, K, D]`` at the last frame: entry e of segments that have lasted e + 1 frames, and go on."""
+    size = torch.broadcast_shapes(initial.shape[:-1], duration.shape[:-2], emission.shape[:-2])
+    start = initial.expand(*size, initial.shape[-1])
+    lasted = torch.full((*size, *duration.shape[-2:-1], duration.shape[-1] - 1), -torch.inf).to(start)
+    message = torch.cat([start.unsqueeze(-1), lasted], -1) + emission[..., 0, :, None]
+    for t in range(1, emission.shape[-2]):
+        ended = plus(message + duration, -1)
+        start = plus(ended.unsqueeze(-1) + transition, -2)
+        new = torch.cat([start.unsqueeze(-1), message[..., :-1]], -1) + emission[..., t, :, None]
+        message = new if lengths is None else torch.where((t < lengths)[..., None, None], new, message)
+    return message
+
+
+def lasting(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """p(state, frames that it has lasted) at the last frame given all, if the sequence goes on: ``[*b, K, D]``."""
+    message = _forward(initial, transition, duration, emission, lengths, reduce.logsumexp) + survival(duration)
+    return reduce.responsibilities(message.flatten(-2))[1].unflatten(-1, message.shape[-2:])
+
+
+def expanded(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, last: Tensor, censored: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The potentials of a chain on (state, frames lasted), of the same Z for every end: S·D states, S·D × S·D steps.
+
+    A segment goes on with the ratio of survivals, and ends with what is left of one. ``last [*b, T]`` marks the last
+    frame of each sequence, which is where an uncensored one must end.
+    """
+    k, d = duration.shape[-2:]
+    alive = survival(duration)
+    safe = torch.where(alive > -torch.inf, alive, 0.0)
+    ends = duration - safe
+    after = torch.cat([alive[..., 1:], torch.full_like(alive[..., :1], -torch.inf)], -1) - safe
+    begins = torch.full((*initial.shape[:-1], k, d), -torch.inf).to(initial)
+    begins = torch.cat([(initial + alive[..., 0]).unsqueeze(-1), begins[..., 1:]], -1).flatten(-2)
+    # Rows (k, e), columns (j, f).
+    moves = ends[..., :, :, None, None] + transition[..., :, None, :, None] + alive[..., None, None, :, :1]
+    eye = torch.eye(k, dtype=torch.bool, device=initial.device)[:, None, :, None]
+    shift = torch.eye(d, dtype=torch.bool, device=initial.device).roll(1, -1)[None, :, None, :]
+    first = (torch.arange(d, device=initial.device) == 0).view(1, 1, 1, d)
+    steps = torch.where(first, moves, torch.where(eye & shift, after[..., :, :, None, None], -torch.inf))
+    seen = emission.repeat_interleave(d, -1)
+    if not censored:
+        seen = seen + torch.where(last.unsqueeze(-1), ends.flatten(-2).unsqueeze(-2), 0.0)
+    return begins, steps.flatten(-4, -3).flatten(-2), seen
+
+
+def expectations(
+    initial: Tensor,
+    transition: Tensor,
+    duration: Tensor,
+    emission: Tensor,
+    lengths: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    censored: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log Z ``[*b]``, and posterior expectations times ``weight [*b]`` in the shape of each potential.
+
+    Those of durations count the whole of a segment that was cut off, by its law given that it lasted as long.
+
+    Source: Y. Guédon (2003), equations 5 to 12; S.-Z. Yu (2010), section 2.2.
+    """
+    parts = (initial, transition, duration, emission)
+    kernel = _kernel(*parts, *([] if weight is None else [weight]))
+    if kernel is not None:
+        tail = _tail(duration, censored)
+        log_z, *tables, counts, cut, gamma = kernel.expectations(*parts[:3], tail, emission, lengths, weight)
+        counts = counts + (remaining(cut, duration.to(cut)) if censored else cut)
+        found = zip((*tables, counts, gamma), parts, strict=True)
+        return log_z.to(emission.dtype), *(value.sum_to_size(p.shape).to(p.dtype) for value, p in found)
+
+    def total(*given: Tensor) -> Tensor:
+        return reference(*given, lengths=lengths, censored=censored)
+
+    log_z, pull, *_ = torch.func.vjp(total, *parts)
+    mass = torch.ones_like(log_z) if weight is None else weight.to(log_z).expand_as(log_z)
+    return log_z, *pull(torch.where(log_z == -torch.inf, 0.0, mass))
+
+
+def log_normalizer(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None = None,
+    *, censored: bool = True,
+) -> Tensor:  # fmt: skip
+    """log Z ``[*b]`` by the fastest way; differentiable to any order."""
+    kernel = _kernel(initial, transition, duration, emission)
+    if kernel is not None:
+        tail = _tail(duration, censored)
+        return kernel.log_normalizer(initial, transition, duration, tail, emission, lengths).to(emission.dtype)
+    return reference(initial, transition, duration, emission, lengths, censored=censored)
+
+
+def paths(
+    potentials: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: Tensor | None,
+    censored: bool,
+    uniforms: Callable[[torch.Size], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Best segments, or with ``uniforms`` drawn ones: score or log Z ``[*b]``, states ``[*b, T]``, frames lasted.
+
+    States are −1, and frames lasted zero, in the padding and where no path is possible. None where there is no
+    compiled kernel: `reference` differentiated with another ``plus`` says the same.
+    """
+    kernel = _kernel(*potentials)
+    if kernel is None:
+        return None
+    *tables, emission = potentials
+    given = (*tables, _tail(tables[-1], censored), emission, lengths)
+    if uniforms is None:
+        score, path, lasted = kernel.viterbi(*given)
+    else:
+        size = torch.broadcast_shapes(*(value.shape[:-2] for value in (*tables[1:], emission)))
+        score, path, lasted = kernel.sample(*given, uniforms(torch.Size((*size, emission.shape[-2] + 1, 2))))
+    return score.to(emission.dtype), path, lasted
+
+
+def _tail(duration: Tensor, censored: bool) -> Tensor:
+    """Log weights of a last segment that has lasted d frames, float64."""
+    duration = duration.detach().to(torch.float64)
+    return survival(duration) if censored else duration
+
+
+def _kernel(*given: Tensor) -> Any:
+    """The compiled kernels, where they may run: on plain numbers that nothing is derived from."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return None
+    if torch.is_grad_enabled() and any(value.requires_grad for value in given):
+        return None
+    # Tables of all sequences, not of each.
+    ranks = zip(given[:3], (1, 2, 2), strict=True)
+    shared = all(value.dim() <= rank or value.shape[-1 - rank] == 1 for value, rank in ranks)
+    return compiled_semi_markov(given[0].device) if shared else None
