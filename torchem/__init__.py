@@ -13,7 +13,7 @@ from torchem.evaluate import Criteria, criteria
 from torchem.factor import Conjugate, ExponentialFamily, Factor
 from torchem.gradient import Gradient
 from torchem.model import DiscreteModel, LatentModel, em_map
-from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, AmortizedModel, BayesianNetwork, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 from torchem.result import Progress, Result
 from torchem.search import perturb, split_merge
 from torchem.stats import Stats
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AmortizedModel",
     "Batch",
+    "BayesianNetwork",
     "Conjugate",
     "Criteria",
     "Direct",

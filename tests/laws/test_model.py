@@ -24,7 +24,7 @@ from torchem.models.stationary import Stationary
 pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
 ROOMY = every_model(only=lambda name: "N1" not in name)
 CHAINS = every_model(only=lambda name: name.startswith("HMM"))
-MIXTURES = every_model(only=lambda name: not name.startswith("HMM"))
+MIXTURES = every_model(only=lambda name: not name.startswith(("HMM", "BayesianNetwork")))
 
 
 def test_every_model_has_cases() -> None:
