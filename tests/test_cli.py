@@ -157,6 +157,20 @@ def test_other_configurations(name, words, capsys, tmp_path):
         assert word in out
 
 
+def test_a_network(capsys, tmp_path):
+    """A hidden cause: its probabilities by name, a picture, gaps filled in and rows drawn."""
+    run = tmp_path / "run"
+    out = ok(capsys, "fit", ROOT / "configs" / "clinic.yaml", "--output", run, "--fit.restarts", 1)
+    for word in ("BayesianNetwork · 800 observations × 6 columns", "-2982.91", "21 parameters", "network.png"):
+        assert word in out
+    assert (run / "labels.csv").read_text().splitlines()[0] == "flu,flu_0,flu_1,log_prob"
+    ok(capsys, "sample", run, "--n", 5, "--latents", "true")
+    head = "flu,season,vaccinated,smoker,cough,tired,temperature"
+    assert (run / "sample.csv").read_text().splitlines()[0] == head
+    ok(capsys, "impute", run)
+    assert ",," not in (run / "imputed.csv").read_text()
+
+
 def test_a_race(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = ("--fit.restarts", 4, "--fit.race", 1, "--fit.init", "random_from_data", "--fit.budget", 27200)

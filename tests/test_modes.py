@@ -141,6 +141,33 @@ def walks() -> dict[str, Any]:
     return {"data": truth.sample(12, 15, generator=rng())}
 
 
+def causes(**options: Any) -> torchem.BayesianNetwork:
+    """Two hidden causes of four answers, one of which depends on both."""
+    edges = [("H", "A"), ("H", "B"), ("H", "C"), ("G", "C"), ("G", "D"), ("A", "D")]
+    return torchem.BayesianNetwork({"H": 2, "G": 2, "A": 2, "B": 3, "C": 2, "D": 2}, edges, ("H", "G"), **options)
+
+
+def effects() -> dict[str, Any]:
+    truth = causes().double()
+    truth.tables["A"], truth.tables["B"] = [[0.9, 0.1], [0.2, 0.8]], [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
+    truth.tables["C"] = [[[0.9, 0.1], [0.4, 0.6]], [[0.5, 0.5], [0.1, 0.9]]]
+    truth.tables["D"] = [[[0.8, 0.2], [0.6, 0.4]], [[0.3, 0.7], [0.1, 0.9]]]
+    return {"data": truth.sample(240, generator=rng())}
+
+
+def measured() -> torchem.BayesianNetwork:
+    """A hidden cause of an answer and of a measurement, which depends on the answer too."""
+    leaves = {"X": (("H", "A"), Gaussian(4, 1))}
+    return torchem.BayesianNetwork({"H": 2, "A": 2}, [("H", "A")], ("H",), leaves)
+
+
+def measurements() -> dict[str, Any]:
+    truth = measured().double()
+    truth.tables["H"], truth.tables["A"] = [0.7, 0.3], [[0.9, 0.1], [0.2, 0.8]]
+    truth.conditionals["X"].means = [[-2.0], [1.0], [1.5], [4.0]]
+    return {"data": truth.sample(240, generator=rng())}
+
+
 def movement() -> torchem.HMM:
     return torchem.HMM(Categorical(2), Categorical(2, 2), Product([VonMises(2, 1), Exponential(2, 1)]))
 
@@ -265,6 +292,9 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "mixture of models": (kinds, points),
     "state space": (lambda: torchem.LinearGaussianStateSpace(1, 2), series),
     "variational state space": (lambda: torchem.variational(torchem.LinearGaussianStateSpace(1, 2)), series),
+    "Bayesian network": (causes, effects),
+    "conditional Gaussian network": (measured, measurements),
+    "variational network": (lambda: torchem.variational(causes()), effects),
     "amortized model": (amortized, points),
     "gradient mixture": (climbed, points),
     "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),
@@ -305,6 +335,7 @@ REFUSED = {
     ("variational mixture", "direct"): "a bound on it",
     ("variational HMM", "direct"): "a bound on it",
     ("variational semi-Markov HMM", "direct"): "a bound on it",
+    ("variational network", "direct"): "a bound on it",
     ("factorial HMM", "direct"): "a bound on it",
     ("amortized model", "direct"): "a bound on it",
     ("variational multinomial", "direct"): "a bound on it",

@@ -12,6 +12,7 @@ import torchem
 from torchem import images
 from torchem.errors import InvalidArgument, InvalidFile
 from torchem.factors import Categorical
+from torchem.graphs import layered
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -333,3 +334,37 @@ def test_importing_torchem_loads_neither_pictures_nor_the_command_line():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_networks():
+    """Boxes with tables in layers, no two on each other; edges that pass a layer go round its boxes."""
+    edges = [("A", "B"), ("B", "C"), ("A", "C"), ("C", "D"), ("A", "D"), ("E", "D")]
+    leaves = {"X": (("D", "B"), torchem.factors.Gaussian(4, 1)), "Y": ((), torchem.factors.Poisson(1, 2))}
+    net = torchem.BayesianNetwork(dict.fromkeys("ABCDE", 2), edges, ("B",), leaves, states={"A": ["off", "on"]})
+    net.tables["B"] = [[0.25, 0.75], [1.0, 0.0]]
+    ax = plot.network(net)
+    draw(ax)
+    said = [text.get_text() for text in ax.texts]
+    for word in ("off", "0.250", "0.750", "C, A, E", "0 ± 1"):
+        assert word in said
+    boxes = [patch.get_window_extent() for patch in ax.patches if type(patch).__name__ == "FancyBboxPatch"]
+    assert len(boxes) == 7
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert not a.overlaps(b)
+    assert sum(type(patch).__name__ == "FancyArrowPatch" for patch in ax.patches) == len(edges) + 2
+    bare = plot.network(net, tables=False)
+    draw(bare)
+    assert [text.get_text() for text in bare.texts] == ["A", "B", "C", "D", "E", "X", "Y"]
+
+
+def test_layers_of_a_graph():
+    parents = {"a": [], "b": ["a"], "c": ["b"], "d": ["a", "c"], "e": []}
+    found = layered(parents, dict.fromkeys(parents, (1.0, 0.5)), down=1.0)
+    assert [found.centers[name][1] for name in "abcd"] == [0.25, 1.75, 3.25, 4.75]
+    # The edge from a to d passes two layers, beside what stands there.
+    line = found.lines["a", "d"]
+    assert len(line) == 4
+    for (x, _), name in zip(line[1:3], "bc", strict=True):
+        assert abs(x - found.centers[name][0]) >= 0.5
+    assert line[-1][1] == pytest.approx(4.5)

@@ -218,6 +218,8 @@ def _pictures(
         drawn["segmented"] = plot.segmentation(data.image, _labels(model, data), _colours(model, data))
     elif decoded is not None:
         drawn |= _chain_pictures(model, data, report["data"], decoded)
+    elif hasattr(model, "conditionals"):
+        drawn["network"] = plot.network(model)
     elif data.inputs is not None:
         drawn |= _regression(model, data, report["data"])
     elif hasattr(model, "component"):
@@ -514,7 +516,11 @@ def _draw_rows(run: runs.Run, config: Any, generator: torch.Generator) -> dict[s
         # Covariates have no law: those of the run are taken in turn.
         given["inputs"] = inputs[np.arange(n) % len(inputs)]
     x, z = run.model.sample(n, latents=True, generator=generator, **given)
-    hidden = {"label": z.cpu().numpy()} if config.latents else {}
+    hidden = {}
+    if config.latents:
+        names = getattr(run.model, "hidden", None)
+        parts = zip(names, z.mT, strict=True) if names is not None else [("label", z)]
+        hidden = {name: part.cpu().numpy() for name, part in parts}
     return hidden | dict(zip(run.columns, x.cpu().numpy().T, strict=True))
 
 

@@ -186,6 +186,8 @@ def label_rows(model: LatentModel, data: Observations) -> tuple[list[str], list[
     if given and np.isnan(data.values).all():
         return [*ahead], [*ahead.values()]
     batch = model.batch(torch.from_numpy(np.ascontiguousarray(data.values)), inputs=data.inputs)
+    if hasattr(model, "conditionals"):
+        return _node_rows(model, batch)
     with torch.no_grad():
         label = model.most_likely(batch).cpu().numpy()
         posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
@@ -194,6 +196,18 @@ def label_rows(model: LatentModel, data: Observations) -> tuple[list[str], list[
         names += [f"responsibility_{k}" for k in range(posterior.shape[1])]
         columns += list(posterior.cpu().numpy().T)
     return [*names, "log_prob", *ahead], [*columns, log_prob, *ahead.values()]
+
+
+def _node_rows(model: Any, batch: Any) -> tuple[list[str], list[np.ndarray]]:
+    """For each hidden node of a network its most likely state and the probability of each; then the log-density."""
+    with torch.no_grad():
+        found: dict[str, torch.Tensor] = {}
+        for node in model.hidden:
+            share = model.posterior(node, batch)
+            found[node] = share.argmax(-1)
+            found |= {f"{node}_{state}": share[:, state] for state in range(share.shape[1])}
+        found["log_prob"] = model.log_score(batch)
+    return [*found], [value.cpu().numpy() for value in found.values()]
 
 
 def _predicted(model: Any, data: Observations) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 Needs the extra ``plot``.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchem.batch import as_tensor
-from torchem.errors import invalid, require
+from torchem.batch import Batch, as_tensor
+from torchem.errors import TorchemError, invalid, require
+from torchem.graphs import layered
 from torchem.images import mean_colours
 from torchem.model import LatentModel
 from torchem.sequences import as_buckets
@@ -442,6 +444,143 @@ def chain(
     axes[-1].set_ylabel("probability")
     figure.align_ylabels(axes)
     return np.array([*axes, transitions(matrix, figure.add_subplot(grid[:, 1]))])
+
+
+def network(model: Any, ax: Any = None, tables: bool = True) -> Any:
+    """Draw a Bayesian network in layers, each node a box with its table; hidden nodes are dashed, leaves rounded.
+
+    A row of a table is a state of all parents, a column a state of the node; the darker a cell, the likelier. Tables of
+    more than 12 rows or 6 columns are left out. Leaves show means and standard deviations, where they have some.
+
+    Args:
+        model: A `torchem.BayesianNetwork`.
+        ax: Axes to draw in; new ones when None.
+        tables: Whether to draw tables.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib, torchem
+        >>> matplotlib.use("Agg")
+        >>> ax = network(torchem.BayesianNetwork({"rain": 2, "wet": 2}, [("rain", "wet")]))
+        >>> [text.get_text() for text in ax.texts][:2]
+        ['rain', '0']
+    """
+    patches = require("matplotlib.patches", "plot")
+    grids = {name: _conditional(model, name) if tables else None for name in model.parents}
+    boxes = {name: _box(name, grid) for name, grid in grids.items()}
+    layout = layered(model.parents, boxes, down=0.55)
+    if ax is None:
+        ax = _figure(0.2 + layout.width, 0.2 + layout.height).add_axes((0, 0, 1, 1))
+    ax.set_xlim(-0.1, layout.width + 0.1)
+    ax.set_ylim(layout.height + 0.1, -0.1)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    for line in layout.lines.values():
+        _arrow(ax, patches, line)
+    for name, (x, y) in layout.centers.items():
+        width, height = boxes[name]
+        rounded = name not in model.cardinalities
+        ax.add_patch(patches.FancyBboxPatch(  # pyright: ignore[reportAttributeAccessIssue]
+            (x - width / 2 + 0.1, y - height / 2 + 0.1), width - 0.2, height - 0.2,
+            boxstyle=f"round,pad=0.1,rounding_size={0.2 if rounded else 0.05}", facecolor="white", edgecolor=_INK,
+            linestyle="--" if name in model.hidden else "-", linewidth=1.1, zorder=2,
+        ))  # fmt: skip
+        ax.text(x, y - height / 2 + 0.19, name, ha="center", va="center", color=_INK, fontsize=10, zorder=4)
+        grid = grids[name]
+        if grid is not None:
+            _table(ax, patches, grid, x, y - height / 2 + 0.4)
+    return ax
+
+
+#: A cell's width and height, and the width of a letter in the names of rows, in inches.
+_CELL, _LINE, _LETTER = 0.52, 0.21, 0.068
+#: Rows and columns of a table that is drawn, at most.
+_ROWS, _WIDE = 12, 6
+
+
+class _Grid:
+    """A table as it is drawn: what rows are states of, names of rows and columns, text and darkness of cells."""
+
+    def __init__(self, head: str, rows: list[str], columns: list[str], cells: list[list[str]], shade: np.ndarray):
+        self.head, self.rows, self.columns, self.cells, self.shade = head, rows, columns, cells, shade
+        letters = max((len(cell) for row in [columns, *cells] for cell in row), default=0)
+        self.cell = max(_CELL, _LETTER * letters + 0.1)
+        self.label = _LETTER * max(map(len, [head, *rows])) + 0.1 if any(rows) else 0.0
+
+    @property
+    def width(self) -> float:
+        return self.label + self.cell * len(self.columns)
+
+    @property
+    def height(self) -> float:
+        return _LINE * (len(self.rows) + 1)
+
+
+def _conditional(model: Any, name: str) -> _Grid | None:
+    """The table of a node, or the means of a leaf."""
+    sizes = [model.cardinalities[parent] for parent in model.parents[name]]
+    named = [[str(s) for s in model.states.get(p, range(k))] for p, k in zip(model.parents[name], sizes, strict=True)]
+    rows = [", ".join(part) for part in itertools.product(*named)]
+    if len(rows) > _ROWS:
+        return None
+    head = ", ".join(model.parents[name])
+    if name in model.cardinalities:
+        size = model.cardinalities[name]
+        factor = model.conditionals[name]
+        if size > _WIDE or not hasattr(factor, "assign_probs") or model.replicas:
+            return None
+        values = _array(factor.probs).reshape(-1, size)
+        columns = [str(s) for s in model.states.get(name, range(size))]
+        return _Grid(head, rows, columns, [[_probability(float(p)) for p in row] for row in values], values)
+    try:
+        mean, variance = model.conditionals[name].moments(Batch(torch.zeros(1, 1, dtype=model.dtype)))
+    except (NotImplementedError, AttributeError, RuntimeError, TorchemError):
+        return None
+    center, spread = (_array(value).reshape(len(rows), -1)[:, :_WIDE] for value in (mean, variance.sqrt()))
+    cells = [[f"{m:.3g} ± {s:.2g}" for m, s in zip(*pair, strict=True)] for pair in zip(center, spread, strict=True)]
+    return _Grid(head, rows, ["mean ± sd"] * center.shape[1], cells, np.zeros_like(center))
+
+
+def _box(name: str, grid: _Grid | None) -> tuple[float, float]:
+    width = 0.085 * len(name) + 0.35
+    if grid is None:
+        return width, 0.42
+    return max(width, grid.width + 0.2), 0.48 + grid.height
+
+
+def _table(ax: Any, patches: Any, grid: _Grid, x: float, top: float) -> None:
+    left = x - grid.width / 2
+    options = {"va": "center", "color": _INK, "fontsize": 7.5, "zorder": 4}
+    for j, column in enumerate(grid.columns):
+        middle = left + grid.label + (j + 0.5) * grid.cell
+        ax.text(middle, top + _LINE / 2, column, ha="center", **options | {"color": "#595959"})
+    ax.text(left + grid.label - 0.06, top + _LINE / 2, grid.head, ha="right", **options | {"color": "#595959"})
+    for i, row in enumerate(grid.rows):
+        level = top + (i + 1.5) * _LINE
+        if row:
+            ax.text(left + grid.label - 0.06, level, row, ha="right", **options | {"color": "#595959"})
+        for j, cell in enumerate(grid.cells[i]):
+            start = left + grid.label + j * grid.cell
+            corner = (start + 0.01, level - _LINE / 2 + 0.01)
+            shade = (*palette(1)[0], 0.08 + 0.5 * float(grid.shade[i, j]))
+            ax.add_patch(
+                patches.Rectangle(corner, grid.cell - 0.02, _LINE - 0.02, facecolor=shade, linewidth=0, zorder=3)
+            )
+            ax.text(start + grid.cell / 2, level, cell, ha="center", **options)
+
+
+def _arrow(ax: Any, patches: Any, line: list[tuple[float, float]]) -> None:
+    """A line through points, smooth where it turns, with a head at its end."""
+    path = require("matplotlib.path", "plot").Path  # pyright: ignore[reportAttributeAccessIssue]
+    points, codes = [line[0]], [path.MOVETO]
+    for (a, b), (c, d) in itertools.pairwise(line):
+        points += [(a, (b + d) / 2), (c, (b + d) / 2), (c, d)]
+        codes += [path.CURVE4] * 3
+    ax.add_patch(patches.FancyArrowPatch(
+        path=path(points, codes), arrowstyle="-|>", mutation_scale=10, color=_FAINT, linewidth=1.1, zorder=1,
+    ))  # fmt: skip
 
 
 def segmentation(image: Any, labels: Any, colours: Any = None, ax: Any = None) -> Any:

@@ -361,7 +361,7 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
         _check(factor)
     wrapped = {factor: _wrapped(factor, priors.get(slots[0])) for factor, slots in model.factors().items()}
     for slot, factor in slots.items():
-        setattr(model, slot, wrapped[factor])
+        model.set_submodule(slot, wrapped[factor])
     return model
 
 

@@ -96,3 +96,20 @@ def test_uniform_tables_are_learned_from_a_start(init: str, device: torch.device
     fit(model, x, init=init, max_iter=5, tol=0.0)
     probs = model.component.probs.detach()  # pyright: ignore
     assert float((probs[0] - probs[1]).abs().max()) > 1e-3
+
+
+def test_uniform_networks_are_warned_about_or_learned(device: torch.device) -> None:
+    """Tables that start uniform stay so under EM (in pgmpy and pomegranate too): a start tells the states apart."""
+    edges = [("H", "A"), ("H", "B"), ("G", "B"), ("G", "C")]
+    net = torchem.BayesianNetwork(dict.fromkeys("HGABC", 2), edges, ("H", "G")).double().to(device)
+    x = torch.tensor([[0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 1, 0], [0, 1, 1]], device=device).repeat(20, 1)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always", SymmetryWarning)
+        fit(net, x, init=None, max_iter=3)
+    said = [str(warning.message).split(" start")[0] for warning in record if str(warning.message).startswith("init: ")]
+    assert said == ["init: components 0 and 1", "init: components 2 and 3"]
+    assert torch.equal(net.tables["A"][0], net.tables["A"][1])
+    fit(net, x, max_iter=20, tol=0.0)
+    for name, axis in (("A", 0), ("B", 0), ("B", 1), ("C", 0)):
+        one, other = net.tables[name].detach().unbind(axis)
+        assert float((one - other).abs().max()) > 0.05

@@ -1,6 +1,7 @@
 """Models: one file each, inference only."""
 
 from torchem.models.amortized import AmortizedModel
+from torchem.models.bayesian_network import BayesianNetwork
 from torchem.models.factor_analysis import FactorAnalysis
 from torchem.models.factorial_hmm import FactorialHMM
 from torchem.models.hmm import HMM, GaussianHMM
@@ -9,14 +10,15 @@ from torchem.models.mixture import GaussianMixture, Mixture
 from torchem.models.state_space import LinearGaussianStateSpace
 
 __all__ = [
-    "HMM",
     "AmortizedModel",
+    "BayesianNetwork",
+    "FactorAnalysis",
     "FactorialHMM",
     "GaussianHMM",
-    "GaussianMixture",
-    "LinearGaussianStateSpace",
-    "HSMM",
-    "FactorAnalysis",
     "GaussianHSMM",
+    "GaussianMixture",
+    "HMM",
+    "HSMM",
+    "LinearGaussianStateSpace",
     "Mixture",
 ]
