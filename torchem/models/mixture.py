@@ -103,7 +103,7 @@ class Mixture(DiscreteModel):
         return plus(self._joint(potentials, batch), -1)
 
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch))
+        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch), consume=True)
         if batch.weight is not None:
             posterior = posterior * batch.weight.to(posterior.dtype).unsqueeze(-1)
         mixing = posterior
@@ -113,8 +113,9 @@ class Mixture(DiscreteModel):
 
     @staticmethod
     def _joint(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-        joint = potentials["mixing"] + potentials["component"]
-        return joint if batch.evidence is None else joint + batch.evidence.to(joint)
+        # The component's layout, states first as a rule, is that of the sum.
+        joint = potentials["component"] + potentials["mixing"]
+        return joint if batch.evidence is None else reduce.plus(joint, batch.evidence.to(joint))
 
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         joint = self._joint(potentials, batch)
@@ -125,7 +126,7 @@ class Mixture(DiscreteModel):
     def infer_sample(
         self, potentials: dict[str, Tensor], batch: Batch, uniforms: Uniforms
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch))
+        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch), consume=True)
         drawn = reduce.draw(posterior, uniforms(log_z.shape).to(posterior))
         return log_z, self._assigned(drawn, log_z, potentials, batch)
 
@@ -150,7 +151,7 @@ class Mixture(DiscreteModel):
 
     def posterior(self, data: Any) -> Float[Tensor, "*r n k"]:
         """Responsibilities ``[N, K]``; rows sum to one, or to zero where an observation is impossible."""
-        return self._each(data, lambda p, b: reduce.responsibilities(self._joint(p, b))[1])
+        return self._each(data, lambda p, b: reduce.responsibilities(self._joint(p, b), consume=True)[1])
 
     def most_likely(self, data: Any) -> Int[Tensor, "*r n"]:
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
