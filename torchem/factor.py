@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid, one_of
 from torchem.ops.dispatch import rows_per_piece
+from torchem.ops.reduce import plus
 from torchem.stats import Stats
 
 
@@ -779,10 +780,10 @@ class _FamilyKernel(Kernel):
         self.axes = features.shape[:-1]
         self.t = features.reshape(-1, features.shape[-1])
         # State-major in memory, so that reductions over states run along contiguous observations.
-        value = (self.eta @ self.t.mT - self.normalizer.unsqueeze(-1)).mT
+        value = plus(self.eta @ self.t.mT, -self.normalizer.unsqueeze(-1)).mT
         base = self.family.base_measure(batch)
         if base is not None:
-            value = value + base.reshape(-1, 1)
+            value = plus(value, base.reshape(-1, 1))
         # Features may be of a greater precision, where their products cancel.
         value = value.to(self.family.dtype)
         return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value

@@ -46,6 +46,18 @@ def test_responsibilities_keep_what_is_not_finite_visible() -> None:
     assert posterior.isnan().all()
 
 
+def test_memory_is_taken_over_only_where_that_is_allowed_and_nothing_follows() -> None:
+    rows = torch.cat([ROWS, IMPOSSIBLE])
+    expected, given = reduce.responsibilities(rows), rows.clone()
+    found = reduce.responsibilities(given, consume=True)
+    assert all(map(torch.equal, found, expected))
+    assert found[1].data_ptr() == given.data_ptr()
+    followed = rows.clone().requires_grad_()
+    reduce.responsibilities(followed, consume=True)
+    reduce.plus(followed, torch.ones(()))
+    assert torch.equal(followed, rows)
+
+
 def through(function, hole: torch.Tensor):
     """A function of the finite entries alone: finite differences cannot move an infinity."""
 

@@ -10,6 +10,7 @@ from torchem.batch import Batch
 from torchem.errors import invalid
 from torchem.factor import Conjugate, Factor, Kernel, Prior, outside
 from torchem.ops.missing import any_missing
+from torchem.ops.reduce import plus
 from torchem.stats import Stats
 
 #: Mass below which a cell keeps its parameter.
@@ -257,7 +258,7 @@ class _ColumnsKernel(Kernel):
         self.t = x.to(dtype)
         value = self._linear(*self._form(dtype))
         if base is not None:
-            value = value + base
+            value = plus(value, base)
         if family.restricted:
             broken = self._linear(*(form.to(self.t.dtype) for form in family.forbidden()))
             value = torch.where(broken > 0.5, -torch.inf, value)
@@ -274,8 +275,8 @@ class _ColumnsKernel(Kernel):
         """Σ_d [x_d slope_kd − constant_kd] over the entries observed, ``[*r, K, n]``."""
         product = slope @ self.t.mT
         if self.seen is None:
-            return product - constant.sum(-1, keepdim=True)
-        return product - constant @ self.seen.mT.to(constant)
+            return plus(product, -constant.sum(-1, keepdim=True))
+        return plus(product, -(constant @ self.seen.mT.to(constant)))
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         k = expected.shape[-1]

@@ -230,8 +230,10 @@ class _IndicatorKernel(Kernel):
 
     def log_potential(self, batch: Batch) -> Tensor:
         self.axes = batch.x.shape[:-1]
-        # Observations run along the rows, as they do in all that is made of it: contiguous for copies and reductions.
-        code = self._codes(batch).mT.contiguous().index_select(0, self.column)
+        # Bytes are the same in each pass, and to transpose them takes longer than to make use of them.
+        small = self.code.dtype == torch.uint8
+        code = batch.remember("codes", lambda: self._codes(batch)) if small else self._codes(batch)
+        code = code.index_select(0, self.column)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             self.hot = (code == self.code).to(self.table)
         else:
@@ -242,12 +244,13 @@ class _IndicatorKernel(Kernel):
         return value.mT.unflatten(-2, self.axes) if len(self.axes) != 1 else value.mT
 
     def _codes(self, batch: Batch) -> Tensor:
-        """Categories ``[n, D]`` in bytes where these suffice, or as they are; what is missing is equal to none."""
+        """Categories ``[D, n]`` in bytes where these suffice, or as they are; what is missing is equal to none."""
         x = batch.x.reshape(-1, batch.x.shape[-1])
-        if self.code.dtype != torch.uint8:
-            return x
-        missing = x.is_floating_point() and batch.remember("missing", lambda: any_missing(x))
-        return (x.nan_to_num(nan=_NONE) if missing else x).to(torch.uint8)
+        if self.code.dtype == torch.uint8:
+            missing = x.is_floating_point() and batch.remember("missing", lambda: any_missing(x))
+            x = (x.nan_to_num(nan=_NONE) if missing else x).to(torch.uint8)
+        # Observations run along the rows, as they do in all that is made of it: contiguous for copies and reductions.
+        return x.mT.contiguous()
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, expected.shape[-1])

@@ -154,7 +154,7 @@ class Mixture(DiscreteModel):
         return plus(self._joint(potentials, batch), -1)
 
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch))
+        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch), consume=True)
         if batch.weight is not None:
             posterior = posterior * batch.weight.to(posterior.dtype).unsqueeze(-1)
         mixing = posterior
@@ -164,9 +164,10 @@ class Mixture(DiscreteModel):
 
     @staticmethod
     def _joint(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-        joint = potentials["mixing"] + potentials["component"]
+        # The component's layout, states first as a rule, is that of the sum.
+        joint = potentials["component"] + potentials["mixing"]
         known = _evidence(batch)
-        return joint if known is None else joint + known.to(joint)
+        return joint if known is None else reduce.plus(joint, known.to(joint))
 
     def infer_hard(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         joint = self._joint(potentials, batch)
@@ -177,7 +178,7 @@ class Mixture(DiscreteModel):
     def infer_sample(
         self, potentials: dict[str, Tensor], batch: Batch, uniforms: Uniforms
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch))
+        log_z, posterior = reduce.responsibilities(self._joint(potentials, batch), consume=True)
         drawn = reduce.draw(posterior, uniforms(log_z.shape).to(posterior))
         return log_z, self._assigned(drawn, log_z, potentials, batch)
 
@@ -207,7 +208,9 @@ class Mixture(DiscreteModel):
             data: As for `torchem.fit`.
             **fields: ``inputs``, ``labels`` (what is known of the components), … as for `LatentModel.batch`.
         """
-        return self._each(self._read(data, fields), lambda p, b: reduce.responsibilities(self._joint(p, b))[1])
+        return self._each(
+            self._read(data, fields), lambda p, b: reduce.responsibilities(self._joint(p, b), consume=True)[1]
+        )
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n"]:
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""

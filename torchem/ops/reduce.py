@@ -86,11 +86,14 @@ def sampled(uniforms: Callable[[torch.Size], Tensor]) -> Callable[..., Tensor]:
     return plus
 
 
-def responsibilities(joint: Float[Tensor, "*n k"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n k"]]:
+def responsibilities(
+    joint: Float[Tensor, "*n k"], consume: bool = False
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n k"]]:
     """Normalise log-joint values over the last axis, sharing one pass of exponentials.
 
     Args:
         joint: ``[…, K]`` log p(x, z), any entry possibly −inf.
+        consume: Whether the posterior may take the memory of ``joint``, which nothing else then reads.
 
     Returns:
         ``log Σ exp joint`` of shape ``[…]`` and the posterior ``[…, K]``; a row that is −inf throughout has
@@ -102,18 +105,30 @@ def responsibilities(joint: Float[Tensor, "*n k"]) -> tuple[Float[Tensor, "*n"],
     # exp is up to a hundred times slower where it underflows, and products with what is left are slow as well; such
     # weights count for nothing, so they are cut off above the smallest normal number.
     limits = torch.finfo(joint.dtype)
-    below, floor, least = joint - top.clamp(min=limits.min), 0.9 * math.log(limits.tiny), limits.tiny**0.75
-    if _watched(joint):
+    shift, floor, least = top.clamp(min=limits.min), 0.9 * math.log(limits.tiny), limits.tiny**0.75
+    if watched(joint):
+        below = joint - shift
         weight = torch.nn.functional.threshold(below.clamp(min=floor).exp(), least, 0.0)
         total = weight.sum(-1, keepdim=True).clamp(min=0.5)
         return (top + total.log()).squeeze(-1), weight / total
     # The same in place: new memory for every step costs several times what the arithmetic does.
+    below = joint.sub_(shift) if consume else joint - shift
     weight = torch.threshold_(below.clamp_(min=floor).exp_(), least, 0.0)
     total = weight.sum(-1, keepdim=True).clamp_(min=0.5)
     return (top + total.log()).squeeze(-1), weight.div_(total)
 
 
-def _watched(x: Tensor) -> bool:
+def plus(x: Tensor, more: Tensor) -> Tensor:
+    """``x + more``, in the memory of x, that nothing else may read, where nothing follows either.
+
+    Example:
+        >>> plus(torch.ones(2), torch.ones(()))
+        tensor([2., 2.])
+    """
+    return x + more if watched(x) or watched(more) else x.add_(more)
+
+
+def watched(x: Tensor) -> bool:
     """Whether derivatives, transforms or a compiler follow what is computed from a tensor."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
