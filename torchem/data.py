@@ -133,7 +133,7 @@ class Source:
         if self.sequential:
             fields |= {
                 "allow_missing": self.model.handles_missing,
-                "n_states": self.model.labelled,
+                "n_states": self.model.labelled if fields.get("labels") is None else self.model.takes_labels(),
                 "whole": self.model.whole,
             }
             found = [(number, self.model.check(batch)) for number, batch in as_buckets(data, **fields)]

@@ -98,10 +98,7 @@ class LatentModel(nn.Module, ABC):
         build = as_sequences if self.sequential else as_batch
         fields = {_FIELDS.get(name, name): value for name, value in fields.items()}
         if fields.get("labels") is not None:
-            states = self.labelled
-            if states is None:
-                raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
-            fields.setdefault("n_states", states)
+            fields.setdefault("n_states", self.takes_labels())
         if self.whole:
             fields["whole"] = True
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
@@ -110,6 +107,16 @@ class LatentModel(nn.Module, ABC):
     def labelled(self) -> int | tuple[int, ...] | None:
         """How many states labels count: K, or those of each chain where a label names a state of each."""
         return getattr(self, "n_components", None)
+
+    def takes_labels(self) -> int | tuple[int, ...]:
+        """`labelled`, where labels are given.
+
+        Raises:
+            InvalidArgument: If there is nothing that they could name.
+        """
+        if self.labelled is None:
+            raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
+        return self.labelled
 
     @property
     def handles_missing(self) -> bool:
