@@ -290,6 +290,11 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
     "mixture of HMMs": (lambda: torchem.Mixture(Categorical(2), torchem.GaussianHMM(2, 2)), dialects),
     "mixture of models": (kinds, points),
+    "mixture of state spaces": (
+        lambda: torchem.Mixture(Categorical(2), torchem.LinearGaussianStateSpace(1, 2)),
+        lambda: {"data": series()["data"][:, :6]},
+    ),
+    "mixture of networks": (lambda: torchem.Mixture(Categorical(2), causes()), effects),
     "state space": (lambda: torchem.LinearGaussianStateSpace(1, 2), series),
     "variational state space": (lambda: torchem.variational(torchem.LinearGaussianStateSpace(1, 2)), series),
     "Bayesian network": (causes, effects),
