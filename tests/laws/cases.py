@@ -663,9 +663,12 @@ def _segments() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     def table() -> ModelCase:
         durations = Categorical(STATES, 3)
         durations.probs = [[0.5, 0.3, 0.2], [0.0, 0.6, 0.4], [0.2, 0.2, 0.6]]
+        weight = 2 * rand(SEQUENCES, seed=72)
+        weight[::3] = 0
         evidence = torch.zeros(SEQUENCES, FRAMES, STATES, dtype=torch.float64)
         evidence[0, 2, 1] = evidence[5, 0, 0] = -torch.inf
         evidence[4:6] += randn(2, FRAMES, STATES, seed=73)
+        batch = ragged(frames(2))
         x = batch.x.clone()
         x[2, 1] = x[0, 3, 0] = torch.nan
         model = hsmm(durations, gaussian(STATES, 2, "diag"))
