@@ -22,9 +22,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pictures_networks  # noqa: E402
-
 import torchem  # noqa: E402
+from scripts import pictures_networks, pictures_sequences  # noqa: E402
 from torchem import priors  # noqa: E402
 
 GREY = "#848484"
@@ -1028,6 +1027,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "experts": experts,
     "glm": generalized,
     **pictures_networks.MODELS,
+    **pictures_sequences.MODELS,
 }
 
 

@@ -146,8 +146,36 @@ def test_outliers(capsys, tmp_path):
         assert word in out
 
 
+def test_sequences_are_clustered(capsys, tmp_path):
+    """Walkers of three kinds, each found; rows of predictions are sequences, and draws say who they are."""
+    folder = tmp_path / "run"
+    options = ["--fit.restarts", "4", "--fit.tol", "1e-4"]
+    out = ok(capsys, "fit", ROOT / "configs" / "gaits.yaml", "--output", folder, *options)
+    for word in ("1,987 frames in 45 sequences", "component 2: weight 0.3", "-2483.1", "23 parameters", "labels.csv"):
+        assert word in out
+    truth = read_table(DATASETS / "gaits.csv", ["walker", "kind"]).values
+    kinds = {int(walker): int(kind) for walker, kind in truth}
+    found = read_table(folder / "labels.csv", ["walker", "label"]).values
+    assert len(found) == 45
+    assert len({(int(label), kinds[int(walker)]) for walker, label in found}) == 3
+    report = json.loads((folder / "report.json").read_text())
+    assert [len(part["states"]) for part in report["components"]] == [2, 2, 2]
+    assert "45 sequences" in ok(capsys, "predict", folder)
+    assert (folder / "predictions.csv").read_text() == (folder / "labels.csv").read_text()
+    drawn = ok(
+        capsys, "sample", folder, "--n", "4", "--sequences", "3", "--latents", "true", "--seed", "0", "--output", "-"
+    )
+    rows = [line.split(",") for line in drawn.splitlines()]
+    assert rows[0] == ["walker", "label", "speed"]
+    assert [row[0] for row in rows[1:]] == [str(n) for n in range(3) for _ in range(4)]
+    assert "clusters.png" in ok(capsys, "plot", folder)
+    error = fails(capsys, "fit", ROOT / "configs" / "gaits.yaml", "--output", tmp_path / "no", "--data.labels", "time")
+    assert "data.labels: expected one label for each sequence" in error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), [
+    ("regimes", ["135 frames in 1 sequence", "-181.26", "9 parameters", "0.245  0.755"]),
     ("outliers-t", ["-1205.7", "20 parameters"]),
     ("answers", ["600 observations × 5 columns", "-2383.69", "29", "preferred by BIC"]),
 ])  # fmt: skip

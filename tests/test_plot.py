@@ -294,6 +294,22 @@ def test_sequences_that_disagree(arguments, message):
         plot.states(**{"x": [1.0, 2.0, 3.0], "path": [0, 1, 1], **arguments})
 
 
+def test_sequences_by_cluster():
+    x = [torch.randn(length, 2) for length in (5, 3, 1)]
+    x[1][0, 0] = torch.nan
+    axes = plot.sequences(x, torch.tensor([2, 0, 2]), columns=["speed", "turn"], most=1)
+    assert [len(ax.lines) for ax in axes] == [1, 0, 1]
+    assert [ax.get_title() for ax in axes] == [
+        f"cluster {k}: {n} sequence{s}" for k, n, s in ((0, 1, ""), (1, 0, "s"), (2, 2, "s"))
+    ]
+    assert axes[0].get_ylabel() == "speed"
+    assert len(plot.sequences(torch.zeros(2, 4, 1), [0, 0], lengths=[4, 2])) == 1
+    with pytest.raises(InvalidArgument, match="one for each of 3 sequences"):
+        plot.sequences(x, [0, 1])
+    with pytest.raises(InvalidArgument, match="most"):
+        plot.sequences(x, [0, 1, 0], most=0)
+
+
 def test_matrices_that_are_none():
     for bad in ([[0.5, 0.5]], [1.0], torch.zeros(0, 0)):
         with pytest.raises(InvalidArgument, match="matrix"):

@@ -124,7 +124,7 @@ def _fit(config: Any, each: list[Any]) -> int:
     started = [(one.states, options.instantiate(one)) for one in each]
     ready = started[0][1]
     _check_device(ready.fit.device)
-    data = _read(ready.data, ready.model.sequential)
+    data = _read(ready.data, ready.model)
     rows = data.draw(ready.data.max_rows, ready.fit.seed)
     candidates = [_candidate(states, own, rows, getattr(torch, config.dtype)) for states, own in started]
     chosen = min(candidates, key=lambda c: getattr(c.criteria, config.criterion))
@@ -141,13 +141,13 @@ def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.
     """Fit one model."""
     model = ready.model.to(dtype)
     result = torchem.fit(model, data.values, **data.fields("weights"), **vars(ready.fit))
-    if model.sequential:
+    if model.sequential and not model.whole:
         runs.sort_states(result)
     criteria = torchem.criteria(model, data.values, **data.fields("weights"))
-    if not model.sequential:
+    if model.whole or not model.sequential:
         return runs.Candidate(states, result, criteria, runs.components(model, data.columns))
     decoded = decode(model, data)
-    return runs.Candidate(states, result, criteria, runs.states(model, data, decoded), decoded)
+    return runs.Candidate(states, result, criteria, runs.states(model, data.columns, decoded), decoded)
 
 
 def _folder(config: Any) -> Path:
@@ -166,14 +166,14 @@ def _check_device(device: Any) -> None:
         raise invalid("fit.device", "a device of this machine", repr(str(device)), "leave it out") from error
 
 
-def _read(data: options.Data, sequential: bool) -> Observations:
+def _read(data: options.Data, model: Any) -> Observations:
     if data.image is not None:
-        if sequential:
+        if model.sequential:
             raise invalid("data.image", "none, for a model of sequences", "an image", "give data.path")
         return read_pixels(data.image.absolute, data.colour)
     assert data.path is not None
     names = {key: getattr(data, key) for key in runs.NAMED}
-    return read_rows(data.path.absolute, data.columns, sequential=sequential, **names)
+    return read_rows(data.path.absolute, data.columns, sequential=model.sequential, whole=model.whole, **names)
 
 
 def _contents(
@@ -187,7 +187,7 @@ def _contents(
     if chosen.decoded is not None:
         contents["states.csv"] = to_csv(*state_rows(model, data, report["data"], chosen.decoded))
     elif data.image is None:
-        contents["labels.csv"] = to_csv(*label_rows(model, data))
+        contents["labels.csv"] = to_csv(*label_rows(model, data, report["data"]))
     try:
         contents |= _pictures(model, data, report, "png", chosen.decoded)
     except MissingExtra as error:
@@ -220,6 +220,11 @@ def _pictures(
         drawn |= _chain_pictures(model, data, report["data"], decoded)
     elif hasattr(model, "conditionals"):
         drawn["network"] = plot.network(model)
+    elif data.sequences is not None:
+        series = [torch.from_numpy(part) for part in data.split(data.values)]
+        with torch.no_grad():
+            label = model.most_likely(data.batch(model))
+        drawn["clusters"] = plot.sequences(series, label, columns=data.columns)
     elif data.inputs is not None:
         drawn |= _regression(model, data, report["data"])
     elif hasattr(model, "component"):
@@ -310,10 +315,11 @@ def _summary(
     for candidate in candidates:
         if len(candidates) > 1:
             parts.append(f"── {_many(candidate.states or 0, 'state')} ──")
-        table = _component_table if data.sequences is None else _state_table
+        table = _model_table if model.whole else _component_table if data.sequences is None else _state_table
         parts.append(table(candidate.parts, data.columns))
         parts.append(_facts(candidate, "observation" if data.sequences is None else "frame", len(candidates) == 1))
-    parts += [_legend(chosen.parts) if data.sequences is not None else "", _comparison(chosen, candidates, criterion)]
+    chains = chosen.decoded is not None
+    parts += [_legend(chosen.parts) if chains else "", _comparison(chosen, candidates, criterion)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -352,6 +358,16 @@ def _state_table(states: list[dict[str, Any]], columns: list[str]) -> str:
         rows.append([str(s["state"]), *cells, *(f"{p:.3f}" for p in s.get("to", ())[:steps])])
     left = 0 if kind == "probability" else len(columns) - len(level)
     return aligned(rows) + (f"\n({left} more columns in {runs.REPORT})" if left else "")
+
+
+def _model_table(components: list[dict[str, Any]], columns: list[str]) -> str:
+    """Weight of each component that is a model, and its states where it is a chain."""
+    parts = []
+    for c in components:
+        parts.append(f"component {c['component']}: weight {c['weight']:.4f}")
+        if c.get("states"):
+            parts.append(_state_table(c["states"], columns))
+    return "\n".join(parts)
 
 
 def _legend(states: list[dict[str, Any]]) -> str:
@@ -471,6 +487,9 @@ def _predict(config: Any) -> int:
         content = images.to_png(images.painted(data.image, labels, colours))
     elif data.sequences is not None:
         names = run.report["data"]
+        if run.model.whole:
+            content = to_csv(*label_rows(run.model, data, names))
+            return _deliver(output, content, _many(len(data.sequences.names), "sequence"))
         content = to_csv(*state_rows(run.model, data, names, decode(run.model, data), config.filtered))
     else:
         content = to_csv(*label_rows(run.model, data))
@@ -530,13 +549,15 @@ def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> d
         if value is not None and value < 1:
             raise invalid(name, "a whole number of at least 1", value, "correct it")
     # Where a model says when sequences end, they are as long as it says.
-    length = 100 if config.n is None and model.end is None else config.n
+    length = 100 if config.n is None and getattr(model, "end", None) is None else config.n
     xs, zs = model.sample(config.sequences, length, latents=True, generator=generator)
     table: dict[str, np.ndarray] = {}
     if config.sequences != 1:
         name = run.report["data"].get("sequence") or "sequence"
         table[name] = np.repeat(np.arange(len(xs)), [len(x) for x in xs])
-    if config.latents:
+    if config.latents and model.whole:
+        table["label"] = np.repeat(zs.cpu().numpy(), [len(x) for x in xs])
+    elif config.latents:
         table["state"] = torch.cat(list(zs)).cpu().numpy()
     return table | dict(zip(run.columns, torch.cat(list(xs)).cpu().numpy().T, strict=True))
 
@@ -545,7 +566,7 @@ def _plot(config: Any) -> int:
     one_of("format", config.format, ("png", "pdf", "svg"))
     run = runs.read_run(config.run, config.states)
     data = run.observations(config.data)
-    decoded = None if data.sequences is None else decode(run.model, data)
+    decoded = None if data.sequences is None or run.model.whole else decode(run.model, data)
     pictures = _pictures(run.model, data, run.report, config.format, decoded, run.states)
     for name, content in pictures.items():
         files.write_atomic(run.folder / name, content)

@@ -69,6 +69,12 @@ class Observations:
         known = {weights: self.weights, "inputs": self.inputs, "labels": self.labels}
         return known | ({} if self.sequences is None else {"lengths": self.sequences.lengths})
 
+    def batch(self, model: Any) -> Batch:
+        """As a model reads them."""
+        lengths = None if self.sequences is None else self.sequences.lengths
+        fields = {"inputs": self.inputs} | ({} if lengths is None else {"lengths": lengths})
+        return model.batch(torch.from_numpy(np.ascontiguousarray(self.values)), **fields)
+
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Rows in the order of `values` by sequence."""
         assert self.sequences is not None
@@ -104,6 +110,7 @@ def read_rows(
     intercept: bool = False,
     labels: str | None = None,
     blind: bool = False,
+    whole: bool = False,
 ) -> Observations:
     """The rows of a table, with what names or weights them apart.
 
@@ -119,6 +126,7 @@ def read_rows(
         labels: Column that says what is known of classes.
         blind: Whether the observed columns may be absent, where covariates are there to predict them from; all of them
             are then missing.
+        whole: Whether labels are of whole sequences.
 
     Raises:
         InvalidFile: If the table cannot be read.
@@ -154,17 +162,19 @@ def read_rows(
     if not sequential:
         return Observations(Path(path), columns, values, weight, **known)
     if weight is not None:
-        weight = _one_each(weight, found.lengths, found.names)
+        weight = _one_each("weights", weight, found.lengths, found.names)
+    if whole and known["labels"] is not None:
+        known["labels"] = _one_each("labels", known["labels"], found.lengths, found.names)
     return Observations(Path(path), columns, values, weight, sequences=found, **known)
 
 
-def _one_each(weight: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.ndarray:
-    """The weight of each sequence."""
-    first = weight[np.cumsum(lengths) - lengths]
-    for name, own, weights in zip(names, first, np.split(weight, np.cumsum(lengths)[:-1]), strict=True):
-        if not (weights == own).all():
+def _one_each(what: str, values: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.ndarray:
+    """The weight, or the label, of each sequence."""
+    first = values[np.cumsum(lengths) - lengths]
+    for name, own, several in zip(names, first, np.split(values, np.cumsum(lengths)[:-1]), strict=True):
+        if not ((several == own) | (np.isnan(several) & np.isnan(own))).all():
             raise invalid(
-                "data.weights", "one weight for each sequence", f"several in {name!r}", "repeat it in each row"
+                f"data.{what}", f"one {what[:-1]} for each sequence", f"several in {name!r}", "repeat it in each row"
             )
     return first
 
@@ -176,22 +186,28 @@ def _one_each(weight: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.n
 _SHARES = (0.05, 0.5, 0.95)
 
 
-def label_rows(model: LatentModel, data: Observations) -> tuple[list[str], list[np.ndarray]]:
+def label_rows(
+    model: LatentModel, data: Observations, called: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[np.ndarray]]:
     """Names and columns of a prediction: label, responsibilities where the model has them, log-density.
 
-    Where there are covariates, mean and quantiles of each column given these follow; they stand alone where no column
-    is there.
+    Of sequences that are clustered as wholes there is a row for each, behind its name. Where there are covariates, mean
+    and quantiles of each column given these follow; they stand alone where no column is there.
     """
-    given, ahead = data.inputs is not None, _predicted(model, data)
+    given = data.inputs is not None
+    ahead = {} if model.whole else _predicted(model, data)
     if given and np.isnan(data.values).all():
         return [*ahead], [*ahead.values()]
-    batch = model.batch(torch.from_numpy(np.ascontiguousarray(data.values)), inputs=data.inputs)
+    batch = data.batch(model)
     if hasattr(model, "conditionals"):
         return _node_rows(model, batch)
     with torch.no_grad():
         label = model.most_likely(batch).cpu().numpy()
         posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
     names, columns = ["label"], [label]
+    if data.sequences is not None:
+        names = [(called or {}).get("sequence") or "sequence", *names]
+        columns = [np.array(data.sequences.names), *columns]
     if isinstance(posterior, torch.Tensor) and posterior.dim() == 2:
         names += [f"responsibility_{k}" for k in range(posterior.shape[1])]
         columns += list(posterior.cpu().numpy().T)

@@ -338,6 +338,54 @@ def posterior(
     return axes[0] if len(axes) == 1 else axes
 
 
+def sequences(x: Any, label: Any, *, lengths: Any = None, columns: Sequence[str] | None = None, most: int = 8) -> Any:
+    """Draw sequences by the cluster that each belongs to: one panel for each cluster, its sequences below one another.
+
+    Args:
+        x: ``[T, D]`` of one sequence, or several: ``[N, T, D]`` or a list; the first column is drawn.
+        label: ``[N]`` cluster of each sequence, as a mixture of models gives it.
+        lengths: ``[N]`` frames of each sequence, where ``x`` is padded.
+        columns: Names of the columns.
+        most: How many sequences of a cluster are drawn at most, the first ones.
+
+    Returns:
+        An array of axes, one for each cluster.
+
+    Raises:
+        InvalidArgument: If there is not one label for each sequence.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> axes = sequences([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]], [1, 0])
+        >>> [ax.get_title() for ax in axes]
+        ['cluster 0: 1 sequence', 'cluster 1: 1 sequence']
+    """
+    series, labels = _sequences(x, lengths), np.asarray(label)
+    if labels.shape != (len(series),):
+        raise invalid("label", f"one for each of {len(series)} sequences", list(labels.shape), "give most_likely(x)")
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise invalid("most", "a whole number of at least 1", repr(most), "give how many to draw")
+    k = int(labels.max()) + 1
+    members = [np.flatnonzero(labels == cluster) for cluster in range(k)]
+    seen = np.concatenate([own[np.isfinite(own[:, 0]), 0] for own in series])
+    low, high = (seen.min(), seen.max()) if len(seen) else (0.0, 1.0)
+    step = 1.15 * (high - low) or 1.0
+    pyplot: Any = require("matplotlib.pyplot", "plot")
+    rows = max(1, min(most, max(map(len, members))))
+    size = (max(4.5, 3.2 * k), 1.0 + 0.42 * rows)
+    axes = pyplot.subplots(1, k, figsize=size, squeeze=False, sharey=True, sharex=True, layout="constrained")[1][0]
+    for cluster, (panel, colour) in enumerate(zip(axes, palette(k), strict=True)):
+        for place, n in enumerate(members[cluster][:most]):
+            panel.plot(series[n][:, 0] - place * step, color=colour, linewidth=1.0)
+        count = len(members[cluster])
+        panel.set_title(f"cluster {cluster}: {count} sequence{'s' * (count != 1)}", fontsize=9, color=_INK)
+        _style(panel).set(yticks=[], xlabel="frame")
+        panel.spines["left"].set_visible(False)
+    axes[0].set_ylabel(_names(columns, series[0].shape[1])[0])
+    return axes
+
+
 def transitions(matrix: Any, ax: Any = None) -> Any:
     """Draw a transition matrix: the probability of each step, from the state of a row to that of a column.
 

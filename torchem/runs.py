@@ -80,7 +80,8 @@ class Run:
             # Other data need not say when they were taken.
             names["index"] = names["index"] if names["index"] in read_columns(source) else None
         weights = data["weights"] if own else None
-        return read_rows(source, self.columns, weights, **names, sequential=self.model.sequential, blind=not own)
+        kind = {"sequential": self.model.sequential, "whole": self.model.whole}
+        return read_rows(source, self.columns, weights, **names, **kind, blind=not own)
 
 
 def read_run(folder: str | os.PathLike[str], states: int | None = None) -> Run:
@@ -235,7 +236,7 @@ class Candidate:
             "status", "converged", "bound", "n_iter", "remaining", "restarts", "statuses", "agreement", "dead",
             "floored", "pruned", "seconds", "history", "seen", "histories",
         )  # fmt: skip
-        kind = "states" if result.model.sequential else "components"
+        kind = "states" if result.model.sequential and not result.model.whole else "components"
         return {
             "fit": {name: getattr(result, name) for name in names},
             "criteria": vars(self.criteria),
@@ -298,6 +299,8 @@ def components(model: Any, columns: list[str]) -> list[dict[str, Any]]:
     """
     part: Any = getattr(model, "component", None)
     probs = getattr(getattr(model, "mixing", None), "probs", None)
+    if getattr(model, "models", None) is not None:
+        return _models(model, columns)
     if probs is None or not (hasattr(part, "means") and hasattr(part, "covariances")):
         return []
     weights, means = probs.tolist(), part.means.tolist()
@@ -312,6 +315,15 @@ def components(model: Any, columns: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+def _models(model: Any, columns: list[str]) -> list[dict[str, Any]]:
+    """Weight of each component that is a model, and the states of those that are chains."""
+    weights = model.mixing.probs.tolist() if hasattr(model.mixing, "probs") else [None] * model.n_components
+    return [
+        {"component": k, "weight": weight, **({"states": states(part, columns)} if hasattr(part, "transition") else {})}
+        for k, (weight, part) in enumerate(zip(weights, model.component, strict=True))
+    ]
+
+
 def _variances(part: Any, k: int, d: int) -> list[float]:
     """Variance of each column under component k, whatever the covariance type."""
     covariances = part.covariances.detach()
@@ -322,17 +334,15 @@ def _variances(part: Any, k: int, d: int) -> list[float]:
     return own.expand(d).tolist()
 
 
-def states(model: Any, data: Observations, decoded: Decoded) -> list[dict[str, Any]]:
+def states(model: Any, columns: list[str], decoded: Decoded | None = None) -> list[dict[str, Any]]:
     """Shares, levels and steps of each state of a chain, as far as the model has them.
 
     ``stationary`` is the share of time in the long run, ``time`` that in the data, by posterior probability.
     """
-    shares: dict[str, list[Any]] = {"time": decoded.posterior.mean(0).tolist()}
+    shares: dict[str, list[Any]] = {} if decoded is None else {"time": decoded.posterior.mean(0).tolist()}
     if isinstance(model.transition, Categorical):
         shares = {"stationary": Stationary(model.transition).probs.tolist(), **shares}
-    shares |= {
-        kind: [dict(zip(data.columns, row, strict=False)) for row in rows] for kind, rows in levels(model).items()
-    }
+    shares |= {kind: [dict(zip(columns, row, strict=False)) for row in rows] for kind, rows in levels(model).items()}
     if isinstance(model.transition, Categorical):
         shares["to"] = model.transition_matrix.tolist()
     k = model.n_states

@@ -188,7 +188,8 @@ LOG_LIKELIHOOD = -181.26339
 
 def growth() -> Tensor:
     """Quarterly growth of US real GNP, 1951:2 to 1984:4, in percent (Hamilton 1989), as statsmodels carries it."""
-    return torch.from_numpy(np.loadtxt(Path(__file__).with_name("rgnp.csv"), skiprows=1))
+    path = Path(torchem.__file__).parent / "datasets" / "rgnp.csv"
+    return torch.from_numpy(np.loadtxt(path, skiprows=1, delimiter=",", usecols=1))
 
 
 def hamilton() -> torchem.HMM:

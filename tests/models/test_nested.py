@@ -414,6 +414,7 @@ def test_every_start_tells_components_and_restarts_apart(init: str) -> None:
     assert not model.twins(model.batch(x))
     means = model.component.model.emission.means.detach()
     assert float((means[0] - means[1]).abs().max()) > 1e-3
+    assert float((means[:, 0] - means[:, 1]).abs().min()) > 0.5  # the states inside, too
 
 
 @pytest.mark.filterwarnings("ignore:fit. components 0 and 1 ended as nearly")

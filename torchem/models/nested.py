@@ -83,8 +83,8 @@ class Models(Composite):
 
     @property
     def default_init(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """By clusters of what describes sequences or rows."""
-        return "kmeans"
+        """By clusters of rows; of sequences by a few of them that differ, for what describes them is noisy."""
+        return "kmeans++" if self.sequential else "kmeans"
 
     @property
     def averages(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -162,6 +162,10 @@ class Models(Composite):
             for name, value in twin.maximize(twin.stats(batch, expected)).items():
                 twin.get_parameter(name).data = value.detach()
         return {name: value.data for name, value in twin.named_parameters()}
+
+    def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
+        """Parameters with component k at observation ``index[…, k]``, and with the same weight at all together."""
+        return self.initialize(batch, self.near(batch, index))
 
     @abstractmethod
     def _begin(self, batch: Batch, expected: Tensor) -> None:
