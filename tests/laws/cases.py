@@ -20,7 +20,7 @@ from torchem.batch import Batch
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian
 from torchem.model import LatentModel
-from torchem.models import HMM, AmortizedModel, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
+from torchem.models import HMM, AmortizedModel, BayesianNetwork, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
@@ -599,6 +599,35 @@ def _chains() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HMM-N1", lambda: single(2, 1, 9)
 
 
+def _networks() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Two hidden nodes, tied tables, zeros, a prior, a frozen table, weights, labels and gaps at once."""
+
+    def everything() -> ModelCase:
+        tied = Categorical(2, 3)
+        net = BayesianNetwork(
+            {"G": 2, "H": 2, "A": 3, "B": 3, "C": 2, "D": 2},
+            [("G", "A"), ("H", "B"), ("G", "H"), ("A", "C"), ("B", "C"), ("H", "D")],
+            hidden=("G", "H"), conditionals={"A": tied, "B": tied},
+        ).double()  # fmt: skip
+        for seed, name in enumerate("GHAD"):
+            net.tables[name] = randn(*net.tables[name].shape, seed=70 + seed).softmax(-1)
+        c = randn(3, 3, 2, seed=75).softmax(-1)
+        c[0, 1] = torch.tensor([0.0, 1.0])
+        net.tables["C"] = c
+        net.conditionals["D"].freeze()
+        net.conditionals["H"].prior = priors.Dirichlet(2.0)
+        x = net.sample(40, generator=rng(76)).double()
+        holes = rand(40, 4, seed=77) < 0.2
+        evidence = torch.zeros(40, 4, dtype=torch.float64)
+        evidence[:8, 0] = evidence[4:12, 3] = -torch.inf
+        evidence[12:20] = randn(8, 4, seed=78)
+        weight = 2 * rand(40, seed=79)
+        weight[::6] = 0.0
+        return ModelCase(net, Batch(x.masked_fill(holes, torch.nan), weight=weight, evidence=evidence))
+
+    yield "BayesianNetwork-everything", everything
+
+
 #: Models whose bound is not the log-likelihood: the laws of exact inference are not theirs.
 APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM}
 
@@ -615,7 +644,7 @@ def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
                 yield f"{name}-example{i or ''}", lambda offer=offer, i=i: ModelCase(*offer()[i])
 
 
-MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_emissions(), *_chains()])
+MODEL_CASES = dict([*_model_examples(), *_gmm_cases(), *_mixture_cases(), *_emissions(), *_chains(), *_networks()])
 
 
 def every_model(*, only: Callable[[str], bool] = lambda name: True) -> pytest.MarkDecorator:
