@@ -24,6 +24,7 @@ from torchem.models import (
     HMM,
     HSMM,
     AmortizedModel,
+    BayesianNetwork,
     FactorialHMM,
     GaussianHMM,
     GaussianHSMM,
@@ -691,6 +692,35 @@ def _segments() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     yield "HSMM-negative-binomial", spread
 
 
+def _networks() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
+    """Two hidden nodes, tied tables, zeros, a prior, a frozen table, weights, labels and gaps at once."""
+
+    def everything() -> ModelCase:
+        tied = Categorical(2, 3)
+        net = BayesianNetwork(
+            {"G": 2, "H": 2, "A": 3, "B": 3, "C": 2, "D": 2},
+            [("G", "A"), ("H", "B"), ("G", "H"), ("A", "C"), ("B", "C"), ("H", "D")],
+            hidden=("G", "H"), conditionals={"A": tied, "B": tied},
+        ).double()  # fmt: skip
+        for seed, name in enumerate("GHAD"):
+            net.tables[name] = randn(*net.tables[name].shape, seed=70 + seed).softmax(-1)
+        c = randn(3, 3, 2, seed=75).softmax(-1)
+        c[0, 1] = torch.tensor([0.0, 1.0])
+        net.tables["C"] = c
+        net.conditionals["D"].freeze()
+        net.conditionals["H"].prior = priors.Dirichlet(2.0)
+        x = net.sample(40, generator=rng(76)).double()
+        holes = rand(40, 4, seed=77) < 0.2
+        evidence = torch.zeros(40, 4, dtype=torch.float64)
+        evidence[:8, 0] = evidence[4:12, 3] = -torch.inf
+        evidence[12:20] = randn(8, 4, seed=78)
+        weight = 2 * rand(40, seed=79)
+        weight[::6] = 0.0
+        return ModelCase(net, Batch(x.masked_fill(holes, torch.nan), weight=weight, evidence=evidence))
+
+    yield "BayesianNetwork-everything", everything
+
+
 #: Models whose bound is not the log-likelihood, or whose latents are continuous: not all laws are theirs, and those
 #: that are stand in tests/models.
 APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM, LinearGaussianStateSpace}
@@ -711,6 +741,7 @@ def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
 MODEL_CASES = dict(
     [
         *_model_examples(), *_gmm_cases(), *_mixture_cases(), *_nested_cases(), *_emissions(), *_chains(), *_segments(),
+        *_networks(),
     ]
 )  # fmt: skip
 

@@ -37,6 +37,9 @@ class BayesianNetwork(DiscreteModel):
     elimination of its nodes in an order of least fill. M-step: each table becomes its expected counts, normalised; a
     leaf is fitted under the posterior of its parents' joint states.
 
+    So that the bound of a mean field never falls, its ascent in a fit sets out from where the last one on the same
+    batch ended; a loader that makes new batches lets it set out anew.
+
     Columns of the data: the nodes that are not ``hidden``, in the order of ``cardinalities``, states counted from 0;
     then those of the leaves. Labels of hidden nodes are whole numbers ``[N, H]`` (``[N]`` of one), −1 where unknown, or
     tables ``[N, ΣK_h]`` of the states of all of them in turn.
@@ -68,8 +71,6 @@ class BayesianNetwork(DiscreteModel):
         >>> net.posterior("rain", {"wet": 1}).tolist()[0][1] > 0.6
         True
     """
-
-    # What an ascent of q sets out from is kept with the data, see `torchem.Batch.remember`.
 
     anneals: ClassVar[bool] = True
 
@@ -122,6 +123,8 @@ class BayesianNetwork(DiscreteModel):
             + ((self._number[name],) if name in self._number else ())
             for name in (*names, *self._leaves)
         }
+        # Which replicas of those that a fit began with these are.
+        self._lineage: tuple[int, ...] = (0,)
         self._owner = {self.conditionals.slot(name): v for name, v in self._number.items()}
         self._children = [[self._number[b] for a, b in self.edges if a == name] for name in names]
         self._tied = frozenset(self._number[p] for leaf in self._leaves.values() for p in leaf.parents)
@@ -321,7 +324,8 @@ class BayesianNetwork(DiscreteModel):
             parts = self._parts(batch, tables, scopes, kept, kind != "sample", exact)
         engine = self._engine(scopes, len(batch))
         field = None if exact else MeanField(self.tolerance, self.max_sweeps)
-        keep = values_known() and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        plain = values_known() and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        keep = self._lineage if plain else None
 
         def run(weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
             log_z, found = engine.run(tables, parts, kind, weight, uniforms, field, keep)
@@ -556,7 +560,7 @@ class BayesianNetwork(DiscreteModel):
             if len(batch) not in (1, n):
                 raise invalid("evidence", f"one state of each node, or {n}", len(batch), "give one")
             batch = batch if len(batch) == n else replace(batch, u=None)[torch.zeros(n, dtype=torch.long)]
-            batch = replace(batch, u=u)
+            batch = replace(batch, u=u).to(self.device)
             codes, leaves = self._drawn(batch, generator), batch.x[:, len(self._columns) :]
         columns = [codes[:, v, None].to(self.dtype) for v in self._columns]
         for name, leaf in self._leaves.items():
@@ -818,6 +822,19 @@ class BayesianNetwork(DiscreteModel):
                     "data", f"states of {nodes[v]} from 0 to {size - 1}, NaN where not observed",
                     f"{float(value[row]):g} at row {row}, column {column}", "recode the column",
                 )  # fmt: skip
+
+    def replicate(self, replicas: int) -> "BayesianNetwork":
+        twin = super().replicate(replicas)
+        assert isinstance(twin, BayesianNetwork)
+        twin._lineage = tuple(range(replicas))
+        return twin
+
+    def take_replicas(self, index: Tensor | int) -> "BayesianNetwork":
+        twin = super().take_replicas(index)
+        assert isinstance(twin, BayesianNetwork)
+        left = torch.tensor(self._lineage)[index if isinstance(index, int) else index.cpu()]
+        twin._lineage = tuple(left.reshape(-1).tolist())
+        return twin
 
     def prepare(self, moments: Moments) -> None:
         owners = {module: leaf for name, leaf in self._leaves.items() for module in self.conditionals[name].modules()}
@@ -1166,10 +1183,10 @@ def _unseen(x: Tensor) -> bool:
 
 def _check_possible(share: Tensor, index: Tensor | None = None) -> None:
     """Refuse rows of probability zero."""
-    total = share.flatten(1).sum(-1) if index is None else share.sum(-1).reshape(-1, len(index)).amin(0)
+    total = share.flatten(1).sum(-1) if index is None else share.sum(-1).reshape(-1, len(index)).amin(0).cpu()
     none = (total <= 0).nonzero()[:, 0] if total.numel() else total.long()
     if len(none):
-        row = int(none[0] if index is None else index[none[0]])
+        row = int(none[0] if index is None else index.cpu()[none[0]])
         raise invalid("data", "evidence of positive probability", f"probability zero at row {row}", "correct that row")
 
 

@@ -65,7 +65,7 @@ class Part:
         size: U.
         weight: ``[U]`` weight of the rows of each case.
         first: ``[U]`` a row of each case; None where each row is its own and all are there.
-        fields: Where mean fields ended, by kind.
+        fields: Where mean fields ended, by kind: of which replicas, and q of each node.
     """
 
     order: Order
@@ -75,7 +75,7 @@ class Part:
     size: int
     weight: Tensor
     first: Tensor | None
-    fields: dict[Any, list[Tensor]] = field(default_factory=dict)
+    fields: dict[Any, tuple[tuple[int, ...], list[Tensor]]] = field(default_factory=dict)
 
     def spread(self, value: Tensor, lead: int, n: int) -> Tensor:
         """What belongs to each case ``[*r, U, …]`` for each of ``n`` rows, zero for those of other parts."""
@@ -437,7 +437,7 @@ class Inference:
         weight: Tensor | None = None,
         uniforms: Uniforms | None = None,
         field: MeanField | None = None,
-        keep: bool = False,
+        keep: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """log Z of each row and expectations: of tables weighted, and summed over rows unless they differ by rows.
 
@@ -449,7 +449,8 @@ class Inference:
             weight: ``[*r, N]`` weights of rows in place of the batch's own.
             uniforms: Of the draws.
             field: Approximate the posterior by a mean field; log Z is then the bound.
-            keep: Let mean fields set out from where they ended, and note where they end.
+            keep: Let mean fields set out from where they ended, and note where they end: for the replicas of these
+                numbers.
         """
         log_z = self._blank(potentials)
         found: dict[str, Tensor] = {}
@@ -462,11 +463,11 @@ class Inference:
                 if field is None:
                     value, marginals = self._solve(piece, tables, kind, uniforms)
                 else:
-                    key = (kind if kind == "hard" else "soft", start, *log_z.shape[: self.lead])
-                    warm = part.fields.get(key) if keep else None
+                    key = ("hard" if kind == "hard" else "soft", start)
+                    warm = None if keep is None else self._resumed(part.fields.get(key), keep)
                     value, marginals, q = self._relax(piece, tables, kind, uniforms, field, warm)
-                    if keep:
-                        part.fields[key] = q
+                    if keep is not None:
+                        part.fields[key] = (keep, [own if self.lead else own.unsqueeze(0) for own in q])
                 values.append(self._wide(value, piece))
                 own = mass[..., start : start + piece.size]
                 for (member, table), marginal in zip(tables, marginals, strict=True):
@@ -481,6 +482,15 @@ class Inference:
             if name not in found:
                 found[name] = self._nothing(name, potentials.get(name), log_z)
         return log_z, found
+
+    def _resumed(
+        self, ended: tuple[tuple[int, ...], list[Tensor]] | None, keep: tuple[int, ...]
+    ) -> list[Tensor] | None:
+        """Where the mean fields of some replicas ended, if they all did."""
+        if ended is None or not set(keep) <= set(ended[0]):
+            return None
+        place = [ended[0].index(number) for number in keep]
+        return [own[place] if self.lead else own[place[0]] for own in ended[1]]
 
     def _nothing(self, name: str, value: Tensor | None, like: Tensor) -> Tensor:
         if value is not None:
