@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torchem  # noqa: E402
+from scripts import pictures_dynamics  # noqa: E402
 from torchem import priors  # noqa: E402
 
 GREY = "#848484"
@@ -1026,6 +1027,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "experts": experts,
     "glm": generalized,
 }
+MODELS |= pictures_dynamics.MODELS
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from torchem.observations import (
     decode,
     imputed_rows,
     label_rows,
+    level_rows,
     read_pixels,
     read_rows,
     state_rows,
@@ -141,11 +142,13 @@ def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.
     """Fit one model."""
     model = ready.model.to(dtype)
     result = torchem.fit(model, data.values, **data.fields("weights"), **vars(ready.fit))
-    if model.sequential:
+    if model.sequential and model.labelled is not None:
         runs.sort_states(result)
     criteria = torchem.criteria(model, data.values, **data.fields("weights"))
     if not model.sequential:
         return runs.Candidate(states, result, criteria, runs.components(model, data.columns))
+    if model.labelled is None:
+        return runs.Candidate(states, result, criteria, [])
     decoded = decode(model, data)
     return runs.Candidate(states, result, criteria, runs.states(model, data, decoded), decoded)
 
@@ -186,6 +189,8 @@ def _contents(
     contents[runs.CONFIG] = config.encode()
     if chosen.decoded is not None:
         contents["states.csv"] = to_csv(*state_rows(model, data, report["data"], chosen.decoded))
+    elif data.sequences is not None:
+        contents["levels.csv"] = to_csv(*level_rows(model, data, report["data"]))
     elif data.image is None:
         contents["labels.csv"] = to_csv(*label_rows(model, data))
     try:
@@ -218,6 +223,8 @@ def _pictures(
         drawn["segmented"] = plot.segmentation(data.image, _labels(model, data), _colours(model, data))
     elif decoded is not None:
         drawn |= _chain_pictures(model, data, report["data"], decoded)
+    elif data.sequences is not None:
+        drawn |= _level_pictures(model, data, report["data"])
     elif data.inputs is not None:
         drawn |= _regression(model, data, report["data"])
     elif hasattr(model, "component"):
@@ -269,6 +276,22 @@ def _chain_pictures(model: Any, data: Observations, names: dict[str, Any], decod
     return drawn
 
 
+def _level_pictures(model: Any, data: Observations, names: dict[str, Any]) -> dict[str, Any]:
+    """Sequences with what they are without their noise."""
+    from torchem import plot
+
+    places = data.places()
+    assert data.sequences is not None
+    index = places[0] if places is not None and len(places) == 1 else places
+    series = [torch.from_numpy(part) for part in data.split(data.values)]
+    inputs = None if data.inputs is None else [torch.from_numpy(part) for part in data.split(data.inputs)]
+    with torch.no_grad():
+        law = model.smooth(series, inputs=inputs)
+    drawn = plot.level(law, series, index=index, columns=data.columns, names=data.sequences.names)
+    np.ravel(drawn)[-1].set_xlabel("frame" if places is None else names["index"])
+    return {"level": drawn}
+
+
 def _rendered(axes: Any, kind: str) -> bytes:
     from matplotlib import pyplot as plt
 
@@ -309,9 +332,12 @@ def _summary(
         if len(candidates) > 1:
             parts.append(f"── {_many(candidate.states or 0, 'state')} ──")
         table = _component_table if data.sequences is None else _state_table
-        parts.append(table(candidate.parts, data.columns))
+        parts.append(table(candidate.parts, data.columns) if candidate.parts else "")
         parts.append(_facts(candidate, "observation" if data.sequences is None else "frame", len(candidates) == 1))
-    parts += [_legend(chosen.parts) if data.sequences is not None else "", _comparison(chosen, candidates, criterion)]
+    parts += [
+        _legend(chosen.parts) if data.sequences is not None and chosen.parts else "",
+        _comparison(chosen, candidates, criterion),
+    ]
     return "\n\n".join(filter(None, parts))
 
 
@@ -467,6 +493,8 @@ def _predict(config: Any) -> int:
     if data.image is not None and Path(output).suffix.lower() == ".png":
         labels, colours = _labels(run.model, data), _colours(run.model, data)
         content = images.to_png(images.painted(data.image, labels, colours))
+    elif data.sequences is not None and run.model.labelled is None:
+        content = to_csv(*level_rows(run.model, data, run.report["data"], config.filtered))
     elif data.sequences is not None:
         names = run.report["data"]
         content = to_csv(*state_rows(run.model, data, names, decode(run.model, data), config.filtered))
@@ -524,14 +552,21 @@ def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> d
         if value is not None and value < 1:
             raise invalid(name, "a whole number of at least 1", value, "correct it")
     # Where a model says when sequences end, they are as long as it says.
-    length = 100 if config.n is None and model.end is None else config.n
-    xs, zs = model.sample(config.sequences, length, latents=True, generator=generator)
+    length = 100 if config.n is None and getattr(model, "end", None) is None else config.n
+    given: dict[str, Any] = {}
+    if model.labelled is None and run.report["data"].get("inputs"):
+        # Covariates have no law: those of the run are taken in turn.
+        own = run.observations().inputs
+        assert own is not None
+        given["inputs"] = torch.from_numpy(own[np.arange(length) % len(own)])
+    xs, zs = model.sample(config.sequences, length, latents=True, generator=generator, **given)
     table: dict[str, np.ndarray] = {}
     if config.sequences != 1:
         name = run.report["data"].get("sequence") or "sequence"
         table[name] = np.repeat(np.arange(len(xs)), [len(x) for x in xs])
     if config.latents:
-        table["state"] = torch.cat(list(zs)).cpu().numpy()
+        states = torch.cat(list(zs)).cpu().numpy()
+        table |= {"state": states} if states.ndim == 1 else {f"state_{k}": part for k, part in enumerate(states.T)}
     return table | dict(zip(run.columns, torch.cat(list(xs)).cpu().numpy().T, strict=True))
 
 
@@ -539,7 +574,7 @@ def _plot(config: Any) -> int:
     one_of("format", config.format, ("png", "pdf", "svg"))
     run = runs.read_run(config.run, config.states)
     data = run.observations(config.data)
-    decoded = None if data.sequences is None else decode(run.model, data)
+    decoded = None if data.sequences is None or run.model.labelled is None else decode(run.model, data)
     pictures = _pictures(run.model, data, run.report, config.format, decoded, run.states)
     for name, content in pictures.items():
         files.write_atomic(run.folder / name, content)

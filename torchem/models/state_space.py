@@ -145,6 +145,26 @@ class LinearGaussianStateSpace(LatentModel):
         self._generators: Sequence[torch.Generator] = ()
         self._first = 0
 
+    @classmethod
+    def local_level(cls, n_inputs: int = 0, variance: float = 1e7) -> "LinearGaussianStateSpace":
+        """A level that walks, seen through noise: z_t = z_{t−1} + w_t, x_t = z_t + D u_t + v_t.
+
+        EM estimates the two variances, and what covariates add to observations: a step of them is a break of the level.
+
+        Args:
+            n_inputs: M, columns of the covariates.
+            variance: Of the first level, about zero: large, for nothing is known of it.
+
+        Source: J. Durbin, S. J. Koopman (2012), chapter 2.
+
+        Example:
+            >>> LinearGaussianStateSpace.local_level().n_parameters()
+            2
+        """
+        model = cls(1, 1, n_inputs, inputs="observation")
+        model.initial_covariance = [[variance]]
+        return model.freeze("initial_mean", "initial_covariance", "dynamics", "loadings")
+
     def slots(self) -> tuple[tuple[str, Factor], ...]:
         return ("initial", self.initial), ("transition", self.transition), ("observation", self.observation)
 
