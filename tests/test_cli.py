@@ -242,6 +242,32 @@ def test_earthquakes(earthquakes):
     assert torchem.load(folder / "model-2.safetensors").n_states == 2
 
 
+def test_the_level_of_the_nile(capsys, tmp_path):
+    """A model of sequences without states to number: its levels are written, read again, drawn and filled in."""
+    run = tmp_path / "nile"
+    quick = ("--fit.max_iter", 30, "--fit.tol", 1e-2)
+    out = ok(capsys, "fit", ROOT / "configs" / "nile.yaml", *quick, "--output", run)
+    assert "LinearGaussianStateSpace · 100 frames in 1 sequence × 1 column · float64" in out
+    assert {path.name for path in run.iterdir()} == {
+        "model.safetensors", "report.json", "config.yaml", "levels.csv", "bound.png", "level.png"
+    }  # fmt: skip
+    table, nile = read_table(run / "levels.csv"), read_table(DATASETS / "nile.csv").values
+    assert table.columns == ["year", "level_volume", "sd_volume"]
+    model = torchem.load(run / "model.safetensors")
+    law = model.smooth(torch.from_numpy(nile[:, 1]), inputs=torch.from_numpy(nile[:, 2]))
+    np.testing.assert_allclose(table.values[:, 1], law.mean[0, :, 0].detach(), atol=1e-9)
+    np.testing.assert_allclose(table.values[:, 2], law.stddev[0, :, 0].detach(), atol=1e-9)
+    ok(capsys, "predict", run, "--filtered", "true", "--output", tmp_path / "p.csv")
+    assert read_table(tmp_path / "p.csv").columns == [*table.columns, "filtered_0"]
+    ok(capsys, "sample", run, "--n", 120, "--latents", "true", "--output", tmp_path / "s.csv")
+    assert read_table(tmp_path / "s.csv").columns == ["state_0", "volume"]
+    assert read_table(tmp_path / "s.csv").values.shape == (120, 2)
+    assert "level.png" in ok(capsys, "plot", run)
+    holes = "\n".join(f"{y:g},{'' if 1900 <= y < 1905 else v:},{d:g}" for y, v, d in nile)
+    (tmp_path / "gaps.csv").write_text(f"year,volume,dam\n{holes}\n")
+    assert "gaps filled in: 5" in ok(capsys, "impute", run, tmp_path / "gaps.csv")
+
+
 def test_the_states_of_each_year(earthquakes):
     folder, _ = earthquakes
     table = read_table(folder / "states.csv")

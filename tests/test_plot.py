@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import torchem
+from tests.regressions.common import as_users_run_it
 from torchem import images
 from torchem.errors import InvalidArgument, InvalidFile
 from torchem.factors import Categorical
@@ -384,3 +385,24 @@ def test_layers_of_a_graph():
     for (x, _), name in zip(line[1:3], "bc", strict=True):
         assert abs(x - found.centers[name][0]) >= 0.5
     assert line[-1][1] == pytest.approx(4.5)
+
+
+def test_a_level_lies_within_its_band():
+    """The line is the mean, the band holds its share, observations are points; columns and sequences have panels."""
+    model = torchem.LinearGaussianStateSpace(1, 2)
+    model.loadings = [[1.0], [2.0]]
+    x = [torch.randn(9, 2), torch.randn(5, 2)]
+    law = model.smooth(x)
+    axes = plot.level(law, x, share=0.6827, columns=["a", "b"], names=["first", "second"])
+    assert [panel.get_ylabel() for panel in axes] == ["a", "b", "a", "b"]
+    dots, line = axes[3].lines
+    np.testing.assert_allclose(dots.get_ydata(), x[1][:, 1])
+    np.testing.assert_allclose(line.get_ydata(), law.mean[1, :5, 1].detach(), rtol=1e-6)
+    edges = axes[3].collections[0].get_paths()[0].vertices[:, 1]
+    top = (law.mean + law.stddev)[1, :5, 1].detach()
+    assert np.isclose(edges[:, None], top.numpy(), rtol=1e-3, atol=1e-3).any(0).all()
+    for share in (0, 1.0, "x"):
+        with pytest.raises(InvalidArgument, match=r"^share: "), as_users_run_it():
+            plot.level(law, x, share=share)
+    with pytest.raises(InvalidArgument, match=r"^x: expected sequences that fill"):
+        plot.level(law, [row[:4] for row in x])

@@ -25,6 +25,7 @@ from torchem.observations import (
     decode,
     imputed_rows,
     label_rows,
+    level_rows,
     read_pixels,
     read_rows,
     state_rows,
@@ -137,15 +138,22 @@ def _fit(config: Any, each: list[Any]) -> int:
     return {"nonfinite": 1, "diverged": 1, "interrupted": 130}.get(chosen.result.status, 0)
 
 
+def _is_chain(model: Any) -> bool:
+    """Whether each frame of a sequence has a discrete state."""
+    return model.sequential and not model.whole and model.labelled is not None
+
+
 def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.dtype) -> runs.Candidate:
     """Fit one model."""
     model = ready.model.to(dtype)
     result = torchem.fit(model, data.values, **data.fields("weights"), **vars(ready.fit))
-    if model.sequential and not model.whole:
+    if _is_chain(model):
         runs.sort_states(result)
     criteria = torchem.criteria(model, data.values, **data.fields("weights"))
     if model.whole or not model.sequential:
         return runs.Candidate(states, result, criteria, runs.components(model, data.columns))
+    if model.labelled is None:
+        return runs.Candidate(states, result, criteria, [])
     decoded = decode(model, data)
     return runs.Candidate(states, result, criteria, runs.states(model, data.columns, decoded), decoded)
 
@@ -186,6 +194,8 @@ def _contents(
     contents[runs.CONFIG] = config.encode()
     if chosen.decoded is not None:
         contents["states.csv"] = to_csv(*state_rows(model, data, report["data"], chosen.decoded))
+    elif data.sequences is not None and not model.whole:
+        contents["levels.csv"] = to_csv(*level_rows(model, data, report["data"]))
     elif data.image is None:
         contents["labels.csv"] = to_csv(*label_rows(model, data, report["data"]))
     try:
@@ -220,11 +230,13 @@ def _pictures(
         drawn |= _chain_pictures(model, data, report["data"], decoded)
     elif hasattr(model, "conditionals"):
         drawn["network"] = plot.network(model)
-    elif data.sequences is not None:
+    elif data.sequences is not None and model.whole:
         series = [torch.from_numpy(part) for part in data.split(data.values)]
         with torch.no_grad():
             label = model.most_likely(data.batch(model))
         drawn["clusters"] = plot.sequences(series, label, columns=data.columns)
+    elif data.sequences is not None:
+        drawn |= _level_pictures(model, data, report["data"])
     elif data.inputs is not None:
         drawn |= _regression(model, data, report["data"])
     elif hasattr(model, "component"):
@@ -276,6 +288,22 @@ def _chain_pictures(model: Any, data: Observations, names: dict[str, Any], decod
     return drawn
 
 
+def _level_pictures(model: Any, data: Observations, names: dict[str, Any]) -> dict[str, Any]:
+    """Sequences with what they are without their noise."""
+    from torchem import plot
+
+    places = data.places()
+    assert data.sequences is not None
+    index = places[0] if places is not None and len(places) == 1 else places
+    series = [torch.from_numpy(part) for part in data.split(data.values)]
+    inputs = None if data.inputs is None else [torch.from_numpy(part) for part in data.split(data.inputs)]
+    with torch.no_grad():
+        law = model.smooth(series, inputs=inputs)
+    drawn = plot.level(law, series, index=index, columns=data.columns, names=data.sequences.names)
+    np.ravel(drawn)[-1].set_xlabel("frame" if places is None else names["index"])
+    return {"level": drawn}
+
+
 def _rendered(axes: Any, kind: str) -> bytes:
     from matplotlib import pyplot as plt
 
@@ -316,7 +344,7 @@ def _summary(
         if len(candidates) > 1:
             parts.append(f"── {_many(candidate.states or 0, 'state')} ──")
         table = _model_table if model.whole else _component_table if data.sequences is None else _state_table
-        parts.append(table(candidate.parts, data.columns))
+        parts.append(table(candidate.parts, data.columns) if candidate.parts else "")
         parts.append(_facts(candidate, "observation" if data.sequences is None else "frame", len(candidates) == 1))
     chains = chosen.decoded is not None
     parts += [_legend(chosen.parts) if chains else "", _comparison(chosen, candidates, criterion)]
@@ -485,6 +513,8 @@ def _predict(config: Any) -> int:
     if data.image is not None and Path(output).suffix.lower() == ".png":
         labels, colours = _labels(run.model, data), _colours(run.model, data)
         content = images.to_png(images.painted(data.image, labels, colours))
+    elif data.sequences is not None and run.model.labelled is None:
+        content = to_csv(*level_rows(run.model, data, run.report["data"], config.filtered))
     elif data.sequences is not None:
         names = run.report["data"]
         if run.model.whole:
@@ -550,7 +580,13 @@ def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> d
             raise invalid(name, "a whole number of at least 1", value, "correct it")
     # Where a model says when sequences end, they are as long as it says.
     length = 100 if config.n is None and getattr(model, "end", None) is None else config.n
-    xs, zs = model.sample(config.sequences, length, latents=True, generator=generator)
+    given: dict[str, Any] = {}
+    if model.labelled is None and run.report["data"].get("inputs"):
+        # Covariates have no law: those of the run are taken in turn.
+        own = run.observations().inputs
+        assert own is not None
+        given["inputs"] = torch.from_numpy(own[np.arange(length) % len(own)])
+    xs, zs = model.sample(config.sequences, length, latents=True, generator=generator, **given)
     table: dict[str, np.ndarray] = {}
     if config.sequences != 1:
         name = run.report["data"].get("sequence") or "sequence"
@@ -558,7 +594,8 @@ def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> d
     if config.latents and model.whole:
         table["label"] = np.repeat(zs.cpu().numpy(), [len(x) for x in xs])
     elif config.latents:
-        table["state"] = torch.cat(list(zs)).cpu().numpy()
+        states = torch.cat(list(zs)).cpu().numpy()
+        table |= {"state": states} if states.ndim == 1 else {f"state_{k}": part for k, part in enumerate(states.T)}
     return table | dict(zip(run.columns, torch.cat(list(xs)).cpu().numpy().T, strict=True))
 
 
@@ -566,7 +603,7 @@ def _plot(config: Any) -> int:
     one_of("format", config.format, ("png", "pdf", "svg"))
     run = runs.read_run(config.run, config.states)
     data = run.observations(config.data)
-    decoded = None if data.sequences is None or run.model.whole else decode(run.model, data)
+    decoded = decode(run.model, data) if _is_chain(run.model) else None
     pictures = _pictures(run.model, data, run.report, config.format, decoded, run.states)
     for name, content in pictures.items():
         files.write_atomic(run.folder / name, content)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchem.data import Source
-from torchem.model import DiscreteModel
+from torchem.model import LatentModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Criteria:
 
 @torch.no_grad()
 def criteria(
-    model: DiscreteModel,
+    model: LatentModel,
     data: Any,
     weights: Any = None,
     *,
@@ -47,7 +47,7 @@ def criteria(
     """Information criteria of a model on data, in one pass over what `torchem.fit` takes.
 
     Args:
-        model: Any model with discrete latents.
+        model: Any model that knows the entropy of its posteriors.
         data: As for `torchem.fit`, as are all that follow.
         weights: Weight per observation or sequence.
         inputs: Covariates.

@@ -326,6 +326,10 @@ class LatentModel(nn.Module, ABC):
         """What held-out rows or sequences are judged by, ``[*r, N]``: `log_prob`, or a bound where that is too dear."""
         return self.log_prob(batch)
 
+    def entropy(self, batch: Batch) -> Tensor:
+        """Weighted entropy of the posteriors of all latents, ``[*r]`` in nats."""
+        raise invalid("model", "one that knows the entropy of its posteriors", type(self).__name__, "compare bounds")
+
     @abstractmethod
     def posterior(self, data: Any) -> Any:
         """The posterior of the latents."""

@@ -305,6 +305,37 @@ def state_rows(
     return list(table), [column[back] for column in table.values()]
 
 
+def level_rows(
+    model: Any, data: Observations, names: Mapping[str, Any], filtered: bool = False
+) -> tuple[list[str], list[np.ndarray]]:
+    """As `state_rows` for states that are no numbers of components: what observations are without their noise.
+
+    Args:
+        model: The model, whose ``smooth`` gives their means and standard deviations.
+        data: The sequences.
+        names: Names of the columns ``sequence`` and ``index``.
+        filtered: Whether to add the means of states given the frames up to each alone.
+    """
+    assert data.sequences is not None
+    table: dict[str, np.ndarray] = {}
+    if names.get("sequence"):
+        table[names["sequence"]] = np.repeat(np.array(data.sequences.names), data.sequences.lengths)
+    if data.index is not None:
+        table[names["index"]] = whole(data.index)
+    mean, sd = (by_frame(model, data, functools.partial(_smoothed, model, kind)) for kind in ("mean", "stddev"))
+    table |= {f"level_{name}": mean[:, d] for d, name in enumerate(data.columns)}
+    table |= {f"sd_{name}": sd[:, d] for d, name in enumerate(data.columns)}
+    if filtered:
+        states = by_frame(model, data, lambda batch: model.filter(batch).mean)
+        table |= {f"filtered_{k}": column for k, column in enumerate(states.T)}
+    back = np.argsort(data.sequences.rows)
+    return list(table), [column[back] for column in table.values()]
+
+
+def _smoothed(model: Any, kind: str, batch: Batch) -> torch.Tensor:
+    return getattr(model.smooth(batch), kind)
+
+
 def imputed_rows(
     model: Any,
     data: Observations,

@@ -386,6 +386,76 @@ def sequences(x: Any, label: Any, *, lengths: Any = None, columns: Sequence[str]
     return axes
 
 
+def level(
+    law: Any,
+    x: Any = None,
+    *,
+    share: float = 0.9,
+    lengths: Any = None,
+    index: Any = None,
+    columns: Sequence[str] | None = None,
+    names: Sequence[Any] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Draw the law of a level over time: its mean, and a band that holds some of its probability in each frame.
+
+    Args:
+        law: ``mean`` and ``variance`` of each frame, ``[N, T, D]`` or ``[T, D]``: what `smooth`, `posterior` or
+            `forecast` of a state space give.
+        x: The observations behind it, drawn as points, in any layout that `torchem.fit` takes; None for none.
+        share: Probability of the band.
+        lengths: ``[N]`` frames of each sequence.
+        index: Where each frame stands on the horizontal axis, as for `states`.
+        columns: Names of the columns.
+        names: Names of the sequences.
+        ax: Axes to draw in, for one column of one sequence; new ones when None.
+
+    Returns:
+        The axes; an array of them where several are drawn: the first few columns of the first few sequences.
+
+    Raises:
+        InvalidArgument: If the shapes disagree, or for a share out of range.
+
+    Example:
+        >>> import matplotlib, torchem
+        >>> matplotlib.use("Agg")
+        >>> x = torch.tensor([1.0, 2.0, 4.0])
+        >>> law = torchem.LinearGaussianStateSpace(1, 1).smooth(x)
+        >>> level(law, x, index=[1900, 1901, 1902], columns=["count"]).get_ylabel()
+        'count'
+    """
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise invalid("share", "a probability between 0 and 1", share, "give for example 0.9")
+    series = None if x is None else _sequences(x, lengths)
+    if series is not None:
+        most = (len(series), max(map(len, series)), series[0].shape[1])
+        shape = (*[1] * (3 - law.mean.dim()), *law.mean.shape)
+        if shape != most:
+            raise invalid("x", f"sequences that fill {list(shape)}", list(most), "give those behind the law")
+    sizes = lengths if series is None else torch.tensor([len(own) for own in series])
+    means, variances = (_sequences(value.detach(), sizes if value.dim() > 2 else None)
+                        for value in (law.mean, law.variance))  # fmt: skip
+    d = means[0].shape[1]
+    reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(float(share), dtype=torch.float64)))
+    labels, places = _names(columns, d), _Places(index, means)
+    shown = min(d, _COLUMNS)
+    axes = _panels(shown * min(len(means), max(1, _PANELS // shown)), ax, 2.6)
+    for row, panel in enumerate(axes):
+        which, column = divmod(row, shown)
+        at, line = places.set(panel, which), means[which][:, column]
+        spread = reach * np.sqrt(variances[which][:, column])
+        panel.fill_between(at, line - spread, line + spread, color=PALETTE[0], alpha=0.25, linewidth=0)
+        if series is not None:
+            dots = max(2.0, min(5.0, 500 / len(line)))
+            panel.plot(at, series[which][:, column], "o", color=_FAINT, markersize=dots, markeredgewidth=0)
+        panel.plot(at, line, color=PALETTE[0], linewidth=1.8)
+        panel.set_ylabel(labels[column])
+        panel.tick_params(labelbottom=column == shown - 1)
+        if len(means) > 1 and column == 0:
+            _entitle(panel, which, names)
+    return axes[0] if len(axes) == 1 else axes
+
+
 def transitions(matrix: Any, ax: Any = None) -> Any:
     """Draw a transition matrix: the probability of each step, from the state of a row to that of a column.
 

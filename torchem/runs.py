@@ -35,7 +35,7 @@ NAMED = ("weights", "index", "sequence", "inputs", "intercept", "labels")
 PREDICTIONS, PREDICTED, SAMPLE, IMPUTED = "predictions.csv", "predicted.png", "sample.csv", "imputed.csv"
 _DERIVED = re.compile(
     r"predictions\.csv|predicted\.png|sample\.csv|imputed\.csv"
-    r"|(clusters|prediction|bound|segmented|states|posterior|transitions|chain|network)(-\d+)?\.(png|pdf|svg)"
+    r"|(clusters|prediction|bound|segmented|states|level|posterior|transitions|chain|network)(-\d+)?\.(png|pdf|svg)"
 )
 
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})

@@ -1,8 +1,8 @@
 """Linear Gaussian state spaces: a continuous state that moves linearly behind a sequence of observations."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,26 +10,15 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 from torch.utils import _pytree as pytree
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Factor, Moments, Quadratic
-from torchem.factors import Gaussian, LinearGaussian
-from torchem.model import EStep, LatentModel, weighted
+from torchem.factor import Factor
+from torchem.model import EStep, weighted
+from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law, with_inputs
 from torchem.models.imputation import Gaps, How, at_once, checked_draws
 from torchem.ops import kalman, linalg
 from torchem.ops.dispatch import declared_precision
-from torchem.ops.gaussian import LOG_2PI
-from torchem.ops.missing import any_missing
 from torchem.stats import Stats
-
-CovarianceType = Literal["full", "diag", "spherical"]
-#: Where covariates enter.
-Enters = Literal["both", "dynamics", "observation"]
-
-#: Bytes that the recursions of one piece of sequences may take.
-_MESSAGES = {"cpu": 256 << 20, "cuda": 4 << 30}
-#: Share of the variance of first scores that they are taken to be wrong by.
-_DOUBT = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +46,7 @@ class Forecast:
         return self.observations.variance
 
 
-class LinearGaussianStateSpace(LatentModel):
+class LinearGaussianStateSpace(GaussMarkovModel):
     """A continuous state that moves linearly, seen through linear observations; both with normal noise.
 
         z_1 ~ N(μ, Π),  z_t ~ N(A z_{t−1} + B u_t, Q),  x_t ~ N(C z_t + D u_t, R)
@@ -97,12 +86,7 @@ class LinearGaussianStateSpace(LatentModel):
         torch.Size([1, 4, 1])
     """
 
-    sequential: ClassVar[bool] = True
     exact = True
-
-    initial: Gaussian
-    transition: LinearGaussian
-    observation: LinearGaussian
 
     def __init__(
         self,
@@ -116,104 +100,33 @@ class LinearGaussianStateSpace(LatentModel):
         covariance_floor: float = 1e-6,
         square_root: bool | None = None,
     ):
-        super().__init__()
-        for name, size, least in (
-            ("n_latents", n_latents, 1),
-            ("n_features", n_features, 1),
-            ("n_inputs", n_inputs, 0),
-        ):
-            if not isinstance(size, int) or isinstance(size, bool) or size < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(size), "correct it")
-        one_of("covariance_type", covariance_type, ("full", "diag", "spherical"))
-        one_of("dynamics_covariance_type", dynamics_covariance_type, ("full", "diag", "spherical"))
-        one_of("inputs", inputs, ("both", "dynamics", "observation"))
-        if square_root is not None and not isinstance(square_root, bool):
-            raise invalid("square_root", "True, False or None", repr(square_root), "None is right as a rule")
-        self.n_latents, self.n_features, self.n_inputs = n_latents, n_features, n_inputs
-        self.covariance_type: CovarianceType = covariance_type
-        self.dynamics_covariance_type: CovarianceType = dynamics_covariance_type
-        self.inputs: Enters = inputs
-        self.covariance_floor, self.square_root = float(covariance_floor), square_root
-        moving = n_latents + (n_inputs if inputs != "observation" else 0)
-        seeing = n_latents + (n_inputs if inputs != "dynamics" else 0)
-        self.initial = Gaussian(1, n_latents, "full", covariance_floor)
-        self.transition = LinearGaussian(1, moving, n_latents, dynamics_covariance_type, (), covariance_floor)
-        self.observation = LinearGaussian(1, seeing, n_features, covariance_type, (), covariance_floor)
-        # A state that walks, and is seen in as many columns as there are.
-        self.dynamics = torch.eye(n_latents)
-        self.loadings = torch.eye(n_features, n_latents)
-        self._generators: Sequence[torch.Generator] = ()
-        self._first = 0
+        super().__init__(
+            n_latents, n_features, n_inputs, 1, covariance_type, dynamics_covariance_type, inputs, covariance_floor,
+            square_root,
+        )  # fmt: skip
+
+    @classmethod
+    def local_level(cls, n_inputs: int = 0, variance: float = 1e7) -> "LinearGaussianStateSpace":
+        """A level that walks, seen through noise: z_t = z_{t−1} + w_t, x_t = z_t + D u_t + v_t.
+
+        EM estimates the two variances, and what covariates add to observations: a step of them is a break of the level.
+
+        Args:
+            n_inputs: M, columns of the covariates.
+            variance: Of the first level, about zero: large, for nothing is known of it.
+
+        Source: J. Durbin, S. J. Koopman (2012), chapter 2.
+
+        Example:
+            >>> LinearGaussianStateSpace.local_level().n_parameters()
+            2
+        """
+        model = cls(1, 1, n_inputs, inputs="observation")
+        model.initial_covariance = [[variance]]
+        return model.freeze("initial_mean", "initial_covariance", "dynamics", "loadings")
 
     def slots(self) -> tuple[tuple[str, Factor], ...]:
         return ("initial", self.initial), ("transition", self.transition), ("observation", self.observation)
-
-    @property
-    def handles_missing(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.observation.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.observation.device
-
-    # ---- views ------------------------------------------------------------------------------------------------
-
-    def _alone(self, value: Tensor) -> Tensor:
-        """What the only component has."""
-        return value.squeeze(len(self.replicas))
-
-    def _part(self, slot: str, start: int, stop: int | None) -> Tensor:
-        return self._alone(getattr(self, slot).weight)[..., start:stop]
-
-    def _set_part(self, slot: str, name: str, start: int, stop: int | None, value: Any) -> None:
-        factor = getattr(self, slot)
-        weight = factor.weight.detach().to(torch.float64).clone()
-        place = weight[..., start:stop]
-        given = as_tensor(value, name).to(self.device, torch.float64)
-        shape = [*self.replicas, *place.shape[-2:]]
-        if list(given.shape) != shape:
-            raise invalid(name, f"shape {shape}", list(given.shape), "give a row for each column that it predicts")
-        if not bool(given.isfinite().all()):
-            raise invalid(name, "finite numbers", "NaN or infinity", "correct that entry")
-        weight[..., start:stop] = given.unsqueeze(-3)
-        factor.weight = weight
-
-    def _covariance(self, slot: str) -> Tensor:
-        return self._alone(getattr(self, slot).covariances)
-
-    def _set_covariance(self, slot: str, name: str, value: Any) -> None:
-        factor = getattr(self, slot)
-        try:
-            factor.covariances = as_tensor(value, name).unsqueeze(len(self.replicas))
-        except ValueError as error:
-            # In the user's own words: without the axis of components.
-            raise type(error)(str(error).replace("covariances:", f"{name}:", 1).replace("[1, ", "[", 1)) from error
-
-    @property
-    def initial_mean(self) -> Float[Tensor, "*r l"]:
-        """Mean μ of the first state, ``[*r, L]``; assignable."""
-        return self._alone(self.initial.means)
-
-    @initial_mean.setter
-    def initial_mean(self, value: Any) -> None:
-        given = as_tensor(value, "initial_mean")
-        if list(given.shape) != [*self.replicas, self.n_latents]:
-            raise invalid("initial_mean", f"shape {[*self.replicas, self.n_latents]}", list(given.shape), "correct it")
-        self.initial.means = given.unsqueeze(-2)
-
-    @property
-    def initial_covariance(self) -> Float[Tensor, "*r l l"]:
-        """Covariance Π of the first state, ``[*r, L, L]``; assignable, symmetric and positive definite."""
-        return self._covariance("initial")
-
-    @initial_covariance.setter
-    def initial_covariance(self, value: Any) -> None:
-        self._set_covariance("initial", "initial_covariance", value)
 
     @property
     def dynamics(self) -> Float[Tensor, "*r l l"]:
@@ -241,33 +154,6 @@ class LinearGaussianStateSpace(LatentModel):
     @dynamics_covariance.setter
     def dynamics_covariance(self, value: Any) -> None:
         self._set_covariance("transition", "dynamics_covariance", value)
-
-    @property
-    def loadings(self) -> Float[Tensor, "*r d l"]:
-        """C, how states are seen, ``[*r, D, L]``; assignable."""
-        return self._part("observation", 0, self.n_latents)
-
-    @loadings.setter
-    def loadings(self, value: Any) -> None:
-        self._set_part("observation", "loadings", 0, self.n_latents, value)
-
-    @property
-    def observation_inputs(self) -> Float[Tensor, "*r d m"]:
-        """D, what covariates add to observations, ``[*r, D, M]``; assignable where they enter them."""
-        return self._part("observation", self.n_latents, None)
-
-    @observation_inputs.setter
-    def observation_inputs(self, value: Any) -> None:
-        self._set_part("observation", "observation_inputs", self.n_latents, None, value)
-
-    @property
-    def observation_covariance(self) -> Float[Tensor, "*shape"]:
-        """Covariance R of the noise of observations, ``[*r, D, D]``; ``[*r, D]`` or ``[*r]``; assignable."""
-        return self._covariance("observation")
-
-    @observation_covariance.setter
-    def observation_covariance(self, value: Any) -> None:
-        self._set_covariance("observation", "observation_covariance", value)
 
     def freeze(self, *names: str, mask: Any = None) -> "LinearGaussianStateSpace":
         """Keep views, or the entries of one where ``mask`` is True, through every M-step.
@@ -334,13 +220,10 @@ class LinearGaussianStateSpace(LatentModel):
 
     # ---- potentials -------------------------------------------------------------------------------------------
 
-    def _plan(self, batch: Batch, certain: bool = False) -> "_Plan":
-        laws = [_Law.of(f.quadratic(), self.n_latents) for f in (self.initial, self.transition, self.observation)]
+    def _plan(self, batch: Batch, certain: bool = False) -> "Plan":
+        laws = [Law.of(f.quadratic(), self.n_latents) for f in (self.initial, self.transition, self.observation)]
         laws = [law.certain() for law in laws] if certain else laws
-        return _Plan(batch, laws[0], laws[1], laws[2], self.dtype)
-
-    def _roots(self) -> bool:
-        return self.dtype == torch.float32 if self.square_root is None else self.square_root
+        return Plan(batch, laws[0], laws[1], laws[2], self.dtype)
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -372,12 +255,7 @@ class LinearGaussianStateSpace(LatentModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
-
-    def _each(
-        self, data: Any, fields: dict[str, Any], function: Callable[["_Plan"], Any], certain: bool = False
-    ) -> Any:
+    def _each(self, data: Any, fields: dict[str, Any], function: Callable[["Plan"], Any], certain: bool = False) -> Any:
         batch = self._read(data, fields)
         with declared_precision(self.device):
             parts = [function(self._plan(piece, certain)) for piece in self.stream(batch)]
@@ -391,7 +269,7 @@ class LinearGaussianStateSpace(LatentModel):
             **fields: ``inputs``, ``lengths``, … as for `LatentModel.batch`.
         """
 
-        def value(plan: "_Plan") -> Tensor:
+        def value(plan: "Plan") -> Tensor:
             return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
 
         return self._each(data, fields, value, certain=True)
@@ -407,8 +285,8 @@ class LinearGaussianStateSpace(LatentModel):
         """Laws of the states given the frames so far, as `posterior`: what could be known at the time."""
         return self._law(data, fields, lambda plan: plan.laws(kalman.filtered(plan.chain(), self._roots())))
 
-    def _law(self, data: Any, fields: dict[str, Any], laws: Callable[["_Plan"], tuple[Tensor, Tensor]]) -> Any:
-        return _normal(*self._each(data, fields, laws))
+    def _law(self, data: Any, fields: dict[str, Any], laws: Callable[["Plan"], tuple[Tensor, Tensor]]) -> Any:
+        return normal_law(*self._each(data, fields, laws))
 
     def most_likely(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t l"]:
         """The most likely path of states, ``[N, T, L]``: the smoothed means."""
@@ -425,7 +303,7 @@ class LinearGaussianStateSpace(LatentModel):
             torch.Size([1, 3, 1])
         """
 
-        def level(plan: "_Plan") -> tuple[Tensor, Tensor]:
+        def level(plan: "Plan") -> tuple[Tensor, Tensor]:
             mean, covariance = plan.laws(kalman.smoothed(plan.chain(), self._roots()))
             loadings = plan.seen.states.unsqueeze(-3)
             mean = mean @ loadings.mT if plan.shift is None else mean @ loadings.mT + plan.shift
@@ -463,7 +341,7 @@ class LinearGaussianStateSpace(LatentModel):
             # Padding repeats the law of the last frame.
             mean, covariance = mean[:, -1], covariance[:, -1]
             u = self._ahead(inputs, len(batch), steps)
-            move, see = (_Law.of(f.quadratic(), self.n_latents) for f in (self.transition, self.observation))
+            move, see = (Law.of(f.quadratic(), self.n_latents) for f in (self.transition, self.observation))
             drift = None if u is None or move.inputs is None else u @ move.inputs.mT
             shift = None if u is None or see.inputs is None else u @ see.inputs.mT
             noise, observed = move.factor @ move.factor.mT, see.factor @ see.factor.mT
@@ -477,22 +355,10 @@ class LinearGaussianStateSpace(LatentModel):
             mean, covariance = torch.stack(means, 1), torch.stack(covariances, 1)
             seen = mean @ see.states.mT + (0.0 if shift is None else shift)
             return Forecast(
-                _normal(mean, covariance), _normal(seen, see.states @ covariance @ see.states.mT + observed), draws
+                normal_law(mean, covariance),
+                normal_law(seen, see.states @ covariance @ see.states.mT + observed),
+                draws,
             )
-
-    def _ahead(self, inputs: Any, size: int, steps: int) -> Tensor | None:
-        """Covariates of frames that no data tell of, ``[N, H, M]``."""
-        if not self.n_inputs:
-            if inputs is not None:
-                raise invalid("inputs", "none, for a model without", "some", "build it with n_inputs")
-            return None
-        u = as_tensor(() if inputs is None else inputs, "inputs").to(self.device, self.dtype)
-        u = u.unsqueeze(-1) if u.dim() == 1 and self.n_inputs == 1 and len(u) == steps else u
-        u = u.unsqueeze(0).expand(size, *u.shape) if u.dim() == 2 else u
-        if list(u.shape) != [size, steps, self.n_inputs]:
-            got = "none" if inputs is None else list(u.shape)
-            raise invalid("inputs", f"shape {[size, steps, self.n_inputs]}", got, "give covariates for each frame")
-        return u
 
     def _continued(
         self, n: int, mean: Tensor, covariance: Tensor, u: Tensor | None, steps: int, generator: torch.Generator | None
@@ -513,9 +379,9 @@ class LinearGaussianStateSpace(LatentModel):
         for t in range(steps):
             own = None if u is None else u[:, t]
             if t or not first:
-                z = self.transition.sample(blank, _with(z, own, self.inputs != "observation"), generator)
+                z = self.transition.sample(blank, with_inputs(z, own, self.inputs != "observation"), generator)
             states.append(z)
-            seen.append(self.observation.sample(blank, _with(z, own, self.inputs != "dynamics"), generator))
+            seen.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
         return torch.stack(seen, 1), torch.stack(states, 1)
 
     @torch.no_grad()
@@ -620,516 +486,7 @@ class LinearGaussianStateSpace(LatentModel):
 
     # ---- starts -----------------------------------------------------------------------------------------------
 
-    def rows(self, batch: Batch) -> Batch:
-        """Frames beside those that follow them, ``[F, 2D]`` (covariates ``[F, 2M]``); a last one beside itself.
-
-        A start looks at rows drawn at random, and dynamics are between neighbours.
-        """
-        frames, ends = batch.x.shape[1], batch.frames().unsqueeze(-1)
-        after = (torch.arange(frames, device=batch.x.device) + 1).minimum(ends - 1).clamp(min=0)
-
-        def paired(value: Tensor) -> Tensor:
-            return torch.cat([value, value.gather(1, after.unsqueeze(-1).expand(value.shape))], -1)
-
-        x = paired(batch.x)
-        d = batch.x.shape[-1]
-        rows = replace(batch, x=x, u=None if batch.u is None else paired(batch.u)).rows()
-        gone = rows.x[:, :d].isnan().all(-1)
-        return rows[~gone] if bool(gone.any()) else rows
-
-    def prepare(self, moments: Moments) -> None:
-        d = self.n_features
-        if moments.mean.shape not in ((d,), (2 * d,)):
-            return
-        own = _Columns(*(getattr(moments, name)[:d] for name in ("mean", "variance", "low", "high")))
-        self.observation.prepare(own)
-        scale = torch.ones(self.n_latents, dtype=torch.float64)
-        if self._keeps_loadings():
-            inverse = torch.linalg.pinv(self.loadings.detach().to("cpu", torch.float64)).reshape(-1, self.n_latents, d)[
-                0
-            ]
-            scale = inverse.square() @ own.variance.cpu()
-            scale = torch.where(scale > 0, scale, 1.0)
-        zero = torch.zeros_like(scale)
-        latent = _Columns(zero, scale, zero, zero)
-        self.initial.prepare(latent)
-        self.transition.prepare(latent)
-
-    def _keeps_loadings(self) -> bool:
-        mask = self.observation.unwrapped.frozen("coefficient")
-        if mask is None:
-            return False
-        return bool(mask.all() if mask.dim() < 3 else mask[..., : self.n_latents].all())
-
-    def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
-        self._generators, self._first = generators, first
-
-    def initialize(self, batch: Batch, expected: Tensor) -> None:
-        """An M-step from first scores: principal components of the frames, or what frozen loadings make of them.
-
-        Scores are taken to be wrong by a share of their variance. The first restart takes them as they are; in others
-        they are turned and blurred, and that share is drawn.
-        """
-        x, u, mass = self._pairs(batch)
-        if x.shape[-2] < self.n_latents:
-            raise invalid(
-                "data", f"at least as many frames as latents ({self.n_latents})", x.shape[-2], "lower n_latents"
-            )
-        z, doubt = zip(*(self._scores(x, mass, r) for r in range(max(1, *self.replicas, 1))), strict=True)
-        now, after = (torch.stack(part) for part in zip(*z, strict=True))
-        blur = torch.stack(doubt)
-        now, after, blur = (value if self.replicas else value[0] for value in (now, after, blur))
-        zeros = now.new_zeros(*now.shape[:-2], 1, 1)
-        count = mass.sum().expand(*self.replicas, 1)
-        loose = (count[..., None] * blur.unsqueeze(-2)).diag_embed()
-
-        def moments(y: Tensor, v: Tensor, spread_y: Tensor | float, wide: bool) -> tuple[Tensor, ...]:
-            heavy = mass.unsqueeze(-1)
-            k = v.shape[-1] - self.n_latents
-            vv = (heavy * v).mT @ v
-            vv = vv + torch.nn.functional.pad(loose.squeeze(-3), (0, k, 0, k)) if wide else vv
-            parts = ((heavy * y).mT @ y + spread_y, (heavy * v).mT @ y, vv)
-            return count, *(part.unsqueeze(-3) for part in parts)
-
-        def beside(value: Tensor, own: Tensor | None, reads: bool) -> Tensor:
-            if own is None or not reads:
-                return value
-            return torch.cat([value, own.expand(*value.shape[:-1], own.shape[-1])], -1)
-
-        loose_z = loose.squeeze(-3)
-        seen, steps = self.inputs != "dynamics", self.inputs != "observation"
-        before, then = (None, None) if u is None else u
-        values = {
-            "initial": self.initial.moment_stats(*moments(now, zeros.expand_as(now[..., :1]) + 1, loose_z, False)),
-            "transition": self.transition.moment_stats(*moments(after, beside(now, then, steps), loose_z, True)),
-            "observation": self.observation.moment_stats(*moments(x[0], beside(now, before, seen), 0.0, True)),
-        }
-        factors = dict(self.slots())
-        self.assign({f"{slot}.{name}": value for slot, stats in values.items()
-                     for name, value in factors[slot].maximize(factors[slot].penalized(stats)).items()})  # fmt: skip
-
-    def _pairs(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
-        """Frames and those after them, ``[2, F, D]``, covariates, and weights; means stand for missing entries."""
-        d, m = self.n_features, self.n_inputs
-        rows = batch.x.to(torch.float64)
-        x = torch.stack([rows[:, :d], rows[:, d:] if rows.shape[-1] == 2 * d else rows])
-        x[1] = torch.where(x[1].isnan().all(-1, keepdim=True), x[0], x[1])
-        mean = x[0].nanmean(0).nan_to_num(nan=0.0)
-        x = torch.where(x.isnan(), mean, x)
-        mass = torch.ones_like(x[0, :, 0]) if batch.weight is None else batch.weight.to(x)
-        u = None if batch.u is None else batch.u.to(torch.float64)
-        return x, None if u is None else (u[:, :m], u[:, -m:]), mass
-
-    def _scores(self, x: Tensor, mass: Tensor, replica: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """First scores of frames and of those after them, ``[F, L]`` each, and the variance that they are wrong by."""
-        k, d = self.n_latents, self.n_features
-        generator = self._generators[replica] if replica < len(self._generators) else torch.Generator().manual_seed(0)
-        lucky = replica + self._first == 0
-
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(x.device)
-
-        total = mass.sum()
-        if self._keeps_loadings():
-            weight = self.loadings.detach().to(torch.float64).reshape(-1, d, k)
-            back = torch.linalg.pinv(weight[min(replica, len(weight) - 1)]).mT
-        else:
-            scale = ((mass @ x[0].square()) / total).sqrt()
-            unit = x[0] / torch.where(scale > 0, scale, 1.0)
-            values, vectors = torch.linalg.eigh((mass.unsqueeze(-1) * unit).mT @ unit / total)
-            kept = values.flip(-1)[:k].clamp(min=1e-3 * float(values.amax()) + 1e-12)
-            back = vectors.flip(-1)[:, :k] / kept.sqrt() / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-            # More states than columns: what the others stand for is not seen in single frames.
-            back = torch.nn.functional.pad(back, (0, k - back.shape[-1]))
-            if not lucky:
-                back = back @ (torch.eye(k).to(back) + 0.5 * noise(k, k) / k**0.5)
-        now, after = x[0] @ back, x[1] @ back
-        center = (mass @ now) / total
-        spread = (mass @ (now - center).square()) / total
-        spread = torch.where(spread > 0, spread, 1.0)
-        hidden = (back == 0).all(0)
-        blank = noise(2, len(now), k)
-        now, after = (torch.where(hidden, fill, value) for fill, value in zip(blank, (now, after), strict=True))
-        share = _DOUBT if lucky else _DOUBT * 10 ** float(2 * torch.rand((), generator=generator) - 1)
-        if not lucky:
-            now, after = (value + 0.3 * spread.sqrt() * noise(*value.shape) for value in (now, after))
-        return (now, after), share * spread
-
-    def initialize_at(self, batch: Batch, index: Tensor) -> None:
-        self.initialize(batch, index)
-
-    # ---- data -------------------------------------------------------------------------------------------------
-
-    def check(self, batch: Batch) -> Batch:
-        if batch.x.shape[-1] != self.n_features:
-            raise invalid(
-                "data", f"{self.n_features} features", batch.x.shape[-1], "select the columns the model was built for"
-            )
-        columns = 0 if batch.u is None else batch.u.shape[-1]
-        if columns != self.n_inputs:
-            remedy = "leave them out, or build it with n_inputs" if not self.n_inputs else "pass inputs=u"
-            raise invalid("inputs", f"{self.n_inputs} columns of covariates", columns or "none", remedy)
-        if batch.evidence is not None:
-            raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
-        return batch
-
-    def stream(self, batch: Batch) -> Iterator[Batch]:
-        """Sequences in pieces whose recursions fit the budget, on the model's device and in its type."""
-        size = 12 * self.n_latents**2 + 4 * self.n_features * (self.n_latents + 2)
-        size *= self.dtype.itemsize * max(1, *self.replicas, 1) * max(1, batch.x.shape[1])
-        budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
-        for piece in batch.split(max(1, budget // size)):
-            yield piece if piece.x.device == self.device else piece.to(self.device)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Moments of some columns."""
-
-    mean: Tensor
-    variance: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def _normal(mean: Tensor, covariance: Tensor) -> MultivariateNormal:
-    """A batch of normal laws; factors are taken in float64, where the covariances of float32 are positive definite."""
-    root = linalg.cholesky(covariance.to(torch.float64)).to(covariance)
-    return MultivariateNormal(mean, scale_tril=root, validate_args=False)
-
-
-def _with(z: Tensor, u: Tensor | None, reads: bool) -> Batch:
-    """States as covariates, beside those that came with the data where a factor reads them."""
-    return Batch(z, u=z if u is None or not reads else torch.cat([z, u], -1))
-
-
-@dataclass(frozen=True)
-class _Law:
-    """A factor's `Quadratic` in its only component, its coefficients cut into those of states and of covariates.
-
-    Attributes:
-        factor: Lower factor of the noise, ``[*r, D, D]``.
-        weight: ``[*r, D, L + M]``.
-        states: ``[*r, D, L]``.
-        inputs: ``[*r, D, M]``; None where covariates do not enter.
-        offset: ``[*r]``.
-        penalty: ``[*r, L + M, L + M]``, or None.
-    """
-
-    factor: Tensor
-    weight: Tensor
-    states: Tensor
-    inputs: Tensor | None
-    offset: Tensor
-    penalty: Tensor | None
-
-    @classmethod
-    def of(cls, law: Quadratic, latents: int) -> "_Law":
-        weight = law.weight.squeeze(-3)
-        inputs = weight[..., latents:] if weight.shape[-1] > latents else None
-        penalty = None if law.penalty is None else law.penalty.squeeze(-3)
-        return cls(law.factor.squeeze(-3), weight, weight[..., :latents], inputs, law.offset.squeeze(-1), penalty)
-
-    def certain(self) -> "_Law":
-        """As if its parameters were known."""
-        return replace(self, offset=torch.zeros_like(self.offset), penalty=None)
-
-    def regressors(self, z: Tensor, u: Tensor | None) -> Tensor:
-        """States ``[*r, …, L]`` beside the covariates that are read."""
-        if self.inputs is None or u is None:
-            return z
-        return torch.cat([z, u.to(z).expand(*z.shape[:-1], u.shape[-1])], -1)
-
-
-def _lookable() -> bool:
-    """Whether Python may look at values: nothing is transformed or compiled."""
-    return values_known() and not torch.compiler.is_compiling()
-
-
-def _between(value: Tensor, steps: int = 2) -> Tensor:
-    """Matrices ``[*r, A, B]`` against axes of sequences and frames, ``[*r, 1, 1, A, B]``."""
-    return value.reshape(*value.shape[:-2], *[1] * steps, *value.shape[-2:])
-
-
-class _Plan:
-    """A piece of data as potentials of a Gauss–Markov chain, and what becomes of the chain's posterior.
-
-    Sequences of one length that miss the same entries form a group, whose covariances are the same.
-    """
-
-    def __init__(self, batch: Batch, first: _Law, move: _Law, seen: _Law, dtype: torch.dtype):
-        self.batch, self.first, self.move, self.seen = batch, first, move, seen
-        self.x = batch.x.to(dtype)
-        self.u = None if batch.u is None else batch.u.to(dtype)
-        self.inside = batch.frames_mask()
-        self.gappy = any_missing(self.x)
-        self.latents = first.weight.shape[-2]
-        self._group()
-        self._observe()
-
-    # ---- groups -----------------------------------------------------------------------------------------------
-
-    def _group(self) -> None:
-        n, t, d = self.x.shape
-        self.which: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.known: Tensor | None = None
-        if self.inside is None and not self.gappy:
-            return
-        inside = torch.ones(n, t, dtype=torch.bool, device=self.x.device) if self.inside is None else self.inside
-        known = inside.unsqueeze(-1) & ~self.x.isnan() if self.gappy else None
-        if not _lookable():
-            self.valid, self.known = None if self.inside is None else inside, known
-            return
-        key = inside if known is None else torch.cat([inside, known.flatten(1)], -1)
-        unique, which = key.unique(dim=0, return_inverse=True)
-        self.which = which if len(unique) > 1 else None
-        self.valid = None if self.inside is None else unique[:, :t]
-        self.known = None if known is None else unique[:, t:].unflatten(-1, (t, d))
-
-    def _by_sequence(self, value: Tensor) -> Tensor:
-        """What groups have along the first axis, for each sequence."""
-        return value.expand(len(self.x), *value.shape[1:]) if self.which is None else value[self.which]
-
-    def _by_group(self, weight: Tensor, groups: int) -> Tensor:
-        """Weights ``[N, T]`` of sequences summed over those of each group, ``[G, T]``."""
-        if self.which is not None:
-            return weight.new_zeros(groups, weight.shape[1]).index_add(0, self.which, weight)
-        return weight if groups == len(self.x) else weight.sum(0, keepdim=True)
-
-    # ---- potentials -------------------------------------------------------------------------------------------
-
-    def _observe(self) -> None:
-        """Roots of the precision of what was observed, by the patterns of frames."""
-        d = self.x.shape[-1]
-        factor = self.seen.factor
-        self.shift = None if self.u is None or self.seen.inputs is None else self.u @ self.seen.inputs.mT.unsqueeze(-3)
-        rest = self.x if self.shift is None else self.x - self.shift
-        if self.known is None:
-            self.root = linalg.inverse_factor(factor)
-            self.log_scale = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)[..., None, None]
-            self.rest, self.size = rest, float(d)
-            self.some: Tensor | None = self.inside
-            return
-        groups, t = self.known.shape[:2]
-        flat = self.known.flatten(0, 1)
-        if _lookable():
-            patterns, index = flat.unique(dim=0, return_inverse=True)
-        else:
-            patterns, index = flat, torch.arange(len(flat), device=flat.device)
-        self.patterns, self.index = patterns, index.view(groups, t)
-        both = patterns.unsqueeze(-1) & patterns.unsqueeze(-2)
-        noise = factor @ factor.mT
-        eye = torch.eye(d, dtype=noise.dtype, device=noise.device)
-        own = torch.where(both, noise.unsqueeze(-3), eye)
-        root = linalg.inverse_factor(linalg.cholesky(own))
-        # What is missing has the unit's part alone: it is left out.
-        self.root = torch.where(patterns.unsqueeze(-1), root, 0.0)
-        scale = torch.where(patterns, root.diagonal(dim1=-2, dim2=-1).log(), 0.0).sum(-1)
-        self.frame = self._by_sequence(self.index)
-        self.log_scale = scale[..., self.frame]
-        entries = self._by_sequence(self.known)
-        self.entries, self.some = entries, entries.any(-1)
-        self.rest, self.size = torch.where(entries, rest, 0.0), entries.sum(-1).to(self.x)
-
-    def _each_frame(self, value: Tensor) -> Tensor:
-        """Matrices of patterns ``[*r, P, A, B]`` for the frames of sequences, ``[*r, N, T, A, B]``."""
-        return value[..., self.frame, :, :]
-
-    def _where(self, mask: Tensor | None, value: Tensor, events: int) -> Tensor:
-        return value if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * events), value, 0.0)
-
-    def chain(self) -> kalman.GaussMarkov:
-        """The chain of states under the potentials of the data."""
-        inner = self.root @ (self.seen.states if self.known is None else self.seen.states.unsqueeze(-3))
-        if self.known is None:
-            linear = self.rest @ (self.root.mT @ inner).unsqueeze(-3)
-            linear = self._where(self.inside, linear, 1)
-            half, some = _between(inner), self.valid
-            if self.valid is not None:
-                half = self._where(self.valid, half, 2)
-        else:
-            white = self._each_frame(self.root) @ self.rest.unsqueeze(-1)
-            linear = (self._each_frame(inner).mT @ white).squeeze(-1)
-            half, some = inner[..., self.index, :, :], self.known.any(-1)
-        half, linear = self._unsure(half, linear, some)
-        drift = None
-        if self.u is not None and self.move.inputs is not None:
-            drift = self.u @ self.move.inputs.mT.unsqueeze(-3)
-            drift = drift.expand(linear.shape)
-        dynamics = _between(self.move.states)
-        noise = _between(self.move.factor @ self.move.factor.mT)
-        covariance = self.first.factor @ self.first.factor.mT
-        mean = self.first.states.squeeze(-1)
-        return kalman.GaussMarkov(
-            mean, covariance, dynamics, noise, half.mT @ half, linear, drift, self.which, self.valid, half
-        )
-
-    def _unsure(self, half: Tensor, linear: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Potentials with what unsure coefficients take off: −½ (z, u)ᵀ V (z, u) of each regression."""
-        frames, k = self.x.shape[1], self.latents
-        for law, group, own, ahead in (
-            (self.seen, some, self.some, 0), (self.move, self._goes_on(self.valid), self._goes_on(self.inside), 1),
-        ):  # fmt: skip
-            if law.penalty is None:
-                continue
-            more = _between(kalman.half(law.penalty[..., :k, :k]))
-            more = self._where(group, more.expand(*more.shape[:-3], frames, k, k), 2)
-            shape = torch.broadcast_shapes(half.shape[:-2], more.shape[:-2])
-            half = torch.cat([part.expand(*shape, *part.shape[-2:]) for part in (half, more)], -2)
-            if law.inputs is not None and self.u is not None:
-                u = self.u if not ahead else torch.cat([self.u[:, 1:], self.u[:, :1]], 1)
-                linear = linear - self._where(own, u @ law.penalty[..., k:, :k].unsqueeze(-3), 1)
-        return half, linear
-
-    def _goes_on(self, inside: Tensor | None) -> Tensor:
-        """``[… or 1, T]`` Boolean, True where another frame follows."""
-        frames = self.x.shape[1]
-        if inside is None:
-            return (torch.arange(frames, device=self.x.device) < frames - 1).unsqueeze(0)
-        return torch.cat([inside[:, 1:], torch.zeros_like(inside[:, :1])], 1)
-
-    def log_prob(self, found: kalman.Filtered) -> Tensor:
-        """log p(x) of each sequence, ``[*r, N]`` in float64; an expectation of it where parameters are unsure.
-
-        Each factor p(x_t | x_1, …, x_{t−1}) is the height of the joint density at the filtered mean times the width
-        of the filtered law: nothing cancels.
-        """
-        z = found.mean.transpose(-3, -2)
-        value = self._height(z) + found.log_weight.transpose(-2, -1)
-        if self.move.penalty is not None:
-            steps = self._goes_on(self.inside)
-            u = None if self.u is None else torch.cat([self.u[:, 1:], self.u[:, :1]], 1)
-            value = value + self._where(steps, self._taken_off(self.move, z, u), 0)
-        steps = self.batch.frames().to(torch.float64) - 1
-        offsets = self.first.offset.unsqueeze(-1) + self.move.offset.unsqueeze(-1) * steps
-        return value.sum(-1, dtype=torch.float64) + offsets
-
-    def _height(self, z: Tensor) -> Tensor:
-        """log-density of what was observed of each frame at states ``[*r, N, T, L]``."""
-        gap = self.rest - z @ self.seen.states.mT.unsqueeze(-3)
-        if self.known is None:
-            white = gap @ self.root.mT.unsqueeze(-3)
-        else:
-            white = (self._each_frame(self.root) @ gap.unsqueeze(-1)).squeeze(-1)
-        value = (
-            self.log_scale + self.seen.offset[..., None, None] - 0.5 * (white.square().sum(-1) + self.size * LOG_2PI)
-        )
-        if self.seen.penalty is not None:
-            value = value + self._taken_off(self.seen, z, self.u)
-        return self._where(self.some, value, 0)
-
-    @staticmethod
-    def _taken_off(law: _Law, z: Tensor, u: Tensor | None) -> Tensor:
-        assert law.penalty is not None
-        v = law.regressors(z, u)
-        return -0.5 * ((v @ law.penalty.unsqueeze(-3)) * v).sum(-1)
-
-    # ---- moments ----------------------------------------------------------------------------------------------
-
-    def laws(self, found: kalman.Filtered | kalman.Smoothed) -> tuple[Tensor, Tensor]:
-        """Means ``[*r, N, T, L]`` and covariances of the states of each sequence."""
-        covariance = found.covariance.transpose(-4, -3)
-        covariance = covariance.index_select(-4, self.which) if self.which is not None else covariance
-        mean = found.mean.transpose(-3, -2)
-        return mean, covariance.expand(*mean.shape, mean.shape[-1])
-
-    def moments(self, found: kalman.Smoothed) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Count and moments of each factor's child and covariates, as `Factor.moment_stats` takes them, float64."""
-        mean, cov, cross = (v.to(torch.float64) for v in (found.mean, found.covariance, found.cross))
-        n, t = self.x.shape[:2]
-        weight = torch.ones(n, dtype=torch.float64, device=self.x.device)
-        weight = (weight if self.batch.weight is None else self.batch.weight.to(weight)).unsqueeze(-1)
-        inside = torch.ones(n, t, dtype=torch.float64, device=self.x.device)
-        inside = inside if self.inside is None else self.inside.to(inside)
-        u = None if self.u is None else self.u.to(torch.float64).transpose(0, 1)
-        start = _Moments(self, weight, mean[..., :1, :, :], torch.ones_like(mean[..., :1, :, :1]), None)
-        start.spread(cov[..., :1, :, :, :], None, None)
-        move = _Moments(self, weight * inside[:, 1:], mean[..., 1:, :, :],
-                        self.move.regressors(mean[..., :-1, :, :], None if u is None else u[1:]), None)  # fmt: skip
-        move.spread(cov[..., 1:, :, :, :], cross.mT, cov[..., :-1, :, :, :])
-        some = inside if self.some is None else self.some.to(inside)
-        x = self.x.to(torch.float64).transpose(0, 1)
-        if self.known is None:
-            x = x if self.inside is None else torch.where(self.inside.mT.unsqueeze(-1), x, 0.0)
-            see = _Moments(self, weight * some, x, self.seen.regressors(mean, u), mean)
-            see.spread(None, None, cov)
-        else:
-            gain, left = self._gains()
-            filled = self._filled(mean.transpose(-3, -2), gain).transpose(-3, -2)
-            see = _Moments(self, weight * some, filled, self.seen.regressors(mean, u), mean)
-            pull, rest = (v[..., self.index, :, :].transpose(-4, -3) for v in self._pulled(gain, left))
-            follows = cov @ pull.mT
-            see.spread(pull @ follows + rest, follows, cov)
-        return [part.result() for part in (start, move, see)]
-
-    def _gains(self) -> tuple[Tensor, Tensor]:
-        """For each pattern what the observed entries say of the missing ones, and the covariance that these keep."""
-        factor, root = self.seen.factor.to(torch.float64), self.root.to(torch.float64)
-        noise = (factor @ factor.mT).unsqueeze(-3)
-        absent = ~self.patterns
-        gain = torch.where(absent.unsqueeze(-1), noise @ root.mT @ root, 0.0)
-        both = absent.unsqueeze(-1) & absent.unsqueeze(-2)
-        return gain, torch.where(both, noise - gain @ noise, 0.0)
-
-    def _pulled(self, gain: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """How missing entries follow the states, ``[*r, P, D, L]``, and their covariance given these."""
-        loadings = self.seen.states.to(torch.float64).unsqueeze(-3)
-        return torch.where(self.patterns.unsqueeze(-1), 0.0, loadings - gain @ loadings), left
-
-    def _filled(self, mean: Tensor, gain: Tensor) -> Tensor:
-        """Observations completed by their expectations, ``[*r, N, T, D]``; zero where nothing was seen."""
-        level = mean @ self.seen.states.to(mean).mT.unsqueeze(-3)
-        level = level if self.shift is None else level + self.shift.to(mean)
-        x = self.x.to(mean)
-        gap = torch.where(self.entries, x - level, 0.0)
-        more = (gain[..., self.frame, :, :] @ gap.unsqueeze(-1)).squeeze(-1)
-        return torch.where(self.entries, x, level + more)
-
-    def completed(self, found: kalman.Smoothed) -> tuple[Tensor, Tensor]:
-        """Observations completed by their expectations given all that was observed, and the variances of these."""
-        mean, covariance = self.laws(found)
-        if self.known is None:
-            x = self.x.expand(*mean.shape[:-1], self.x.shape[-1])
-            return x, torch.zeros_like(x)
-        gain, left = self._gains()
-        filled = self._filled(mean.to(torch.float64), gain)
-        pull, rest = (v[..., self.frame, :, :] for v in self._pulled(gain, left))
-        spread = ((pull @ covariance.to(torch.float64)) * pull).sum(-1) + rest.diagonal(dim1=-2, dim2=-1)
-        return filled.to(mean), spread.to(mean)
-
-
-class _Moments:
-    """Σ w E[…] of a child y and its covariates v: the products of their means, and then their covariances."""
-
-    def __init__(self, plan: _Plan, weight: Tensor, y: Tensor, v: Tensor, z: Tensor | None):
-        self.plan, self.weight = plan, weight
-        lead = torch.broadcast_shapes(y.shape[:-3], v.shape[:-3])
-        heavy = weight.mT.unsqueeze(-1)
-        # Rows of all frames and sequences one below the other.
-        y, hy, v, hv = (
-            value.expand(*lead, *value.shape[-3:]).flatten(-3, -2) for value in (y, heavy * y, v, heavy * v)
-        )
-        self.count = weight.sum().expand(lead)
-        self.yy, self.vy, self.vv = hy.mT @ y, hv.mT @ y, hv.mT @ v
-
-    def _total(self, value: Tensor) -> Tensor:
-        """Σ w of matrices ``[*r, T, G, A, B]`` of groups."""
-        each = self.plan._by_group(self.weight, value.shape[-3])
-        return (each.mT[..., None, None] * value).sum((-4, -3))
-
-    def spread(self, child: Tensor | None, cross: Tensor | None, states: Tensor | None) -> None:
-        """Add covariances of the child, of states (the first of the covariates) with it, and of states."""
-        if child is not None:
-            self.yy = self.yy + self._total(child)
-        more = self.vv.shape[-1]
-        if cross is not None:
-            rows = more - cross.shape[-2]
-            self.vy = self.vy + torch.nn.functional.pad(self._total(cross), (0, 0, 0, rows))
-        if states is not None:
-            rows = more - states.shape[-1]
-            self.vv = self.vv + torch.nn.functional.pad(self._total(states), (0, rows, 0, rows))
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Count, yy, vy and vv with an axis for the only component."""
-        return self.count.unsqueeze(-1), self.yy.unsqueeze(-3), self.vy.unsqueeze(-3), self.vv.unsqueeze(-3)
+    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+        factor = self.transition
+        values = factor.maximize(factor.penalized(factor.moment_stats(*moments())))
+        self.assign({f"transition.{name}": value for name, value in values.items()})
