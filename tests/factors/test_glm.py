@@ -164,6 +164,7 @@ def test_steps_whose_reach_is_known_raise_q_for_certain() -> None:
         stats = factor.stats(batch, expected)
         cases.assign(factor, factor.maximize(stats))
         assert float(truth(batch, expected, factor).detach()) > before
+        assert torch.equal(factor.select(torch.tensor([True, False])).extent, factor.extent)
 
 
 @pytest.mark.parametrize("rule", [torchem.Incremental, torchem.Stochastic])

@@ -68,6 +68,7 @@ class GeneralizedLinear(Coefficients):
     exponential: ClassVar[bool] = False
 
     unit: Tensor
+    center: Tensor
     extent: Tensor
 
     def __init__(
@@ -79,8 +80,9 @@ class GeneralizedLinear(Coefficients):
         columns: Sequence[int] | None = None,
     ):
         super().__init__(n_components, n_inputs, n_outputs, shared, columns)
-        #: Standard deviation and greatest size of each input, where a fit has told them.
+        #: Standard deviation and mean of each input, and how far it goes from there, where a fit has told them.
         self.register_buffer("unit", torch.zeros(n_inputs))
+        self.register_buffer("center", torch.zeros(n_inputs))
         self.register_buffer("extent", torch.zeros(n_inputs))
 
     # ---- the family -------------------------------------------------------------------------------------------
@@ -220,8 +222,9 @@ class GeneralizedLinear(Coefficients):
     def _shortened(self, values: dict[str, Tensor | None], stats: Stats) -> dict[str, Tensor | None]:
         """The part sΔ of a step that raises Q for certain, for each component and column.
 
-        No linear predictor of the data moves further than R = Σ_m |Δ_m| max |u_m|, and exp δ − 1 − δ ≤ φ(R) δ² for
-        δ ≤ R, φ(R) = (exp R − 1 − R) / R². So with H = Σ r exp(η) u uᵀ, and B of the quadratic to whose top Δ leads,
+        No linear predictor of the data moves further than R = |Δ·ū| + Σ_m |Δ_m| max |u_m − ū_m|, ū the mean of u, and
+        exp δ − 1 − δ ≤ φ(R) δ² for δ ≤ R, where φ(R) = (exp R − 1 − R) / R². So with H = Σ r exp(η) u uᵀ, and B of the
+        quadratic to whose top Δ leads,
 
             Q(v + sΔ) − Q(v) ≥ s ΔᵀBΔ − s² φ(sR) ΔᵀHΔ,
 
@@ -233,13 +236,13 @@ class GeneralizedLinear(Coefficients):
         old = {name: None if value is None else getattr(self, name).to(value) for name, value in values.items()}
         order = [*self._own, *self.shared]
         move = self._joined(**values) - self._joined(**old)
-        reach = move.abs() @ self.extent[order].to(move)
+        reach = self._reach(move, order)
         rise, fall = (
             (move * _times(stats[name][..., order, :][..., order], move)).sum(-1) for name in ("curvature", "hessian")
         )
         known = stats["mass"] > 0
         mean = stats["place"] / torch.where(known, stats["mass"], 1.0).unsqueeze(-1)
-        drift = ((self.weight.to(move) - mean).abs() @ self.extent.to(move)).clamp(max=1.0)
+        drift = self._reach(self.weight.to(move) - mean, [*range(self.n_inputs)]).clamp(max=1.0)
         share = (1.0 / (reach * torch.where(known, drift, 0.0)).clamp(min=1.0)).expand_as(reach)
         for _ in range(_HALVINGS):
             share = torch.where(2 * share * _excess(share * reach) * fall > rise, share / 2, share)
@@ -250,6 +253,11 @@ class GeneralizedLinear(Coefficients):
             name: None if before is None or value is None else torch.lerp(before, value, shares[name])
             for (name, before), value in zip(old.items(), values.values(), strict=True)
         }
+
+    def _reach(self, move: Tensor, order: list[int]) -> Tensor:
+        """How far linear predictors of the data can move with their coefficients, ``[*r, K, D]``."""
+        center, extent = self.center[order].to(move), self.extent[order].to(move)
+        return (move @ center).abs() + move.abs() @ extent
 
     def normal_stats(self, precision: Tensor) -> Stats:
         """The log-density of independent normal coefficients of some ``precision [M]``, as a quadratic."""
@@ -271,7 +279,7 @@ class GeneralizedLinear(Coefficients):
         """First parameters from responsibilities: some steps of iteratively reweighted least squares."""
         moving = copy.deepcopy(self)
         # A start has nothing to lose: whole steps.
-        moving.extent.zero_()
+        moving.center, moving.extent = torch.zeros_like(self.center), torch.zeros_like(self.extent)
         for _ in range(_START):
             for name, value in moving.maximize(moving.penalized(moving.gather(batch, expected))).items():
                 moving.get_parameter(name).data = value
@@ -284,9 +292,10 @@ class GeneralizedLinear(Coefficients):
         inputs = getattr(moments, "inputs", None)
         if inputs is not None:
             spread = inputs.variance.sqrt()
-            size = torch.maximum(inputs.low.abs(), inputs.high.abs())
+            size = torch.maximum(inputs.mean - inputs.low, inputs.high - inputs.mean)
             chosen = slice(None) if self.columns is None else list(self.columns)
-            self.unit, self.extent = spread[chosen].to(self.unit), size[chosen].to(self.extent)
+            for name, value in (("unit", spread), ("center", inputs.mean), ("extent", size)):
+                setattr(self, name, value[chosen].to(self.unit))
         super().prepare(moments)
 
     def degenerate(self) -> Tensor | None:
