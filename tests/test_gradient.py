@@ -19,7 +19,15 @@ from torchem import Direct, Gradient, gradient, priors
 from torchem.batch import Batch
 from torchem.errors import InvalidArgument, InvalidFile, InvalidType
 from torchem.factor import Factor
-from torchem.factors import Categorical, Gaussian, LinearGaussian, Neural, Product, SoftmaxRegression
+from torchem.factors import (
+    Categorical,
+    Gaussian,
+    LinearGaussian,
+    Neural,
+    PoissonRegression,
+    Product,
+    SoftmaxRegression,
+)
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "LBFGS": (torch.optim.LBFGS, {}),
@@ -598,3 +606,99 @@ def test_copies_of_a_fitted_model_walk_alone() -> None:
     before = state(model)
     torchem.partial_fit(twin, points(), torchem.Stochastic())
     cases.unchanged(model, before)
+
+
+# ---- passes where they are not needed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slot", ["mixing", "component"])
+def test_passes_make_an_m_step_exact(slot: str) -> None:
+    """Of a softmax gate and of Poisson experts, whose closed M-steps go one step uphill."""
+    u, count = torch.cat([torch.ones(80, 1), randn(80, 1)], -1).double(), torch.arange(80).remainder(7).double()
+    plain = torchem.Mixture(SoftmaxRegression(2, 2), PoissonRegression(2, 2)).double()
+    plain.component.weight = [[[1.0, 0.4]], [[0.5, -0.3]]]
+    exact, to_the_end = copy.deepcopy(plain), {"tolerance_grad": 1e-13, "tolerance_change": 1e-16}
+    setattr(exact, slot, Gradient(getattr(exact, slot), torch.optim.LBFGS, 10, True, **to_the_end))
+    batch = plain.batch(count.unsqueeze(-1), inputs=u)
+    share = plain.posterior(batch).detach()
+
+    def q(model: torchem.Mixture) -> tuple[Tensor, Tensor]:
+        factor: Any = getattr(model, slot).unwrapped
+        value = (share * (factor.log_table(batch) if slot == "mixing" else factor.log_prob(batch))).sum()
+        return value, torch.autograd.grad(value, factor.coefficient)[0]
+
+    for model in (plain, exact):
+        torchem.fit(model, batch, init=None, max_iter=1, tol=0.0, seed=0, progress=False)
+    assert float(q(exact)[0].detach()) > float(q(plain)[0].detach())
+    assert float(q(exact)[1].abs().max()) < 1e-5 < 1e-2 < float(q(plain)[1].abs().max())
+    rows = [{}, {"restarts": 2}, {"accumulate": torchem.Incremental(), "batch_size": 40}, {"e_step": "hard"}]
+    for options in rows:
+        history = torchem.fit(exact, batch, max_iter=4, tol=0.0, seed=0, progress=False, **options).history
+        assert all(b >= a - 1e-8 * abs(a) for a, b in itertools.pairwise(history))
+
+
+def test_passes_are_saved_and_asked_for_by_name(tmp_path) -> None:
+    model = torchem.Mixture(Gradient(SoftmaxRegression(2, 2), passes=True), LinearGaussian(2, 2, 1))
+    torchem.save(model, tmp_path / "m.safetensors")
+    again: Any = torchem.load(tmp_path / "m.safetensors")
+    assert again.mixing.passes
+    assert not again.mixing.sufficient
+    with as_users_run_it(), pytest.raises(InvalidType, match="passes: expected True or False"):
+        Gradient(SoftmaxRegression(2, 2), passes=3)  # pyright: ignore
+
+
+# ---- networks under a gate ----------------------------------------------------------------------------------------
+
+
+class Curve(nn.Module):
+    """Log-densities, moments and distribution functions of normal outputs around a network's."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.mean = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, k))
+        self.log_scale = nn.Parameter(torch.zeros(k))
+
+    def law(self, u: Tensor) -> torch.distributions.Normal:
+        return torch.distributions.Normal(self.mean(u), self.log_scale.exp(), validate_args=False)
+
+    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.law(u).log_prob(x)
+
+    def moments(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        law = self.law(u)
+        return law.mean.unsqueeze(-1), law.variance.unsqueeze(-1)
+
+    def cdf(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.law(u).cdf(x).unsqueeze(-1)
+
+    def sample(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.mean(u).gather(-1, z.unsqueeze(-1)).detach()
+
+
+def test_experts_that_are_networks(tmp_path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Curve(3)
+    u = torch.linspace(-3, 3, 120).double()
+    x = torch.where(u < 0, 2 * u.sin(), 0.5 * u.square() - 3).unsqueeze(-1) + 0.2 * randn(120, 1)
+    u = torch.stack([torch.ones(120).double(), u], -1)
+    expert = Gradient(Neural(net, 3, inputs=True), torch.optim.Adam, steps=5, lr=0.03)
+    model: Any = torchem.Mixture(SoftmaxRegression(3, 2), expert).double()
+    result = torchem.fit(model, x, inputs=u, max_iter=15, tol=0.0, seed=0, progress=False)
+    assert all(b >= a - 1e-8 * abs(a) for a, b in itertools.pairwise(result.history))
+    line = torchem.Mixture(Categorical(1), LinearGaussian(1, 2, 1)).double()
+    assert result.bound > torchem.fit(line, x, inputs=u, seed=0, progress=False).bound + 50
+    p = model.predict(u[::20])
+    value = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    mass = p.density(value).detach() * (value[1] - value[0])
+    close(p.mean[:, 0].detach(), mass @ value, rtol=1e-6, atol=1e-6)
+    close(p.variance[:, 0].detach(), mass @ value.square() - (mass @ value).square(), rtol=1e-5, atol=1e-5)
+    close(p.cdf(p.quantile(0.9)).detach(), torch.full((6, 1), 0.9, dtype=torch.float64), rtol=1e-9)
+    assert model.sample(120, inputs=u).shape == (120, 1)
+    model.prune(torch.tensor([True, False, True]))
+    assert model.predict(u[:2]).component_means.shape == (2, 2, 1)
+    torchem.save(model, tmp_path / "m.safetensors")
+    again = torchem.load(tmp_path / "m.safetensors", modules={"component.factor.module": Curve(3)})
+    close(again.log_prob(again.batch(x, inputs=u)), model.log_prob(model.batch(x, inputs=u)))
+    with pytest.raises(NotImplementedError, match=r"moments where its module has a method moments\(\)"):
+        torchem.Mixture(Categorical(3), Neural(Normal(3, 1), 3)).predict(u[:2]).mean  # noqa: B018

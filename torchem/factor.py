@@ -406,6 +406,20 @@ class Factor(nn.Module, ABC):
         center, spread = self.moments(batch)
         return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        """Covariances ``[*r, *n, K, D, D]`` of the entries of each row given the state and those that were observed.
+
+        By default the variances of `conditional`, which are all where columns are `independent`.
+
+        Args:
+            batch: Rows ``[*n, D]``, NaN where an entry is missing; what was observed has no covariance.
+        """
+        variance = self.conditional(batch)[1]
+        if not self.independent and variance.shape[-1] > 1:
+            name = type(self.unwrapped).__name__
+            raise NotImplementedError(f"{name} has no covariances of its columns; define conditional_covariance")
+        return torch.diag_embed(variance)
+
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows ``[n, D]`` with missing entries drawn given the state ``z [n]`` of each and what was observed of it.
 
@@ -437,6 +451,11 @@ class Factor(nn.Module, ABC):
     @property
     def nominal(self) -> list[bool]:
         """For each column whether its values are names, without a mean."""
+        return [False] * (self.n_features or 1)
+
+    @property
+    def circular(self) -> list[bool]:
+        """For each column whether its values are angles: `conditional` then gives mean directions and 1 − R."""
         return [False] * (self.n_features or 1)
 
     def kernel(self) -> Kernel:

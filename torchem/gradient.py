@@ -39,12 +39,17 @@ class Gradient(Wrapper):
     are taken on the batch at hand, and are not looked after: choose SGD or Adam, and few. Under `torchem.Incremental`
     networks move at the end of a pass, and the statistics of all batches are then renewed.
 
+    ``passes=True`` asks for such steps where they are not needed: the statistics of a softmax gate or of a generalised
+    linear regression are those of a quadratic beside Q, and one M-step of theirs is one step uphill. With L-BFGS and a
+    few steps the M-step is then exact.
+
     Walks are not differentiated: ``em_map`` gives their ends, and takes no function transforms.
 
     Args:
         factor: The factor, which becomes part of this one. Its prior and what is frozen count.
         optimizer: A class of ``torch.optim``.
         steps: Steps in an M-step.
+        passes: Whether to pass over the data for each step, even where Q is taken for a function of statistics.
         **options: Of the optimiser, such as ``lr``.
 
     Raises:
@@ -63,8 +68,17 @@ class Gradient(Wrapper):
         True
     """
 
-    def __init__(self, factor: Factor, optimizer: type[Optimizer] = torch.optim.LBFGS, steps: int = 10, **options: Any):
+    def __init__(
+        self,
+        factor: Factor,
+        optimizer: type[Optimizer] = torch.optim.LBFGS,
+        steps: int = 10,
+        passes: bool = False,
+        **options: Any,
+    ):
         super().__init__()
+        if not isinstance(passes, bool):
+            raise wrong_type("passes", "True or False", passes, "say whether each step passes over the data")
         if not isinstance(factor, Factor):
             raise wrong_type("factor", "a torchem factor", factor, "pass for example model.component")
         if factor.averages:
@@ -77,6 +91,7 @@ class Gradient(Wrapper):
         if next(factor.parameters(), None) is None:
             raise invalid("factor", "one with parameters", type(factor).__name__, "leave it as it is")
         self._climber = Climber(optimizer, steps, options)
+        self.passes = passes
         self._walk: Walk | None = None
         self.factor = factor
 
@@ -94,7 +109,12 @@ class Gradient(Wrapper):
     @property
     def sufficient(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether Q is a function of statistics."""
-        return self.factor.sufficient
+        return self.factor.sufficient and not self.passes
+
+    @property
+    def replicates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether parameters may carry a replica axis: a walk over the data is that of one model."""
+        return self.factor.replicates and not self.passes
 
     @property
     def memory(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -149,17 +169,17 @@ class Gradient(Wrapper):
 
     def rewrap(self, pruned: Factor, keep: Tensor) -> "Gradient":
         own = self._climber
-        return Gradient(self.factor.rewrap(pruned, keep), own.optimizer, own.steps, **own.options)
+        return Gradient(self.factor.rewrap(pruned, keep), own.optimizer, own.steps, self.passes, **own.options)
 
     def config(self) -> dict[str, Any]:
-        return {"factor": self.factor, **self._climber.config()}
+        return {"factor": self.factor, "passes": self.passes, **self._climber.config()}
 
     @classmethod
-    def rebuild(cls, factor: Factor, optimizer: str, steps: int, **options: Any) -> "Gradient":
+    def rebuild(cls, factor: Factor, optimizer: str, steps: int, passes: bool = False, **options: Any) -> "Gradient":
         """The factor of a saved configuration, its optimiser named as in ``torch.optim``."""
         if optimizer not in BY_NAME:
             raise invalid("optimizer", "the name of a class of torch.optim", optimizer, "update torch")
-        return cls(factor, BY_NAME[optimizer], steps, **options)
+        return cls(factor, BY_NAME[optimizer], steps, passes, **options)
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -226,13 +246,13 @@ class Gradient(Wrapper):
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """The wrapped factor's start; where Q is no function of statistics, a walk under the responsibilities."""
-        if self.sufficient:
+        if self.factor.sufficient:
             return outer(self.factor.initialize(batch, expected))
         return self._started(batch, expected, "log_prob")
 
     def initialize_table(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """As `initialize`, of a latent child."""
-        if self.sufficient:
+        if self.factor.sufficient:
             return outer(self.factor.initialize_table(batch, expected))
         return self._started(batch, expected, "log_table")
 
@@ -255,7 +275,7 @@ class Gradient(Wrapper):
         return outer({name: value.detach().to(self.dtype) for name, value in moving.named_parameters()})
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
-        if self.sufficient:
+        if self.factor.sufficient:
             return outer(self.factor.initialize_at(batch, index))
         near = nn.functional.one_hot(index, len(batch)).mT.to(self.dtype)
         return self.initialize(batch, near + 1.0 / len(batch))

@@ -107,6 +107,10 @@ class Wrapper(Factor):
         """As `Factor.conditional`, at the wrapped factor's parameters."""
         return self.factor.conditional(batch)
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        """As `Factor.conditional_covariance`, at the wrapped factor's parameters."""
+        return self.factor.conditional_covariance(batch)
+
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """As `Factor.complete`, at the wrapped factor's parameters."""
         return self.factor.complete(batch, z, generator)
@@ -117,6 +121,10 @@ class Wrapper(Factor):
     @property
     def nominal(self) -> list[bool]:
         return self.factor.nominal
+
+    @property
+    def circular(self) -> list[bool]:
+        return self.factor.circular
 
     def cdf(self, batch: Batch) -> Tensor:
         """Distribution function of each column at the wrapped factor's parameters."""

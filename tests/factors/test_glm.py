@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -140,10 +141,48 @@ def test_steps_come_to_the_top_of_q(kind: type[GeneralizedLinear]) -> None:
     assert float(slope.abs().max()) < 1e-7
 
 
-def test_a_fit_halves_steps_that_lead_down() -> None:
+def far_out() -> dict[str, Tensor]:
     """A row far out, of a rate next to nothing, which a whole step would make astronomical."""
     v = torch.cat([torch.linspace(0, 1, 30, dtype=torch.float64), torch.tensor([60.0], dtype=torch.float64)])
-    data = {"data": torch.cat([torch.arange(30.0), torch.zeros(1)]).double().unsqueeze(-1), "inputs": with_ones(v)}
+    return {"data": torch.cat([torch.arange(30.0), torch.zeros(1)]).double().unsqueeze(-1), "inputs": with_ones(v)}
+
+
+def test_steps_whose_reach_is_known_raise_q_for_certain() -> None:
+    """Poisson, from coefficients anywhere, with rows far out: by the reach of its inputs, without the data."""
+    for seed in range(40):
+        shared = bool(seed % 2)
+        factor = PoissonRegression(2, 3, 2, shared=[1] if shared else ()).double()
+        u = design(40, 3, seed=seed) * torch.where(cases.rand(40, 1, seed=seed) < 0.1, 12.0, 1.0)
+        x = torch.poisson((2 * cases.randn(40, 2, seed=seed + 50)).exp(), generator=cases.rng(seed))
+        batch = Batch(x, u=u)
+        weight = (1 + seed % 4) * cases.randn(2, 2, 3, seed=seed + 100)
+        weight[1, :, 1] = weight[0, :, 1] if shared else weight[1, :, 1]
+        factor.weight = weight
+        factor.extent = u.abs().amax(0)
+        expected = cases.soft(40, 2, seed)
+        before = float(truth(batch, expected, factor).detach())
+        stats = factor.stats(batch, expected)
+        cases.assign(factor, factor.maximize(stats))
+        assert float(truth(batch, expected, factor).detach()) > before
+        assert torch.equal(factor.select(torch.tensor([True, False])).extent, factor.extent)
+
+
+@pytest.mark.parametrize("rule", [torchem.Incremental, torchem.Stochastic])
+def test_passes_in_batches_are_as_safe(rule: Any) -> None:
+    data = far_out()
+    model: Any = torchem.Mixture(Categorical(1), PoissonRegression(1, 2)).double()
+    model.component.weight = [[[0.5, -0.2]]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # online EM may stop before the pass that measures it
+        result = fit(model, data, init=None, accumulate=rule(), batch_size=8, max_iter=100)
+    if rule is torchem.Incremental:
+        assert result.converged
+        assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(result.history))
+    assert float(model.log_prob(model.batch(data["data"], inputs=data["inputs"])).sum().detach()) > -160
+
+
+def test_a_fit_halves_steps_that_lead_down() -> None:
+    data = far_out()
     model: Any = torchem.Mixture(Categorical(1), PoissonRegression(1, 2)).double()
     model.component.weight = [[[0.5, -0.2]]]
     batch, once = model.batch(data["data"], inputs=data["inputs"]), copy.deepcopy(model)

@@ -45,7 +45,7 @@ def _families() -> Iterator[tuple[str, Callable[[], tuple[Factor, Batch]]]]:
 POSITIVE = (factors.Exponential, factors.Gamma)
 FAMILIES = dict(_families())
 every_family = pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in FAMILIES.items()])
-#: Those that tell what other columns say of a missing one: a direction and counts of one total do not, and angles have
+#: Those that tell what other columns say of a missing one: a direction and counts of one total do not; angles have
 #: no mean.
 SILENT = ("VonMises", "Multinomial")
 telling = pytest.mark.parametrize(
@@ -105,6 +105,37 @@ def test_conditional_moments_are_those_of_the_density(build: Any) -> None:
         seen = ~gap.isnan().unsqueeze(-2).expand_as(mean)
         assert torch.equal(mean[seen], rows.x.unsqueeze(-2).expand_as(mean)[seen])
         assert bool((variance[seen] == 0).all())
+
+
+@telling
+def test_conditional_covariances_are_those_of_the_density(build: Any) -> None:
+    """Of two missing columns, Cov(a, b) = E[b E[a | b]] − E a E b; beside the variances, and zeros where observed."""
+    factor, batch = build()
+    d = batch.x.shape[-1]
+    edged = isinstance(factor, (factors.Uniform, factors.Stacked, factors.FromDistribution))
+    if edged or isinstance(factor, Around) or any(factor.nominal):
+        return
+    rows = complete_rows(factor, batch, 1)
+    x = rows.x.clone()
+    x[:, -2:] = nan
+    gappy = rows.with_x(x)
+    found, variance = factor.conditional_covariance(gappy).detach()[0], factor.conditional(gappy)[1].detach()[0]
+    assert found.shape == (*variance.shape, d)
+    close(found.diagonal(dim1=-2, dim2=-1), variance, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found, found * (x[0].isnan().unsqueeze(-1) & x[0].isnan()))
+    if d < 2:
+        return
+    value, weight = grid(factor, batch, d - 1)
+    many = rows[torch.zeros(len(value), dtype=torch.long)]
+    given = x.expand(len(value), -1).clone()
+    given[:, -1] = value
+    given = many.with_x(factor.cast(given))
+    mass = factor.log_prob(given).detach().exp() * weight.unsqueeze(-1)
+    mass = mass / mass.sum(0)
+    other = factor.conditional(given)[0].detach()[..., -2]
+    b = value.unsqueeze(-1)
+    expected = (mass * b * other).sum(0) - (mass * b).sum(0) * (mass * other).sum(0)
+    close(found[..., -2, -1], expected, rtol=1e-3, atol=1e-5)
 
 
 @telling
@@ -402,6 +433,33 @@ def test_frames_of_several_chains(q: Any) -> None:
     close(drawn.var(0)[x.isnan()], spread[x.isnan()], rtol=0.2)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_angles_are_filled_in_by_their_mean_direction(hidden: bool) -> None:
+    """Beside a normal column that tells of the state: against quadrature of the density, in a mixture or a part."""
+    angles, other = factors.VonMises(3, 1).double(), gaussian(3, 1, "full")
+    angles.means, angles.concentrations = [[3.0], [-3.0], [0.5]], [[4.0], [1.0], [20.0]]
+    factor: Factor = factors.Product([other, angles])
+    if hidden:
+        factor = factors.Mixture(factors.Categorical(1, 3), factor)
+    model = torchem.Mixture(factors.Categorical(1 if hidden else 3), factor).double()
+    x = torch.cat([2 * randn(6, 1, seed=2), torch.full((6, 1), nan)], -1).double()
+    value = torch.linspace(-math.pi, math.pi, 2001, dtype=torch.float64)[:-1]
+    grid = torch.stack([x[:, :1].expand(-1, 2000), value.expand(6, -1)], -1)
+    mass = model.log_prob(grid.flatten(0, 1)).detach().unflatten(0, (6, 2000)).softmax(-1)
+    cosine, sine = mass @ value.cos(), mass @ value.sin()
+    mean, spread = model.impute(x, "mean", variance=True)
+    close(mean[:, 1], torch.atan2(sine, cosine), rtol=1e-9)
+    close(spread[:, 1], 1 - torch.hypot(sine, cosine), rtol=1e-9)
+    law = model.condition(x[:, :1], columns=[0])
+    close(law.mean.detach(), mean[:, 1:], rtol=1e-12)
+    close(law.variance.detach(), spread[:, 1:], rtol=1e-12)
+    whole = x.clone()
+    whole[:, 1] = 3.1
+    assert torch.equal(model.impute(whole), whole)
+    with pytest.raises(NotImplementedError, match="angles"):
+        law.covariance_matrix  # noqa: B018
+
+
 # ---- conditional laws ---------------------------------------------------------------------------------------------
 
 
@@ -454,6 +512,9 @@ def test_laws_by_pattern_and_by_name_agree() -> None:
     drawn = two.sample(4000, generator=rng(1))
     gap = (drawn.mean(0) - two.mean.detach()) / (two.variance.detach() / 4000).sqrt()
     assert float(gap.abs().max()) < 5
+    close(two.covariance_matrix.diagonal(dim1=-2, dim2=-1), two.variance)
+    close(one.covariance_matrix[:, [1, 3]][..., [1, 3]], two.covariance_matrix)
+    assert bool((one.covariance_matrix[:, 0] == 0).all())
     low, high = two.quantile([0.1, 0.9], generator=rng(1))
     assert bool((low <= high).all())
 
@@ -468,6 +529,15 @@ def test_experts_given_what_they_read() -> None:
     full = torch.full((5, 3), nan, dtype=torch.float64)
     full[:, 1:2] = known
     close(model.impute(full, inputs=u)[:, [0, 2]], law.mean.detach())
+    moments = model.predict(u)
+    pairs = moments.covariance_matrix.detach()
+    close(pairs.diagonal(dim1=-2, dim2=-1), moments.variance.detach())
+    drawn = torch.stack([model.sample(5, inputs=u, generator=rng(i)) for i in range(4000)])
+    gap = drawn - drawn.mean(0)
+    # The error of an empirical covariance is about √((C_aa C_bb + C_ab²) / n).
+    size = pairs.diagonal(dim1=-2, dim2=-1)
+    error = ((size.unsqueeze(-1) * size.unsqueeze(-2) + pairs.square()) / 4000).sqrt()
+    assert float((((gap.unsqueeze(-1) * gap.unsqueeze(-2)).mean(0) - pairs) / error).abs().max()) < 6
 
 
 def test_gradients_are_those_of_differences() -> None:

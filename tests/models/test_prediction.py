@@ -43,6 +43,7 @@ def test_normal_experts_are_mixtures_of_normals() -> None:
     assert q.shape == (5, 5, 1)
     close(law.cdf(q[..., 0]), shares.unsqueeze(-1).expand(5, 5), rtol=0, atol=1e-12)
     close(p.quantile(0.5), q[2], rtol=0)
+    close(p.covariance_matrix[:, 0], p.variance)
     (slope,) = torch.autograd.grad(p.mean.sum(), [model.mixing.coefficient])
     assert float(slope.abs().sum()) > 0
 

@@ -185,7 +185,7 @@ class Coefficients(Factor):
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         small = type(self)(**{**self.config(), "n_components": len(index)}).to(self.device, self.dtype)
         for name, value in (*self.named_parameters(), *self.named_buffers()):
-            whole = name in {*self.shared_parameters, "unit", "frozen_common"} or value.dim() == 0
+            whole = name in {*self.shared_parameters, "unit", "center", "extent", "frozen_common"} or value.dim() == 0
             kept = (value if whole else value[index]).detach().clone()
             if isinstance(value, torch.nn.Parameter):
                 small.get_parameter(name).data = kept

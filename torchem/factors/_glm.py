@@ -20,6 +20,8 @@ from torchem.stats import Stats
 _REFINE = 3
 #: Steps of iteratively reweighted least squares that a start takes.
 _START = 8
+#: Times that a step may be halved, and log rates beyond which float64 would overflow.
+_HALVINGS, _FAR = 40, 500.0
 #: Change of the linear predictor per standard deviation of an input beyond which coefficients have run away.
 _STEEP = 12.0
 
@@ -32,11 +34,13 @@ class Expansion:
         value: log p(y | η), without what depends on y alone.
         slope: Its derivative in η.
         bend: A curvature c for which value + slope δ − ½ c δ² lies below log p(y | η + δ).
+        rate: For −exp η, below which no quadratic lies everywhere: exp η, the curvature at δ = 0. Else None.
     """
 
     value: Tensor
     slope: Tensor
     bend: Tensor
+    rate: Tensor | None = None
 
 
 class GeneralizedLinear(Coefficients):
@@ -60,7 +64,12 @@ class GeneralizedLinear(Coefficients):
     discrete: ClassVar[bool] = True
     independent = True
 
+    #: Whether densities fall as −exp η, so that quadratics lie below them for steps of some length alone.
+    exponential: ClassVar[bool] = False
+
     unit: Tensor
+    center: Tensor
+    extent: Tensor
 
     def __init__(
         self,
@@ -71,8 +80,10 @@ class GeneralizedLinear(Coefficients):
         columns: Sequence[int] | None = None,
     ):
         super().__init__(n_components, n_inputs, n_outputs, shared, columns)
-        #: Standard deviation of each input, where a fit has told it.
+        #: Standard deviation and mean of each input, and how far it goes from there, where a fit has told them.
         self.register_buffer("unit", torch.zeros(n_inputs))
+        self.register_buffer("center", torch.zeros(n_inputs))
+        self.register_buffer("extent", torch.zeros(n_inputs))
 
     # ---- the family -------------------------------------------------------------------------------------------
 
@@ -157,7 +168,11 @@ class GeneralizedLinear(Coefficients):
     # ---- EM ---------------------------------------------------------------------------------------------------
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
-        """``constant [*r, K, D]``, ``linear`` [*r, K, D, M] and ``curvature`` [*r, K, D, M, M] of the quadratics."""
+        """``constant [*r, K, D]``, ``linear`` [*r, K, D, M] and ``curvature`` [*r, K, D, M, M] of the quadratics.
+
+        Where these lie below for steps of some length alone, ``hessian`` [*r, K, D, M, M] too, and how much was taken
+        where: ``mass [*r, K, D]`` and, times the coefficients, ``place`` [*r, K, D, M].
+        """
         u, y, offset, trials = self._rows(batch)
         seen, y = _complete(y)
         weight = expected.reshape(*self.replicas, -1, self._k).mT.to(torch.float64).unsqueeze(-2)
@@ -170,7 +185,12 @@ class GeneralizedLinear(Coefficients):
         theta = self.weight.to(torch.float64)
         bent = _times(curvature, theta)
         constant = value - (theta * (gradient + bent / 2)).sum(-1)
-        return Stats(constant=constant, linear=gradient + bent, curvature=curvature)
+        stats = Stats(constant=constant, linear=gradient + bent, curvature=curvature)
+        if found.rate is not None:
+            stats["hessian"] = ((weight * found.rate).unsqueeze(-1) * u).mT @ u
+            stats["mass"] = weight.sum(-1)
+            stats["place"] = stats["mass"].unsqueeze(-1) * theta
+        return stats
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """The quadratic that touches Q where statistics were taken, at the current parameters."""
@@ -195,7 +215,49 @@ class GeneralizedLinear(Coefficients):
             if coefficient is not None:
                 coefficient = self.keep_frozen("coefficient", coefficient + step.own(rest, move))
         values = {"coefficient": coefficient, "common": common}
+        if self.exponential:
+            values = self._shortened(values, stats)
         return {name: value.to(self.dtype) for name, value in values.items() if value is not None}
+
+    def _shortened(self, values: dict[str, Tensor | None], stats: Stats) -> dict[str, Tensor | None]:
+        """The part sΔ of a step that raises Q for certain, for each component and column.
+
+        No linear predictor of the data moves further than R = |Δ·ū| + Σ_m |Δ_m| max |u_m − ū_m|, ū the mean of u, and
+        exp δ − 1 − δ ≤ φ(R) δ² for δ ≤ R, where φ(R) = (exp R − 1 − R) / R². So with H = Σ r exp(η) u uᵀ, and B of the
+        quadratic to whose top Δ leads,
+
+            Q(v + sΔ) − Q(v) ≥ s ΔᵀBΔ − s² φ(sR) ΔᵀHΔ,
+
+        of which at least half of the first term is left where 2 s φ(sR) ΔᵀHΔ ≤ ΔᵀBΔ. Within R = 1 that holds for s = 1.
+
+        All that is for statistics taken at v. Those of several batches were taken at coefficients whose mean may lie a
+        distance d from there, as that of predictors; the more it is, the nearer sR ≤ 1 / min(1, d) comes to 1.
+        """
+        old = {name: None if value is None else getattr(self, name).to(value) for name, value in values.items()}
+        order = [*self._own, *self.shared]
+        move = self._joined(**values) - self._joined(**old)
+        reach = self._reach(move, order)
+        rise, fall = (
+            (move * _times(stats[name][..., order, :][..., order], move)).sum(-1) for name in ("curvature", "hessian")
+        )
+        known = stats["mass"] > 0
+        mean = stats["place"] / torch.where(known, stats["mass"], 1.0).unsqueeze(-1)
+        drift = self._reach(self.weight.to(move) - mean, [*range(self.n_inputs)]).clamp(max=1.0)
+        share = (1.0 / (reach * torch.where(known, drift, 0.0)).clamp(min=1.0)).expand_as(reach)
+        for _ in range(_HALVINGS):
+            share = torch.where(2 * share * _excess(share * reach) * fall > rise, share / 2, share)
+        share = share.unsqueeze(-1)
+        # What all states have in common goes one way.
+        shares = {"coefficient": share.amin(-3, keepdim=True) if self.shared else share, "common": share.amin(-3)}
+        return {
+            name: None if before is None or value is None else torch.lerp(before, value, shares[name])
+            for (name, before), value in zip(old.items(), values.values(), strict=True)
+        }
+
+    def _reach(self, move: Tensor, order: list[int]) -> Tensor:
+        """How far linear predictors of the data can move with their coefficients, ``[*r, K, D]``."""
+        center, extent = self.center[order].to(move), self.extent[order].to(move)
+        return (move @ center).abs() + move.abs() @ extent
 
     def normal_stats(self, precision: Tensor) -> Stats:
         """The log-density of independent normal coefficients of some ``precision [M]``, as a quadratic."""
@@ -206,13 +268,18 @@ class GeneralizedLinear(Coefficients):
         share = torch.ones_like(precision)
         share[list(self.shared)] = 1.0 / self._k
         curvature = torch.diag_embed(precision * share).expand(*theta.shape, -1)
-        return Stats(
+        stats = Stats(
             constant=(norm * share).sum().expand(theta.shape[:-1]), linear=torch.zeros_like(theta), curvature=curvature
         )
+        if self.exponential:
+            stats |= {"hessian": torch.zeros_like(curvature), "mass": 0 * stats["constant"], "place": stats["linear"]}
+        return stats
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """First parameters from responsibilities: some steps of iteratively reweighted least squares."""
         moving = copy.deepcopy(self)
+        # A start has nothing to lose: whole steps.
+        moving.center, moving.extent = torch.zeros_like(self.center), torch.zeros_like(self.extent)
         for _ in range(_START):
             for name, value in moving.maximize(moving.penalized(moving.gather(batch, expected))).items():
                 moving.get_parameter(name).data = value
@@ -225,7 +292,10 @@ class GeneralizedLinear(Coefficients):
         inputs = getattr(moments, "inputs", None)
         if inputs is not None:
             spread = inputs.variance.sqrt()
-            self.unit = (spread if self.columns is None else spread[list(self.columns)]).to(self.unit)
+            size = torch.maximum(inputs.mean - inputs.low, inputs.high - inputs.mean)
+            chosen = slice(None) if self.columns is None else list(self.columns)
+            for name, value in (("unit", spread), ("center", inputs.mean), ("extent", size)):
+                setattr(self, name, value[chosen].to(self.unit))
         super().prepare(moments)
 
     def degenerate(self) -> Tensor | None:
@@ -237,6 +307,13 @@ def _complete(y: Tensor) -> tuple[Tensor, Tensor]:
     """Which entries are not missing, and all of them with zero for those that are."""
     seen = ~y.isnan()
     return seen, torch.where(seen, y, 0.0)
+
+
+def _excess(reach: Tensor) -> Tensor:
+    """(exp R − 1 − R) / R²: by its series where that cancels."""
+    small = reach < 1e-2
+    wide = torch.where(small, 1.0, reach).clamp(max=_FAR)
+    return torch.where(small, 0.5 + reach / 6 + reach.square() / 24, (wide.expm1() - wide) / wide.square())
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

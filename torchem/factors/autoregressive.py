@@ -187,6 +187,9 @@ class Autoregressive(Composite):
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.regression.conditional(batch)
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        return self.regression.conditional_covariance(batch)
+
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.regression.complete(batch, z, generator)
 

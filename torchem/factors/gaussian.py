@@ -230,6 +230,11 @@ class Gaussian(Factor, Conjugate):
         mean, variance = (value.to(self.dtype).transpose(-3, -2).unflatten(-3, x.shape[:-1]) for value in found)
         return mean, variance
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        x = _observed(batch)
+        root = self.structure.dense(self.scale.to(torch.float64), self._k, self._d)
+        return missing.left_over(root @ root.mT, x.reshape(-1, self._d)).to(self.dtype).unflatten(-4, x.shape[:-1])
+
     def tail(self, limit: Tensor, upper: bool) -> tails.Tail:
         """What lies at or beyond limits of each column, broadcast to ``[*r, …, K, D]``; see `torchem.ops.tails`."""
         scale = self.structure.variances(self.scale, self._k, self._d).sqrt()

@@ -139,6 +139,11 @@ class LinearGaussian(Coefficients, Conjugate):
         mean, variance = (v.to(self.dtype).transpose(-3, -2).unflatten(-3, batch.x.shape[:-1]) for v in found)
         return mean, variance
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        root = self.structure.dense(self.scale.to(torch.float64), self._k, self.n_outputs)
+        x = batch.x.reshape(-1, self.n_outputs)
+        return missing.left_over(root @ root.mT, x).to(self.dtype).unflatten(-4, batch.x.shape[:-1])
+
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows with missing entries drawn: as for a `Gaussian`, a draw of all columns moved by what it lacks."""
         x = batch.x.to(torch.float64)

@@ -11,7 +11,7 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Factor, Kernel, Moments
 from torchem.factors._scale import column_variances
-from torchem.ops import linalg
+from torchem.ops import linalg, missing
 from torchem.ops.gaussian import LOG_2PI, STRUCTURES
 from torchem.ops.missing import any_missing
 from torchem.stats import Stats
@@ -223,6 +223,10 @@ class LowRankGaussian(Factor):
         found = torch.where(seen, kernel.x, guess), torch.where(seen, 0.0, variance)
         mean, variance = (value.transpose(-3, -2).unflatten(-3, batch.x.shape[:-1]) for value in found)
         return mean, variance
+
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        x = batch.x.reshape(-1, self._d)
+        return missing.left_over(self.covariances.to(torch.float64), x).to(self.dtype).unflatten(-4, batch.x.shape[:-1])
 
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows with missing entries drawn as `Gaussian.complete` does, by differences from regressions."""

@@ -7,7 +7,7 @@ from torchem.batch import Batch
 from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors._composite import Composite, reshaped
-from torchem.ops import kmeans, reduce
+from torchem.ops import directional, kmeans, reduce
 from torchem.stats import Stats
 
 #: Iterations of k-means that tell the parts of a state apart at the start.
@@ -160,11 +160,24 @@ class Mixture(Composite):
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Those of the parts, by their shares given what was observed; see `Factor.conditional`."""
         mean, variance = (v.unflatten(-2, (self._k, self._m)) for v in self.component.conditional(batch))
-        share = self._folded(batch, self._shares(batch)).unsqueeze(-1)
+        weight = self._folded(batch, self._shares(batch))
+        share = weight.unsqueeze(-1)
         center = (share * mean).sum(-2)
         spread = torch.where(share > 0, share * (variance + (mean - center.unsqueeze(-2)).square()), 0.0).sum(-2)
+        if any(self.circular):
+            angles, turns = torch.tensor(self.circular, device=mean.device), directional.mixed(weight, mean, variance)
+            center, spread = (torch.where(angles, *pair) for pair in zip(turns, (center, spread), strict=True))
         missing = batch.x.isnan().unsqueeze(-2)
         return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
+
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        within = self.component.conditional_covariance(batch).unflatten(-3, (self._k, self._m))
+        mean = self.component.conditional(batch)[0].unflatten(-2, (self._k, self._m))
+        share = self._folded(batch, self._shares(batch))
+        gap = mean - (share.unsqueeze(-1) * mean).sum(-2, keepdim=True)
+        spread = within + gap.unsqueeze(-1) * gap.unsqueeze(-2)
+        share = share[..., None, None]
+        return torch.where(share > 0, share * spread, 0.0).sum(-3)
 
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         share = self._shares(batch).detach()[torch.arange(len(z), device=z.device), z]
@@ -182,6 +195,10 @@ class Mixture(Composite):
     @property
     def nominal(self) -> list[bool]:
         return self.component.nominal
+
+    @property
+    def circular(self) -> list[bool]:
+        return self.component.circular
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         part = self.mixing.sample(z, batch, generator)[:, 0].to(z)

@@ -1,18 +1,18 @@
 """Emissions that are networks: any module that scores observations under each state."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchem.batch import Batch
-from torchem.errors import invalid, wrong_type
+from torchem.errors import invalid
 from torchem.factor import Factor
-from torchem.factors._climbed import Climbed
+from torchem.factors._network import Network, checked_size
 
 
-class Neural(Climbed):
+class Neural(Network):
     """An observed child whose log-density is a network's output.
 
     log p(x | k) = module(x)_k, or module(x, u)_k where it reads covariates.
@@ -26,6 +26,10 @@ class Neural(Climbed):
     model can be fitted. What stands for statistics, ``value``, is Q itself, and true at the parameters of its E-step
     alone. Starts climb from the network's own parameters, under the responsibilities of the start. Parameters that do
     not require a gradient stay as they are.
+
+    What densities alone do not tell is the module's to say, if it has methods of these names: ``sample(z)`` draws a row
+    for each state, ``moments()`` gives means and variances ``[1, K, D]``, ``cdf(x)`` the probability ``[n, K, D]`` of
+    no more than x. Where it reads covariates each is called with u as well, last, and means are ``[n, K, D]``.
 
     Args:
         module: Network from x ``[n, D]`` (and u ``[n, M]``) to log-densities ``[n, n_components]``.
@@ -50,30 +54,13 @@ class Neural(Climbed):
         tensor([[-2.9189, -0.9189]], grad_fn=<...>)
     """
 
-    called: ClassVar[str] = "a network by itself"
-
-    module: nn.Module
-
     def __init__(self, module: nn.Module, n_components: int, inputs: bool = False, states: Sequence[int] | None = None):
-        super().__init__()
-        if not isinstance(module, nn.Module):
-            raise wrong_type("module", "a torch module", module, "pass for example a torch.nn.Sequential")
-        if not isinstance(n_components, int) or isinstance(n_components, bool) or n_components < 1:
-            raise invalid("n_components", "a positive whole number", repr(n_components), "give at least 1")
-        if not any(value.is_floating_point() for value in module.parameters()):
-            raise invalid("module", "a network with parameters", "none", "write a Factor of your own for a fixed law")
+        super().__init__(module, "write a Factor of your own for a fixed law")
+        checked_size("n_components", n_components)
         chosen = None if states is None else [int(state) for state in states]
         if chosen is not None and not (chosen and set(chosen) <= set(range(n_components))):
             raise invalid("states", f"outputs from 0 to {n_components - 1}", chosen, "leave it out for all of them")
-        self.module, self._outputs, self.inputs, self.states = module, n_components, bool(inputs), chosen
-        #: Whether the whole network is kept through every M-step.
-        self.fixed = False
-        module.eval()
-
-    def train(self, mode: bool = True) -> "Neural":
-        super().train(mode)
-        self.module.eval()
-        return self
+        self._outputs, self.inputs, self.states = n_components, bool(inputs), chosen
 
     @property
     def n_components(self) -> int:
@@ -85,8 +72,7 @@ class Neural(Climbed):
         return frozenset(name for name, _ in self.named_parameters())
 
     def row_size(self) -> int:
-        # What each layer gives is kept for the gradient.
-        return 4 * self.n_components + 2 * sum(len(value) for value in self.parameters() if value.dim() > 1)
+        return 4 * self.n_components + super().row_size()
 
     # ---- the distribution -------------------------------------------------------------------------------------
 
@@ -119,37 +105,37 @@ class Neural(Climbed):
         value = value if self.states is None else value[:, self.states]
         return value.to(self.dtype).unflatten(0, batch.x.shape[:-1])
 
+    def _ability(self, name: str, called: str) -> Any:
+        """A method that the module may have, for what its densities alone do not tell."""
+        found = getattr(self.module, name, None)
+        if found is None:
+            raise NotImplementedError(f"a Neural factor has {name} where its module has a method {name}{called}")
+        return found
+
+    def _given(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the module is called with beside x."""
+        return (batch.u.reshape(-1, batch.u.shape[-1]).to(self.dtype),) if self.inputs and batch.u is not None else ()
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Means and variances ``[n or 1, K, D]`` by the module's own ``moments()``, or ``moments(u)``."""
+        found = self._ability("moments", "(u)" if self.inputs else "()")(*self._given(batch))
+        mean, variance = (value if self.states is None else value[:, self.states] for value in found)
+        axes = batch.x.shape[:-1] if self.inputs else [1] * (batch.x.dim() - 1)
+        return mean.unflatten(0, axes), variance.unflatten(0, axes)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        """P(each column ≤ x) ``[n, K, D]`` by the module's own ``cdf(x)``, or ``cdf(x, u)``."""
+        x = batch.x.reshape(-1, batch.x.shape[-1]).to(self.dtype)
+        value = self._ability("cdf", "(x, u)" if self.inputs else "(x)")(x, *self._given(batch))
+        return (value if self.states is None else value[:, self.states]).unflatten(0, batch.x.shape[:-1])
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Draws ``[n, D]`` by the module's own ``sample(z)``, or ``sample(z, u)``, if it has one."""
-        draw = getattr(self.module, "sample", None)
-        if draw is None:
-            raise NotImplementedError("a Neural factor samples where its module has a method sample(z)")
+        draw = self._ability("sample", "(z)")
         z = z if self.states is None else torch.tensor(self.states, device=z.device)[z]
         return draw(z, batch.u) if self.inputs and batch is not None else draw(z)
 
-    # ---- freezing, bookkeeping --------------------------------------------------------------------------------
-
-    def freeze(self, *names: str, mask: Tensor | None = None) -> "Neural":
-        """Keep the whole network through every M-step.
-
-        Raises:
-            InvalidArgument: For names or a mask.
-        """
-        if names or mask is not None:
-            raise invalid(
-                "freeze", "no name and no mask, for the whole network", names or "a mask",
-                "use requires_grad_(False) for layers that shall stay",
-            )  # fmt: skip
-        self.fixed = True
-        return self
-
-    def unfreeze(self, *names: str) -> "Neural":
-        """Let M-steps move the network again."""
-        self.fixed = False
-        return self
-
-    def n_parameters(self) -> int:
-        return 0 if self.fixed else sum(value.numel() for value in self.parameters() if value.requires_grad)
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
 
     def select(self, keep: Tensor) -> "Neural":
         index = (keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep).tolist()

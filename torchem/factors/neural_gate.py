@@ -1,19 +1,21 @@
 """Gates that are networks: any module that gives scores of the classes."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchem.batch import Batch
-from torchem.errors import invalid, wrong_type
+from torchem.errors import invalid
 from torchem.factor import Factor
+from torchem.factors._climbed import valued
 from torchem.factors._coefficients import checked_columns
+from torchem.factors._network import Network, checked_size
 from torchem.stats import Stats
 
 
-class NeuralGate(Factor):
+class NeuralGate(Network):
     """A latent child whose log-odds are a network's output.
 
     log p(z = j | u, parent = p) = log softmax_j(module(u)_pj).
@@ -39,11 +41,6 @@ class NeuralGate(Factor):
         [1.0, 1.0, 1.0]
     """
 
-    sufficient: ClassVar[bool] = False
-    replicates: ClassVar[bool] = False
-
-    module: nn.Module
-
     def __init__(
         self,
         module: nn.Module,
@@ -51,29 +48,15 @@ class NeuralGate(Factor):
         n_parents: int | None = None,
         columns: Sequence[int] | None = None,
     ):
-        super().__init__()
-        if not isinstance(module, nn.Module):
-            raise wrong_type("module", "a torch module", module, "pass for example a torch.nn.Sequential")
-        for name, size in (("n_components", n_components), ("n_parents", 1 if n_parents is None else n_parents)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise invalid(name, "a positive whole number", repr(size), "give at least 1")
-        if not any(value.is_floating_point() for value in module.parameters()):
-            raise invalid("module", "a network with parameters", "none", "use Categorical for weights free of inputs")
-        self.module, self.n_classes, self.n_parents = module, n_components, n_parents
+        super().__init__(module, "use Categorical for weights free of inputs")
+        checked_size("n_components", n_components)
+        checked_size("n_parents", 1 if n_parents is None else n_parents)
+        self.n_classes, self.n_parents = n_components, n_parents
         self.columns = None if columns is None else checked_columns(columns, len(columns))
         self.shape = (n_components,) if n_parents is None else (n_parents, n_components)
-        #: Whether the whole network is kept through every M-step.
-        self.fixed = False
-        module.eval()
-
-    def train(self, mode: bool = True) -> "NeuralGate":
-        super().train(mode)
-        self.module.eval()
-        return self
 
     def row_size(self) -> int:
-        # What each layer gives is kept for the gradient.
-        return 4 * self.n_classes * (self.n_parents or 1) + 2 * sum(len(v) for v in self.parameters() if v.dim() > 1)
+        return 4 * self.n_classes * (self.n_parents or 1) + super().row_size()
 
     # ---- as a latent child ------------------------------------------------------------------------------------
 
@@ -92,49 +75,12 @@ class NeuralGate(Factor):
 
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``value []``: Q at the current parameters, which is no function of statistics."""
-        terms = torch.where(expected > 0, expected * self.log_table(batch), 0.0)
-        return Stats(value=terms.sum(dtype=torch.float64), shared=("value",))
+        return valued(self.log_table(batch), expected)
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         return self.table_stats(batch, expected)
 
-    def expected_log_prob(self, stats: Stats) -> Tensor:
-        """Q of the parameters that the statistics were taken at."""
-        return stats["value"]
-
-    def penalized(self, stats: Stats) -> Stats:
-        """Statistics alone: a prior joins the objective that is climbed."""
-        return stats
-
-    def maximize(self, stats: Stats) -> dict[str, Tensor]:
-        raise invalid(
-            "NeuralGate", "an optimiser to climb Q with, which is no function of statistics", "a network by itself",
-            "wrap it: torchem.Gradient(NeuralGate(…), torch.optim.Adam, steps=10, lr=1e-2)",
-        )  # fmt: skip
-
-    # ---- freezing, bookkeeping --------------------------------------------------------------------------------
-
-    def freeze(self, *names: str, mask: Tensor | None = None) -> "NeuralGate":
-        """Keep the whole network through every M-step.
-
-        Raises:
-            InvalidArgument: For names or a mask.
-        """
-        if names or mask is not None:
-            raise invalid(
-                "freeze", "no name and no mask, for the whole network", names or "a mask",
-                "use requires_grad_(False) for layers that shall stay",
-            )  # fmt: skip
-        self.fixed = True
-        return self
-
-    def unfreeze(self, *names: str) -> "NeuralGate":
-        """Let M-steps move the network again."""
-        self.fixed = False
-        return self
-
-    def n_parameters(self) -> int:
-        return 0 if self.fixed else sum(value.numel() for value in self.parameters() if value.requires_grad)
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         return {

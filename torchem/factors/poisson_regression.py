@@ -31,7 +31,8 @@ class PoissonRegression(GeneralizedLinear):
 
     The first holds for all log rates up to η + 1; the second, a logarithmic mean, for all up to log x and somewhat
     beyond, and takes a rate that is much too low straight to the count. So steps are those of Newton, shortened by κ,
-    near the optimum, and bounded by the data far from it. A fit halves a step that lowers its objective all the same.
+    near the optimum, and bounded by the data far from it. In a fit, which knows how large each input is, a step is
+    halved where it might lower Q: by a bound that needs no data, so that it serves within passes as well.
 
     Args:
         n_components: K, the number of states.
@@ -55,13 +56,14 @@ class PoissonRegression(GeneralizedLinear):
     """
 
     minorizes: ClassVar[bool] = False
+    exponential: ClassVar[bool] = True
 
     def expand(self, eta: Tensor, y: Tensor, trials: Tensor) -> Expansion:
         rate = eta.clamp(max=_MOST).exp()
         low = y > 1.5 * rate
         gap = torch.where(low, y.clamp(min=1e-300).log() - eta, 1.0)
         secant = torch.where(low, (y - rate) / gap, 0.0)
-        return Expansion(y * eta - rate, y - rate, torch.maximum(_BEND * rate, secant))
+        return Expansion(y * eta - rate, y - rate, torch.maximum(_BEND * rate, secant), rate)
 
     def base_measure(self, y: Tensor, trials: Tensor) -> Tensor:
         return -(y + 1).lgamma()

@@ -169,6 +169,19 @@ class Product(Composite):
         mean, variance = (torch.cat(values, -1)[..., self._order()] for values in zip(*parts, strict=True))
         return mean, variance
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        parts = []
+        for factor, columns in zip(self._factors(), self.columns, strict=True):
+            copies = self._k ** (self.memory - factor.memory)
+            found = factor.conditional_covariance(batch.with_x(_take(batch.x, columns)))
+            parts.append(found if copies == 1 else found.repeat_interleave(copies, -3))
+        order, place, width = self._order(), 0, sum(part.shape[-1] for part in parts)
+        whole = parts[0].new_zeros(*torch.broadcast_shapes(*(part.shape[:-2] for part in parts)), width, width)
+        for part in parts:
+            own = slice(place, place + part.shape[-1])
+            whole[..., own, own], place = part, own.stop
+        return whole[..., order, :][..., order]
+
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         parts = []
         for factor, columns in zip(self._factors(), self.columns, strict=True):
@@ -183,6 +196,11 @@ class Product(Composite):
     @property
     def nominal(self) -> list[bool]:
         found = [value for factor in self._factors() for value in factor.nominal]
+        return [found[i] for i in self._order()]
+
+    @property
+    def circular(self) -> list[bool]:
+        found = [value for factor in self._factors() for value in factor.circular]
         return [found[i] for i in self._order()]
 
     def _order(self) -> list[int]:

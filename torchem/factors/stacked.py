@@ -148,6 +148,9 @@ class Stacked(Composite):
         mean, variance = (torch.cat(values, -2) for values in zip(*found, strict=True))
         return mean, variance
 
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        return torch.cat([factor.conditional_covariance(batch) for factor in self.parts().values()], -3)
+
     def outcomes(self) -> list[Tensor | None]:
         found = []
         for column in zip(*(factor.outcomes() for factor in self.parts().values()), strict=True):
@@ -158,6 +161,10 @@ class Stacked(Composite):
     @property
     def nominal(self) -> list[bool]:
         return [any(column) for column in zip(*(f.nominal for f in self.parts().values()), strict=True)]
+
+    @property
+    def circular(self) -> list[bool]:
+        return [all(column) for column in zip(*(f.circular for f in self.parts().values()), strict=True)]
 
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         def draw(factor: Factor, z: Tensor, rows: Tensor) -> Tensor:

@@ -192,10 +192,17 @@ class StudentT(Composite):
         They are infinite up to two degrees of freedom in all; see `Factor.conditional`.
         """
         center, spread = self.normal.conditional(batch)
-        shape, rate = self._posterior_scale(batch)
-        ratio = torch.where(shape > 1, rate / (shape - 1), torch.inf).unsqueeze(-1)
         # Where nothing is missing there is no variance, however it is scaled.
-        return center, torch.where(spread > 0, spread * ratio, 0.0)
+        return center, torch.where(spread > 0, spread * self._inflation(batch).unsqueeze(-1), 0.0)
+
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        spread = self.normal.conditional_covariance(batch)
+        return torch.where(spread != 0, spread * self._inflation(batch)[..., None, None], 0.0)
+
+    def _inflation(self, batch: Batch) -> Tensor:
+        """E 1/u given the state and what was observed, ``[*r, *n, K]``."""
+        shape, rate = self._posterior_scale(batch)
+        return torch.where(shape > 1, rate / (shape - 1), torch.inf)
 
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows with missing entries drawn: the scale given what was observed, then they given both."""

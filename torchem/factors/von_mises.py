@@ -24,6 +24,9 @@ class VonMises(ExponentialFamily):
     *M-step.* With C = Σ γ cos x, S = Σ γ sin x and n = Σ γ of a cell: μ = atan2(S, C), and κ solves
     I₁(κ) / I₀(κ) = √(C² + S²) / n by Newton's method.
 
+    Angles have no mean as numbers have. What is missing is filled in by the mean direction, and ``variance=True`` gives
+    the circular variance 1 − R, from 0 (certain) to 1 (anywhere); see `Factor.circular`.
+
     A component on a single angle stays at ``concentration_cap``, and is named in ``result.floored``. Components start
     at random data points, for clusters of numbers would be cut where the angles' ends meet. In float32 concentrations
     beyond some 10⁴ lose digits of the density: use ``model.double()`` there.
@@ -147,6 +150,19 @@ class VonMises(ExponentialFamily):
 
     def degenerate(self) -> Tensor:
         return (self.concentrations.detach() >= self.concentration_cap * (1 - 1e-5)).any(-1)
+
+    # ---- what is missing --------------------------------------------------------------------------------------
+
+    @property
+    def circular(self) -> list[bool]:
+        return [True] * self._d
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean direction and circular variance 1 − A(κ) of each entry, ``[*r, *n, K, D]``; 0 where it was observed."""
+        shape = (*self.replicas, *[1] * (batch.x.dim() - 1), self._k, self._d)
+        spread = 1 - directional.mean_resultant(2, self.concentrations.to(torch.float64)).to(self.dtype)
+        missing, x = batch.x.isnan().unsqueeze(-2), batch.x.to(self.dtype).unsqueeze(-2)
+        return torch.where(missing, self.means.reshape(shape), x), torch.where(missing, spread.reshape(shape), 0.0)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 

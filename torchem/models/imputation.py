@@ -1,5 +1,6 @@
 """Missing entries filled in: by their conditional means, by what is most probable, or by draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Factor
 from torchem.model import LatentModel
-from torchem.ops import reduce
+from torchem.ops import directional, reduce
 from torchem.ops.dispatch import rows_per_piece
 
 #: Rows that are drawn together.
@@ -140,7 +141,7 @@ def check_possible(share: Tensor, gaps: Gaps) -> None:
 
 def _fill(factor: Factor, how: How, share: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
     mean, variance = factor.conditional(rows)
-    value, spread = total(share, mean, variance)
+    value, spread = total(share, mean, variance, factor.circular)
     if how == "mode":
         best = reduce.first_max(share)[..., None, None].expand(*share.shape[:-1], 1, mean.shape[-1])
         value = mean.expand(*share.shape, -1).gather(-2, best).squeeze(-2)
@@ -156,16 +157,33 @@ def _fill(factor: Factor, how: How, share: Tensor, rows: Batch) -> tuple[Tensor,
     return value, spread
 
 
-def total(share: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def total(share: Tensor, mean: Tensor, variance: Tensor, circular: Sequence[bool] = (False,)) -> tuple[Tensor, Tensor]:
     """Mean and variance ``[…, D]`` of a mixture by shares ``[…, K]`` of parts ``[…, K, D]``.
 
-    The variance is that within the parts and that between them, Σ_k γ_k (σ²_k + (μ_k − μ)²).
+    The variance is that within the parts and that between them, Σ_k γ_k (σ²_k + (μ_k − μ)²). Of columns of angles both
+    are those of directions.
     """
+    if any(circular):
+        angles = torch.tensor(circular, device=mean.device)
+        found = zip(directional.mixed(share, mean, variance), total(share, mean, variance), strict=True)
+        center, spread = (torch.where(angles, *pair) for pair in found)
+        return center, spread
     share = share.unsqueeze(-1)
     # A state that cannot be may have no variance that is finite.
     center = torch.where(share > 0, share * mean, 0.0).sum(-2)
     spread = variance + (mean - center.unsqueeze(-2)).square()
     return center, torch.where(share > 0, share * spread, 0.0).sum(-2)
+
+
+def total_covariance(share: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Covariance ``[…, D, D]`` of a mixture by shares ``[…, K]`` of parts with means and covariances ``[…, K, D, D]``.
+
+    Σ_k γ_k (C_k + (μ_k − μ)(μ_k − μ)ᵀ).
+    """
+    each = share.unsqueeze(-1)
+    gap = mean - torch.where(each > 0, each * mean, 0.0).sum(-2, keepdim=True)
+    spread, each = covariance + gap.unsqueeze(-1) * gap.unsqueeze(-2), each.unsqueeze(-1)
+    return torch.where(each > 0, each * spread, 0.0).sum(-3)
 
 
 def _most_probable(factor: Factor, outcomes: Tensor, column: int, share: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
@@ -246,6 +264,33 @@ class Conditional:
     weights: Tensor
     mean: Tensor
     variance: Tensor
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """``[N, U, U]`` covariances of those columns, within components and between them; zero beside what is known.
+
+        Raises:
+            NotImplementedError: If the family has none.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.GaussianMixture(1, 3).double()
+            >>> m.condition([[0.0]], columns=[1]).covariance_matrix.tolist()
+            [[[1.0, 0.0], [0.0, 1.0]]]
+        """
+        component: Factor = self.model.component
+        if any(component.circular):
+            raise NotImplementedError("angles have no covariances; see variance")
+        width = self.known.x.shape[-1]
+        numbers = 4 * self.weights.shape[-1] * width * (width + 1)
+        rows = rows_per_piece(numbers * component.dtype.itemsize, component.device, self.model.memory_budget)
+        parts = []
+        for start in range(0, max(1, len(self.known)), rows):
+            piece, share = self.known[start : start + rows], self.weights[start : start + rows]
+            mean, holes = component.conditional(piece)[0], piece.x.isnan()
+            found = total_covariance(share, mean, component.conditional_covariance(piece))
+            parts.append(torch.where(holes.unsqueeze(-1) & holes.unsqueeze(-2), found, 0.0))
+        return torch.cat(parts)[:, self.columns][..., self.columns]
 
     def log_prob(self, x: Any) -> Tensor:
         """log p(unknown | known) of each row, ``[*s, N]``: the joint density less that of what is known.

@@ -287,8 +287,9 @@ class Mixture(DiscreteModel):
             **fields: ``observed``, ``inputs``, … as for `torchem.fit`.
 
         Returns:
-            The law of each row: ``.mean``, ``.variance``, ``.weights``, ``.log_prob(x)``, ``.sample(n)``,
-            ``.quantile(q)``; of the other columns in their order where ``columns`` are given, else of all of them.
+            The law of each row: ``.mean``, ``.variance``, ``.covariance_matrix``, ``.weights``, ``.log_prob(x)``,
+            ``.sample(n)``, ``.quantile(q)``; of the other columns in their order where ``columns`` are given, else of
+            all of them.
 
         Example:
             >>> m = GaussianMixture(1, 2)
@@ -303,7 +304,7 @@ class Mixture(DiscreteModel):
             data, left = spread_out(as_tensor(data, "data"), columns, width)
         batch = self._read(data, fields)
         rows, share = floating(batch, self), self.posterior(batch)
-        mean, variance = total(share, *self.component.conditional(rows))
+        mean, variance = total(share, *self.component.conditional(rows), self.component.circular)
         missing = rows.x.isnan()
         mean, variance = torch.where(missing, mean, rows.x), torch.where(missing, variance, 0.0)
         left = list(range(mean.shape[-1])) if left is None else left

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid
 from torchem.factor import Factor
+from torchem.models.imputation import total_covariance
 from torchem.ops import reduce
 
 #: Halvings of a bracket: more than float64 can tell apart.
@@ -66,6 +67,17 @@ class Prediction:
         means, variances = self._moments()
         gap = means - self.mean.unsqueeze(-2)
         return (self.weights.unsqueeze(-1) * (variances + gap.square())).sum(-2)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariances of the columns given u, ``[N, D, D]``: those within components and those between their means.
+
+        Raises:
+            NotImplementedError: If the family has none.
+        """
+        blank = self.batch.with_x(torch.full_like(self.batch.x, torch.nan))
+        within = self.component.conditional_covariance(blank)
+        return total_covariance(self.weights, self.component_means, within)
 
     def log_density(self, x: Any) -> Tensor:
         """log p(x | u) of each row at each of some points, ``[N, G]``.

@@ -99,6 +99,26 @@ def mean_resultant(dimension: int, kappa: Float[Tensor, "*n"]) -> Float[Tensor, 
     return kappa * bessel_ratio(dimension / 2 - 1, kappa)
 
 
+def mixed(
+    share: Float[Tensor, "*n k"], angle: Float[Tensor, "*n k d"], spread: Float[Tensor, "*n k d"]
+) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
+    """Mean direction and circular variance 1 − R of mixtures of angles with those of their own.
+
+    The mean resultant vector is Σ_k γ_k R_k (cos μ_k, sin μ_k).
+
+    Source: K. V. Mardia, P. E. Jupp (2000), section 2.3.
+
+    Example:
+        >>> angles = torch.deg2rad(torch.tensor([[[350.0], [10.0]]]))
+        >>> mean, variance = mixed(torch.tensor([[0.5, 0.5]]), angles, torch.zeros(1, 2, 1))
+        >>> round(float(mean), 5), round(float(variance), 5)
+        (-0.0, 0.01519)
+    """
+    length = share.unsqueeze(-1) * (1 - spread)
+    cosine, sine = (length * angle.cos()).sum(-2), (length * angle.sin()).sum(-2)
+    return torch.atan2(sine, cosine), 1 - torch.hypot(sine, cosine)
+
+
 def concentration(resultant: Float[Tensor, "*n"], dimension: int, least: float, most: float) -> Float[Tensor, "*n"]:
     """κ with A_D(κ) = r, within bounds, by Newton's method from the start of Banerjee et al. (2005, equation 4.4).
 

@@ -379,6 +379,27 @@ class CompletedPass(DirectPass):
         return torch.where(x.isnan(), mean, x.to(mean)), variance
 
 
+def left_over(covariance: Float[Tensor, "*r k d d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "*r n k d d"]:
+    """Covariances of missing entries given those observed, Σ_mm − Σ_mo Σ_oo⁻¹ Σ_om, and zero beside them.
+
+    Source: T. W. Anderson (2003), theorem 2.5.1.
+
+    Example:
+        >>> left_over(torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]), torch.tensor([[2.0, torch.nan]]))[0, 0]
+        tensor([[0.0000, 0.0000],
+                [0.0000, 0.7500]])
+    """
+    holes = x.isnan()
+    # Units apart: columns may differ by many orders of magnitude.
+    unit = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    matrix = (covariance / unit.unsqueeze(-1) / unit.unsqueeze(-2)).unsqueeze(-4)
+    row, column = holes[:, None, :, None], holes[:, None, None, :]
+    known = torch.where(~row & ~column, matrix, torch.eye(x.shape[-1], dtype=matrix.dtype, device=matrix.device))
+    mixed = torch.where(~row, matrix, 0.0)
+    left = torch.where(row & column, matrix - mixed.mT @ torch.linalg.solve(known, mixed), 0.0)
+    return left * (unit.unsqueeze(-1) * unit.unsqueeze(-2)).unsqueeze(-4)
+
+
 class EntryFeaturesPass(FeaturesPass):
     """Observed entries alone, under diagonal and spherical covariances: one product over features."""
 
