@@ -304,7 +304,8 @@ class Mixture(DiscreteModel):
             data, left = spread_out(as_tensor(data, "data"), columns, width)
         batch = self._read(data, fields)
         rows, share = floating(batch, self), self.posterior(batch)
-        mean, variance = total(share, *self.component.conditional(rows), self.component.circular)
+        means, variances = self.component.conditional(rows)
+        mean, variance = total(share, means, variances, self.component.circular)
         missing = rows.x.isnan()
         mean, variance = torch.where(missing, mean, rows.x), torch.where(missing, variance, 0.0)
         left = list(range(mean.shape[-1])) if left is None else left
