@@ -22,6 +22,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pictures_durations  # noqa: E402
+
 import torchem  # noqa: E402
 from torchem import priors  # noqa: E402
 
@@ -1025,6 +1027,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "regressions": regressions,
     "experts": experts,
     "glm": generalized,
+    **pictures_durations.MODELS,
 }
 
 

@@ -177,7 +177,7 @@ _SHARES = (0.05, 0.5, 0.95)
 
 
 def label_rows(model: LatentModel, data: Observations) -> tuple[list[str], list[np.ndarray]]:
-    """Names and columns of a prediction: label, responsibilities where the model has them, log-density.
+    """Names and columns of a prediction: label (or scores), responsibilities where the model has them, log-density.
 
     Where there are covariates, mean and quantiles of each column given these follow; they stand alone where no column
     is there.
@@ -190,6 +190,8 @@ def label_rows(model: LatentModel, data: Observations) -> tuple[list[str], list[
         label = model.most_likely(batch).cpu().numpy()
         posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
     names, columns = ["label"], [label]
+    if label.ndim == 2:  # scores of continuous latents
+        names, columns = [f"score_{j}" for j in range(label.shape[1])], list(label.T)
     if isinstance(posterior, torch.Tensor) and posterior.dim() == 2:
         names += [f"responsibility_{k}" for k in range(posterior.shape[1])]
         columns += list(posterior.cpu().numpy().T)
