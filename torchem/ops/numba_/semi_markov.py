@@ -213,7 +213,7 @@ def _expect_many(p, begin_at, stop, weight, log_z, gamma):
         begin, end = np.empty(p.lengths[s] * p.k), np.empty(p.lengths[s] * p.k)
         value = _forward(p, s, b, begin, end)
         log_z[s] = value + total
-        if value > -np.inf and weight[s] > 0:
+        if value > -np.inf and weight[s] != 0:  # a derivative's may be negative
             own = gamma[s * p.frames * p.k : (s + 1) * p.frames * p.k]
             _backward(p, s, b, begin, end, value, weight[s], first, pairs, counts, cut, own)
     return first, pairs, counts, cut
