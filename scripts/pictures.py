@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torchem  # noqa: E402
-from scripts import pictures_dynamics, pictures_networks, pictures_sequences  # noqa: E402
+from scripts import pictures_durations, pictures_dynamics, pictures_networks, pictures_sequences  # noqa: E402
 from torchem import priors  # noqa: E402
 
 GREY = "#848484"
@@ -1026,6 +1026,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "regressions": regressions,
     "experts": experts,
     "glm": generalized,
+    **pictures_durations.MODELS,
     **pictures_dynamics.MODELS,
     **pictures_networks.MODELS,
     **pictures_sequences.MODELS,

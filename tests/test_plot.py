@@ -254,6 +254,20 @@ def test_bands_fill_the_height():
     assert ax.get_xlim() == (-0.5, 2.5)
 
 
+def test_durations_and_loadings() -> None:
+    ax = plot.durations(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]]))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "state 0: 1.5 on average", "state 1: 2.8 on average"
+    ]  # fmt: skip
+    ax = plot.loadings([[1.0, -2.0]], columns=["height"])
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["height"]
+    assert len(plot.loadings(torch.randn(60, 5)).texts) == 0
+    for bad in (torch.zeros(3), torch.zeros(0, 2)):
+        for draw in (plot.durations, plot.loadings):
+            with pytest.raises(InvalidArgument, match="shape"):
+                draw(bad)
+
+
 def test_the_transition_matrix_has_its_numbers():
     ax = plot.transitions(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.9999, 0.0001], [0.0, 0.0, 1.0]]))
     draw(ax)

@@ -239,6 +239,8 @@ def _pictures(
         drawn |= _level_pictures(model, data, report["data"])
     elif data.inputs is not None:
         drawn |= _regression(model, data, report["data"])
+    elif hasattr(model, "loadings"):
+        drawn["loadings"] = plot.loadings(model.loadings, data.columns)
     elif hasattr(model, "component"):
         d = data.values.shape[1]
         draw = plot.pairs if 2 < d <= _SHOWN else plot.clusters
@@ -279,6 +281,8 @@ def _chain_pictures(model: Any, data: Observations, names: dict[str, Any], decod
     time = "frame" if places is None else names["index"]
     for axes in drawn.values():
         np.ravel(axes)[-1].set_xlabel(time)
+    if hasattr(model, "duration_probs"):
+        drawn["durations"] = plot.durations(model.duration_probs)
     with contextlib.suppress(TorchemError):  # a gate has no matrix
         drawn["transitions"] = plot.transitions(model.transition_matrix)
         if len(series) == 1:
@@ -378,11 +382,12 @@ def _state_table(states: list[dict[str, Any]], columns: list[str]) -> str:
     level = columns[:_SHOWN] if kind != "probability" else list(first["probability"])[:_SHOWN]
     shares = [name for name in ("stationary", "time") if name in first]
     steps = len(first["to"]) if len(first.get("to", ())) <= _MATRIX else 0
-    header = ["state", *([] if kind is None else [kind] if len(level) == 1 else level), *shares]
+    lasting = [name for name in ("duration",) if name in first]
+    header = ["state", *([] if kind is None else [kind] if len(level) == 1 else level), *shares, *lasting]
     rows = [[*header, *(f"→ {k}" for k in range(steps))]]
     for s in states:
         cells = [] if kind is None else [_level(states, s, kind, name) for name in level]
-        cells += [f"{s[name]:.3f}" for name in shares]
+        cells += [f"{s[name]:.3f}" for name in shares] + [f"{s[name]:.2f}" for name in lasting]
         rows.append([str(s["state"]), *cells, *(f"{p:.3f}" for p in s.get("to", ())[:steps])])
     left = 0 if kind == "probability" else len(columns) - len(level)
     return aligned(rows) + (f"\n({left} more columns in {runs.REPORT})" if left else "")
@@ -403,6 +408,7 @@ def _legend(states: list[dict[str, Any]]) -> str:
     notes = {
         "mean": "mean ± standard deviation",
         "stationary": "stationary, time: shares of the long run and of these frames",
+        "duration": "duration: frames on average",
         "to": "→ k: probability of a step to k",
     }
     return f"({'; '.join(note for name, note in notes.items() if name in states[0])})"
@@ -565,12 +571,16 @@ def _draw_rows(run: runs.Run, config: Any, generator: torch.Generator) -> dict[s
         # Covariates have no law: those of the run are taken in turn.
         given["inputs"] = inputs[np.arange(n) % len(inputs)]
     x, z = run.model.sample(n, latents=True, generator=generator, **given)
-    hidden = {}
-    if config.latents:
-        names = getattr(run.model, "hidden", None)
-        parts = zip(names, z.mT, strict=True) if names is not None else [("label", z)]
-        hidden = {name: part.cpu().numpy() for name, part in parts}
+    hidden = _named_latents(run.model, z) if config.latents else {}
     return hidden | dict(zip(run.columns, x.cpu().numpy().T, strict=True))
+
+
+def _named_latents(model: Any, z: torch.Tensor) -> dict[str, np.ndarray]:
+    """Labels, the states of hidden nodes, or the scores of continuous latents."""
+    if z.dim() == 1:
+        return {"label": z.cpu().numpy()}
+    names = getattr(model, "hidden", None) or [f"score_{j}" for j in range(z.shape[1])]
+    return dict(zip(names, z.cpu().numpy().T, strict=True))
 
 
 def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> dict[str, np.ndarray]:

@@ -189,7 +189,7 @@ _SHARES = (0.05, 0.5, 0.95)
 def label_rows(
     model: LatentModel, data: Observations, called: Mapping[str, Any] | None = None
 ) -> tuple[list[str], list[np.ndarray]]:
-    """Names and columns of a prediction: label, responsibilities where the model has them, log-density.
+    """Names and columns of a prediction: label (or scores), responsibilities where the model has them, log-density.
 
     Of sequences that are clustered as wholes there is a row for each, behind its name. Where there are covariates, mean
     and quantiles of each column given these follow; they stand alone where no column is there.
@@ -205,6 +205,8 @@ def label_rows(
         label = model.most_likely(batch).cpu().numpy()
         posterior, log_prob = model.posterior(batch), model.log_prob(batch).cpu().numpy()
     names, columns = ["label"], [label]
+    if label.ndim == 2:  # scores of continuous latents
+        names, columns = [f"score_{j}" for j in range(label.shape[1])], list(label.T)
     if data.sequences is not None:
         names = [(called or {}).get("sequence") or "sequence", *names]
         columns = [np.array(data.sequences.names), *columns]

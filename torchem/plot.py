@@ -28,6 +28,8 @@ _DRAWN = 20_000
 _STRETCHES, _BARS, _RISES = 2_000, 250, 300
 #: Columns shown of a sequence, panels in a picture, states with names and numbers, at most.
 _COLUMNS, _PANELS, _NUMBERED = 4, 6, 12
+#: Durations marked one by one, loadings written as numbers, at most.
+_STEPS, _CELLS = 40, 200
 _INK, _FAINT = "#1a1a1a", "#8a8a8a"
 
 
@@ -505,6 +507,90 @@ def transitions(matrix: Any, ax: Any = None) -> Any:
     for (i, j), p in np.ndenumerate(table):
         if p > 0:
             ax.text(j, i, _probability(p), ha="center", va="center", color="white" if p > 0.5 else _INK)
+    return ax
+
+
+def durations(probs: Any, ax: Any = None) -> Any:
+    """Draw the laws of how long states last, a line for each.
+
+    Args:
+        probs: ``[K, D]`` probabilities of 1 … D frames: ``model.duration_probs``.
+        ax: Axes to draw in; new ones when None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InvalidArgument: If it is no table.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> len(durations([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]).lines)
+        2
+    """
+    table = _array(as_tensor(probs, "probs"))
+    if table.ndim != 2 or not table.size:
+        raise invalid("probs", "shape [K, D]", list(table.shape), "pass model.duration_probs")
+    ax = _axes(ax)
+    k, d = table.shape
+    place = np.arange(1, d + 1)
+    for state, (law, colour) in enumerate(zip(table, palette(k), strict=True)):
+        label = f"state {state}: {law @ place:.3g} on average" if k <= _NUMBERED else None
+        marker = "o" if d <= _STEPS else None
+        ax.plot(place, law, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
+    if k <= _NUMBERED:
+        ax.legend(frameon=False)
+    ax.set(xlabel="duration (frames)", ylabel="probability")
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.02)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return ax
+
+
+def loadings(weights: Any, columns: Sequence[str] | None = None, ax: Any = None) -> Any:
+    """Draw what each factor adds to each column: blue where it raises it, orange where it lowers it.
+
+    Args:
+        weights: ``[D, q]``: ``model.loadings`` of `torchem.FactorAnalysis`, or a rotation of them.
+        columns: Names of the columns.
+        ax: Axes to draw in; new ones when None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InvalidArgument: If it is no table.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> [text.get_text() for text in loadings([[2.0, 0.0], [0.5, -1.0]]).texts]
+        ['2.00', '0.00', '0.50', '−1.00']
+    """
+    table = _array(as_tensor(weights, "weights"))
+    if table.ndim != 2 or not table.size:
+        raise invalid("weights", "shape [D, q]", list(table.shape), "pass model.loadings")
+    d, q = table.shape
+    names = _names(columns, d)
+    if ax is None:
+        width, height = float(np.clip(2.2 + 0.8 * q, 3.2, 9.0)), float(np.clip(1.2 + 0.36 * d, 2.4, 9.0))
+        pyplot: Any = require("matplotlib.pyplot", "plot")
+        ax = pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+    colours: Any = require("matplotlib.colors", "plot")
+    shades = colours.LinearSegmentedColormap.from_list("signed", [PALETTE[5], "#f4f4f2", PALETTE[0]])
+    most = float(np.abs(table).max()) or 1.0
+    image = ax.imshow(table, cmap=shades, vmin=-most, vmax=most, aspect="auto")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.xaxis.set_ticks(range(q), [f"factor {j}" for j in range(q)])
+    if d * q > _CELLS:
+        ax.figure.colorbar(image, ax=ax, shrink=0.6, label="loading").outline.set_visible(False)
+        return ax
+    ax.yaxis.set_ticks(range(d), names)
+    for (i, j), value in np.ndenumerate(table):
+        text = f"{value:.2f}".replace("-", "−")
+        ax.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 * most else _INK)
     return ax
 
 

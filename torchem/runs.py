@@ -35,7 +35,8 @@ NAMED = ("weights", "index", "sequence", "inputs", "intercept", "labels")
 PREDICTIONS, PREDICTED, SAMPLE, IMPUTED = "predictions.csv", "predicted.png", "sample.csv", "imputed.csv"
 _DERIVED = re.compile(
     r"predictions\.csv|predicted\.png|sample\.csv|imputed\.csv"
-    r"|(clusters|prediction|bound|segmented|states|level|posterior|transitions|chain|network)(-\d+)?\.(png|pdf|svg)"
+    r"|(clusters|prediction|bound|segmented|states|level|posterior|transitions|chain|network|durations|loadings)(-\d+)?"
+    r"\.(png|pdf|svg)"
 )
 
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -337,11 +338,16 @@ def _variances(part: Any, k: int, d: int) -> list[float]:
 def states(model: Any, columns: list[str], decoded: Decoded | None = None) -> list[dict[str, Any]]:
     """Shares, levels and steps of each state of a chain, as far as the model has them.
 
-    ``stationary`` is the share of time in the long run, ``time`` that in the data, by posterior probability.
+    ``stationary`` is the share of time in the long run, ``time`` that in the data, by posterior probability; a
+    semi-Markov model adds the mean ``duration``.
     """
     shares: dict[str, list[Any]] = {} if decoded is None else {"time": decoded.posterior.mean(0).tolist()}
     if isinstance(model.transition, Categorical):
-        shares = {"stationary": Stationary(model.transition).probs.tolist(), **shares}
+        law, lasting = Stationary(model.transition).probs, getattr(model, "mean_durations", None)
+        if lasting is not None:
+            law = law * lasting / (law * lasting).sum()
+            shares["duration"] = lasting.tolist()
+        shares = {"stationary": law.tolist(), **shares}
     shares |= {kind: [dict(zip(columns, row, strict=False)) for row in rows] for kind, rows in levels(model).items()}
     if isinstance(model.transition, Categorical):
         shares["to"] = model.transition_matrix.tolist()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -355,6 +356,14 @@ class LowRankGaussian(Factor):
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """EM under these responsibilities, from loadings that no axis is orthogonal to: principal axes and scores."""
+        return self.climbed(lambda start: start.gather(batch, expected))
+
+    def climbed(self, statistics: Callable[["LowRankGaussian"], Stats]) -> dict[str, Tensor]:
+        """First parameters: a few passes of EM, whose statistics are taken at a factor as it stands.
+
+        Args:
+            statistics: Of the data, by the factor that expects the scores.
+        """
         start = copy.deepcopy(self)
         steps = torch.arange(1, self._d * self.rank + 1, dtype=torch.float64, device=self.device)
         # Multiples of an irrational number are spread evenly and never repeat.
@@ -369,7 +378,7 @@ class LowRankGaussian(Factor):
         for _ in range(_START):
             for name, value in values.items():
                 getattr(start, name).data = self.keep_frozen(name, value.to(self.dtype)).clone()
-            values = start.maximize(start.gather(batch, expected))
+            values = start.maximize(statistics(start))
         return values
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:

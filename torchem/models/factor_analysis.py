@@ -170,16 +170,20 @@ class FactorAnalysis(DiscreteModel):
         scatter = count.expand(self.n_features, self.n_features)
         for piece in self.stream(batch):
             x = piece.x.to(torch.float64)
-            weight = x.new_ones(len(x)) if piece.weight is None else piece.weight.to(x)
-            # Weight zero silences what is not finite.
-            x = torch.where((weight > 0).unsqueeze(-1), x, mean)
-            own = weight.sum()
-            total = count + own
+            if piece.weight is None:
+                own, center = count.new_full((), len(x)), x.mean(0) if len(x) else mean
+                gap = x - center
+                inner = gap.mT @ gap
+            else:
+                weight = piece.weight.to(x)
+                x = torch.where((weight > 0).unsqueeze(-1), x, mean)  # weight zero silences what is not finite
+                own = weight.sum()
+                center = (weight @ x) / torch.where(own > 0, own, 1.0)
+                gap = x - center
+                inner = (weight.unsqueeze(-1) * gap).mT @ gap
+            total, shift = count + own, center - mean
             safe = torch.where(total > 0, total, 1.0)
-            center = (weight @ x) / torch.where(own > 0, own, 1.0)
-            gap, shift = x - center, center - mean
-            scatter = scatter + (weight.unsqueeze(-1) * gap).mT @ gap
-            scatter = scatter + torch.outer(shift, shift) * (count * own / safe)
+            scatter = scatter + inner + torch.outer(shift, shift) * (count * own / safe)
             mean = mean + shift * (own / safe)
             count = total
         return count, mean, scatter
@@ -260,9 +264,12 @@ class FactorAnalysis(DiscreteModel):
             raise invalid(
                 "data", f"more rows than the {self.n_factors} factors", len(batch), "take fewer factors"
             )  # fmt: skip
-        if batch.weight is not None:
-            expected = expected * batch.weight.unsqueeze(-1).to(expected)
-        values = self.component.initialize(self.cast(batch), expected)
+        if isinstance(self.component, LowRankGaussian) and not self._incomplete(batch):
+            moments = self._moments(batch)
+            values = self.component.climbed(lambda start: _Scatter(start, *moments).stats())
+        else:
+            weight = expected if batch.weight is None else expected * batch.weight.unsqueeze(-1).to(expected)
+            values = self.component.initialize(self.cast(batch), weight)
         self.assign({f"component.{name}": value for name, value in (values | self._scattered(values)).items()})
 
     def _scattered(self, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -52,10 +52,13 @@ def remaining(counts: Tensor, duration: Tensor) -> Tensor:
         tensor([0., 1., 1.])
     """
     alive = survival(duration)
-    some = (counts > 0) & (alive > -torch.inf)
-    rate = torch.where(some, counts, 1.0).log() - torch.where(some, alive, 0.0)
+    # Linear in the counts, which a derivative may weight by negative numbers; logarithms reach tails of any size.
+    both = torch.stack([counts, -counts])
+    some = (both > 0) & (alive > -torch.inf)
+    rate = torch.where(some, both, 1.0).log() - torch.where(some, alive, 0.0)
     reached = _from_end(torch.where(some, rate, -torch.inf).flip(-1)).flip(-1)
-    return (duration + reached).exp()
+    more, less = (duration + reached).exp()
+    return more - less
 
 
 def reference(
@@ -150,32 +153,122 @@ def expectations(
     Source: Y. Guédon (2003), equations 5 to 12; S.-Z. Yu (2010), section 2.2.
     """
     parts = (initial, transition, duration, emission)
-    kernel = _kernel(*parts, *([] if weight is None else [weight]))
-    if kernel is not None:
-        tail = _tail(duration, censored)
-        log_z, *tables, counts, cut, gamma = kernel.expectations(*parts[:3], tail, emission, lengths, weight)
-        counts = counts + (remaining(cut, duration.to(cut)) if censored else cut)
-        found = zip((*tables, counts, gamma), parts, strict=True)
-        return log_z.to(emission.dtype), *(value.sum_to_size(p.shape).to(p.dtype) for value, p in found)
-
-    def total(*given: Tensor) -> Tensor:
-        return reference(*given, lengths=lengths, censored=censored)
-
-    log_z, pull, *_ = torch.func.vjp(total, *parts)
-    mass = torch.ones_like(log_z) if weight is None else weight.to(log_z).expand_as(log_z)
-    return log_z, *pull(torch.where(log_z == -torch.inf, 0.0, mass))
+    if _kernel(*parts) is None:
+        return _reference_expectations(*parts, lengths, weight, censored)
+    if _followed(*parts, *([] if weight is None else [weight])):
+        lead = torch.broadcast_shapes(*(v.shape[: v.dim() - r] for v, r in zip(parts, (1, 2, 2, 2), strict=True)))
+        mass = torch.ones(lead, dtype=emission.dtype) if weight is None else weight.to(emission).expand(lead)
+        return _apply(_Expectations, *parts, lengths, mass, censored)
+    return _compiled_expectations(*parts, lengths, weight, censored)
 
 
 def log_normalizer(
     initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None = None,
     *, censored: bool = True,
 ) -> Tensor:  # fmt: skip
-    """log Z ``[*b]`` by the fastest way; differentiable to any order."""
-    kernel = _kernel(initial, transition, duration, emission)
-    if kernel is not None:
-        tail = _tail(duration, censored)
-        return kernel.log_normalizer(initial, transition, duration, tail, emission, lengths).to(emission.dtype)
-    return reference(initial, transition, duration, emission, lengths, censored=censored)
+    """log Z ``[*b]`` by the fastest way; differentiable to any order. Its gradient takes one pass of `expectations`."""
+    parts = (initial, transition, duration, emission)
+    if _kernel(*parts) is None:
+        return reference(*parts, lengths, censored=censored)
+    if _followed(*parts):
+        return _apply(_LogNormalizer, *parts, lengths, censored)
+    return _compiled_normalizer(*parts, lengths, censored)
+
+
+def _reference_expectations(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None,
+    weight: Tensor | None, censored: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `expectations` gives, as the gradient of `reference`: itself differentiable."""
+
+    def total(*given: Tensor) -> Tensor:
+        return reference(*given, lengths=lengths, censored=censored)
+
+    log_z, pull, *_ = torch.func.vjp(total, initial, transition, duration, emission)
+    mass = torch.ones_like(log_z) if weight is None else weight.to(log_z).expand_as(log_z)
+    return log_z, *pull(torch.where(log_z == -torch.inf, 0.0, mass))
+
+
+def _compiled_expectations(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None,
+    weight: Tensor | None, censored: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    parts, tail = (initial, transition, duration, emission), _tail(duration, censored)
+    log_z, first, pairs, counts, cut, gamma = _kernel(*parts).expectations(*parts[:3], tail, emission, lengths, weight)
+    counts = counts + (remaining(cut, duration.detach().to(cut)) if censored else cut)
+    found = zip((first, pairs, counts, gamma), parts, strict=True)
+    first, pairs, counts, gamma = (value.sum_to_size(p.shape).to(p.dtype) for value, p in found)
+    return log_z.to(emission.dtype), first, pairs, counts, gamma
+
+
+def _compiled_normalizer(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None, censored: bool
+) -> Tensor:
+    parts, tail = (initial, transition, duration, emission), _tail(duration, censored)
+    return _kernel(*parts).log_normalizer(*parts[:3], tail, emission, lengths).to(emission.dtype)
+
+
+class _Expectations(torch.autograd.Function):
+    """Expectations by compiled loops; derivatives by the reference. Under ``torch.func`` there is only that."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        initial: Tensor,
+        transition: Tensor,
+        duration: Tensor,
+        emission: Tensor,
+        lengths: Any,
+        weight: Any,
+        censored: bool,
+    ) -> tuple[Tensor, ...]:
+        return _compiled_expectations(initial, transition, duration, emission, lengths, weight, censored)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *parts, lengths, weight, ctx.censored = inputs
+        ctx.save_for_backward(*parts, lengths, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        initial, transition, duration, emission, lengths, weight = ctx.saved_tensors
+        parts = (initial, transition, duration, emission)
+
+        def again(*given: Tensor) -> tuple[Tensor, ...]:
+            first, step, law, frames, mass = given
+            return _reference_expectations(first, step, law, frames, lengths, mass, ctx.censored)
+
+        *slopes, mass = torch.func.vjp(again, *parts, weight)[1](grads)
+        return *slopes, None, mass, None
+
+
+class _LogNormalizer(torch.autograd.Function):
+    """log Z; its gradient is `expectations`, in memory O(T K)."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Any, censored: bool
+    ) -> Tensor:
+        return _compiled_normalizer(initial, transition, duration, emission, lengths, censored)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.censored = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        initial, transition, duration, emission, lengths = ctx.saved_tensors
+        _, *slopes = expectations(initial, transition, duration, emission, lengths, grads[0], censored=ctx.censored)
+        return *slopes, None, None
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)
+
+
+def _followed(*given: Tensor) -> bool:
+    """Whether something is to be differentiated."""
+    return torch.is_grad_enabled() and any(value.requires_grad for value in given)
 
 
 def paths(
@@ -209,12 +302,10 @@ def _tail(duration: Tensor, censored: bool) -> Tensor:
 
 
 def _kernel(*given: Tensor) -> Any:
-    """The compiled kernels, where they may run: on plain numbers that nothing is derived from."""
+    """The compiled kernels, where they may run: outside of transforms, compilers and forward derivatives."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return None
     if torch.autograd.forward_ad._current_level >= 0:
-        return None
-    if torch.is_grad_enabled() and any(value.requires_grad for value in given):
         return None
     # Tables of all sequences, not of each.
     ranks = zip(given[:3], (1, 2, 2), strict=True)

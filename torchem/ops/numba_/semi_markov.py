@@ -179,13 +179,20 @@ def _backward(p, s, b, begin, end, log_z, weight, first, pairs, counts, cut, gam
         if t == 0:
             for j in range(k):
                 first[g * k + j] += weight * math.exp(begin[j] + behind[j] - log_z)
-            return
+            break
         for i in range(k):
             for j in range(k):
                 few[j] = p.transition[(g * k + i) * k + j] + behind[j]
             for j in range(k):
                 pairs[(g * k + i) * k + j] += weight * math.exp(end[(t - 1) * k + i] + few[j] - log_z)
             ahead[i] = _sum_exp(few, k)[0]
+    # Logarithms of long sequences are large: what rounding of them leaves is taken off.
+    for t in range(frames):
+        total = 0.0
+        for j in range(k):
+            total += gamma[t * k + j]
+        for j in range(k):
+            gamma[t * k + j] *= weight / total
 
 
 @vec.kernel
@@ -206,7 +213,7 @@ def _expect_many(p, begin_at, stop, weight, log_z, gamma):
         begin, end = np.empty(p.lengths[s] * p.k), np.empty(p.lengths[s] * p.k)
         value = _forward(p, s, b, begin, end)
         log_z[s] = value + total
-        if value > -np.inf and weight[s] > 0:
+        if value > -np.inf and weight[s] != 0:  # a derivative's may be negative
             own = gamma[s * p.frames * p.k : (s + 1) * p.frames * p.k]
             _backward(p, s, b, begin, end, value, weight[s], first, pairs, counts, cut, own)
     return first, pairs, counts, cut
