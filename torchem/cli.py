@@ -461,12 +461,14 @@ def _facts(candidate: runs.Candidate, unit: str, alone: bool) -> str:
     lines.append(
         f"{'status':<15} {result.status} after {_many(result.n_iter, 'iteration')}{rest}, {result.seconds:.2f} s"
     )
+    # What is labelled, and dies, may be whole sequences and their models.
+    unit = "sequence" if result.model.whole else unit
     if len(result.restarts) > 1:
         lines.append(f"{'restarts':<15} {_restarts(result, unit)}")
     for name in ("dead", "floored"):
         which = getattr(result, name)
         if which:
-            kind = "component" if unit == "observation" else "state"
+            kind = "state" if unit == "frame" else "component"
             meaning = {"dead": "no mass left in", "floored": "at the floor: covariance of"}[name]
             lines.append(f"{name:<15} {meaning} {kind}{'s' * (len(which) > 1)} {', '.join(map(str, which))}")
     return "\n".join(lines)

@@ -167,6 +167,31 @@ def test_files(tmp_path) -> None:
 # ---- torch.func ---------------------------------------------------------------------------------------------------
 
 
+def test_missing_frames_at_the_end_are_exact() -> None:
+    """Nothing that was seen depends on them; any others are refused, and so is what would have to read them."""
+    model = switching(lags=2)
+    x = model.sample(3, 12, generator=torch.Generator().manual_seed(0)).detach()
+    cut = model.batch([x[0], x[1, :9], x[2, :10]])
+    gone = x.clone()
+    gone[1, 9:], gone[2, 10:] = torch.nan, torch.nan
+    whole = model.batch(gone)
+    torch.testing.assert_close(model.log_prob(whole), model.log_prob(cut))
+    posterior = model.posterior(whole)
+    torch.testing.assert_close(posterior[1, :9], model.posterior(cut)[1, :9])
+    ahead = posterior[1, 8] @ model.transition_matrix
+    torch.testing.assert_close(posterior[1, 9], ahead)
+    one, two = (model.e_step(batch)["emission"] for batch in (whole, cut))
+    for name, leaf in one.items():
+        assert leaf.isfinite().all()
+        torch.testing.assert_close(leaf, two[name])
+    for call in (model.impute, lambda batch: model.forecast(batch, 2)):
+        with pytest.raises(InvalidArgument, match="cut them off"):
+            call(whole)
+    gone[2, 11] = 0.0
+    with pytest.raises(InvalidArgument, match="sequence 2, frame 10"):
+        model.log_prob(gone)
+
+
 def test_likelihood_is_differentiable_in_the_sequence_also_through_its_lags() -> None:
     model = switching()
     x = cases.randn(1, 6, 1).requires_grad_()

@@ -245,6 +245,8 @@ def test_infer_equals_the_autograd_default(build, device: torch.device) -> None:
 def test_weights_may_differ_between_replicas(build, device: torch.device) -> None:
     """Responsibilities are the weights of the models in a mixture."""
     case = build().to(device)
+    if not isinstance(case.model, DiscreteModel):
+        return
     many = case.model.replicate(2)
     for name, parameter in many.named_parameters():
         spread = 0.1 * cases.randn(*parameter.shape, seed=len(name)).to(parameter)

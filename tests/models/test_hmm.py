@@ -685,6 +685,28 @@ def test_policies_for_dead_states() -> None:
         torchem.fit(away(), x, dead="raise", max_iter=8, **EXACT)
 
 
+def test_a_state_that_is_reseeded_is_entered_again() -> None:
+    """One that no other leads to would stay dead wherever its emission lies; zeros and frozen cells are kept."""
+    model = normal(3, 1, gap=4.0)
+    model.means = [[0.0], [4.0], [1e4]]
+    model.initial_probs, tiny = [0.5, 0.5 - 1e-12, 1e-12], 1e-12
+    model.transition_matrix = [[0.9, 0.1 - tiny, tiny], [0.1 - tiny, 0.9, tiny], [0.0, tiny, 1 - tiny]]
+    x = [*sequences(2), *(part + 10.0 for part in sequences(2))]
+    before = model.transition_matrix.detach().clone()
+    model.respawn(model.rows(model.batch(x)), torch.tensor([False, False, True]), torch.tensor([0, 0, 100]))
+    matrix, ratio = model.transition_matrix.detach(), 1 / (1 + 1 / 3)
+    close(matrix[:2, 2], torch.full((2,), ratio / 3))
+    close(matrix[0, 0] / matrix[0, 1], before[0, 0] / before[0, 1])
+    close(matrix[2], torch.tensor([0.0, 0.5, 0.5]))
+    close(model.initial_probs[2], torch.tensor(ratio / 3))
+    apart = normal(3, 1, gap=4.0)
+    apart.means, apart.transition_matrix = [[0.0], [4.0], [1e4]], before
+    apart.initial_probs = [0.5, 0.5 - 1e-12, 1e-12]
+    result = torchem.fit(apart, x, dead="respawn", max_iter=40, **EXACT)
+    assert not result.dead
+    assert float(apart.means.detach().max()) > 8.0
+
+
 @pytest.mark.parametrize("slots", [{"initial": "stationary"}, {"end": Categorical(3, 2)}], ids=["stationary", "end"])
 def test_pruning_keeps_the_other_slots_in_step(slots: dict[str, Any]) -> None:
     emission = Gaussian(3, 1)

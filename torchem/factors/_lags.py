@@ -13,32 +13,42 @@ def with_lags(batch: Batch, lags: int, dtype: torch.dtype) -> Batch:
     """Sequences ``x [N, T, D]`` with u = (x_{t−1}, …, x_{t−L}), ``[N, T, L·D]``, in place of their own covariates.
 
     The first L frames are given: they are marked as missing. Their lags are filled with the first frame, so that
-    covariates are valid data throughout.
+    covariates are valid data throughout; so are those of missing frames.
     """
     x = batch.x if batch.x.is_floating_point() else batch.x.to(dtype)
     time = torch.arange(x.shape[1], device=x.device)
-    past = [x[:, (time - lag).clamp(min=0)] for lag in range(1, lags + 1)]
+    known = torch.where(x.isnan(), x[:, :1], x).nan_to_num(nan=0.0)
+    past = [known[:, (time - lag).clamp(min=0)] for lag in range(1, lags + 1)]
     given = (time < lags).unsqueeze(-1)
     return replace(batch, x=torch.where(given, torch.nan, x), u=torch.cat(past, -1))
 
 
 def check_complete(batch: Batch) -> None:
-    """Refuse sequences with missing entries: later frames would miss them among their lags.
+    """Refuse sequences with missing entries among the lags of frames that were observed.
+
+    Missing frames at the end of a sequence are exact: no frame that was seen depends on them, and their densities are
+    one. One before would have to be integrated out under each path of states by itself: what the frames up to t say of
+    it is a mixture with a part for every path, K times as many with each frame. No recursion over states sums that.
 
     Raises:
-        InvalidArgument: If a valid frame has a missing entry.
+        InvalidArgument: If a frame with a missing entry has a frame after it that was observed, even in part, or only
+            some of its entries are missing.
     """
     x = batch.x
     if x.dim() < 3 or not x.is_floating_point() or not values_known():
         return
-    missing = x.isnan().any(-1)
+    missing = x.isnan()
     mask = batch.frames_mask()
+    some, seen = missing.any(-1), ~missing.all(-1)
     if mask is not None:
-        missing = missing & mask
-    if bool(missing.any()):
-        sequence, frame = (int(i) for i in missing.nonzero()[0])
+        some, seen = some & mask, seen & mask
+    # Whether anything was seen at this frame or after it.
+    later = seen.flip(-1).cummax(-1).values.flip(-1)
+    bad = some & later
+    if bool(bad.any()):
+        sequence, frame = (int(i) for i in bad.nonzero()[0])
         raise invalid(
-            "data", "sequences without missing entries for an autoregression",
+            "data", "sequences without missing entries for an autoregression, but for frames at the end",
             f"NaN in sequence {sequence}, frame {frame}", "cut the sequence there, or impute it",
         )  # fmt: skip
 

@@ -501,6 +501,11 @@ class HMM(DiscreteModel):
         checked_draws(draws, self, variance)
         gaps = Gaps.of(data, self._read(data, fields), True)
         batch, lead = gaps.batch, len(self.replicas)
+        if reach(self) and len(gaps.index):
+            raise invalid(
+                "data", "nothing to fill in where the emission reads the frames before", "missing frames at the end",
+                "cut them off and use forecast",
+            )  # fmt: skip
         rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
         bare = replace(batch, weight=None)
         mask = batch.frames_mask()
@@ -555,6 +560,14 @@ class HMM(DiscreteModel):
                 "data", f"sequences of at least {lags} frames, as many as the emission reads",
                 int(batch.frames().min()), "leave shorter ones out",
             )  # fmt: skip
+        if lags and batch.x.is_floating_point():
+            mask = batch.frames_mask()
+            gone = batch.x.isnan().any(-1) if mask is None else batch.x.isnan().any(-1) & mask
+            if bool(gone.any()):
+                raise invalid(
+                    "data", "sequences that end with frames that were seen, for an emission that reads them",
+                    "missing ones", "cut them off, and look so many steps further",
+                )  # fmt: skip
         with torch.no_grad():
             filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b, present=False))
             last = batch.frames().to(filtered.device)
@@ -726,9 +739,25 @@ class HMM(DiscreteModel):
         return all(float(gap) <= tolerance for gap in moved)
 
     def respawn(self, batch: Batch, which: Tensor, index: Tensor) -> None:
-        """Put the emissions of the states ``which [*r, K]`` at observations ``index [*r, K]``."""
-        values = self.emission.replace_components(which, self.emission.initialize_at(self._cast(batch), index))
-        self.assign({f"emission.{name}": value for name, value in values.items()})
+        """Put the emissions of the states ``which [*r, K]`` at observations ``index [*r, K]``.
+
+        Each is then entered, and left, as often as the others: a state that no other leads to would stay without mass.
+        """
+        found = self.emission.replace_components(which, self.emission.initialize_at(self._cast(batch), index))
+        values = {f"emission.{name}": value for name, value in found.items()}
+        even, shared = 1.0 / self.n_components, self.factors()
+        for slot in ("initial", "transition"):
+            factor = getattr(self, slot)
+            # A gate learns of them in the next M-step; a table that is the emission too has its own way.
+            if not isinstance(factor.unwrapped, Categorical) or len(shared[factor]) > 1:
+                continue
+            share = torch.where(
+                which if slot == "initial" else which.unsqueeze(-2), even, factor.probs.to(torch.float64)
+            )
+            if slot == "transition":
+                share = torch.where(which.unsqueeze(-1), even, share)
+            values |= {f"{slot}.{name}": value for name, value in factor.maximize(Stats(counts=share)).items()}
+        self.assign(values)
 
     def forbid(self, which: Tensor) -> None:
         """Take states ``which [*r, K]`` out of the chain, in place; never the last successor of another."""
