@@ -48,7 +48,7 @@ class Direct(Climber):
         Raises:
             InvalidArgument: Then.
         """
-        if not isinstance(model, DiscreteModel) or any(factor.averages for factor in model.factors()):
+        if not isinstance(model, DiscreteModel) or not model.exact:
             raise invalid(
                 "direct", "a model whose objective is log p(x) (and the log prior)",
                 f"{type(model).__name__}, whose objective is a bound on it", "leave it out",

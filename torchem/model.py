@@ -456,6 +456,11 @@ class DiscreteModel(LatentModel):
     e_steps: ClassVar[tuple[EStep, ...]] = ("soft", "hard", "sample")
     anneals: ClassVar[bool] = True
 
+    @property
+    def exact(self) -> bool:
+        """Whether the objective is log p(x) itself, not a bound on it."""
+        return not any(factor.averages for factor in self.factors())
+
     @abstractmethod
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         """log Σ_z exp Σ potentials, ``[*r, N]``; with ``plus=reduce.maximum`` the value of the best configuration."""

@@ -572,6 +572,12 @@ def test_mean_field_climbs(options: dict[str, Any]) -> None:
         assert result.bound <= float(net.log_prob(x).detach().sum()) + 1e-9
 
 
+def test_a_bound_is_not_climbed_directly() -> None:
+    net = random_net([2, 2], [(0, 1)], hidden=("A",), inference="mean_field")
+    with pytest.raises(InvalidArgument, match="a bound on it"):
+        fit(net, [[0], [1]], direct=True)
+
+
 def entangled(n: int, **options: Any) -> BayesianNetwork:
     """Hidden nodes of eight states, an observed child for each pair of them: a clique of all."""
     names = {f"h{i}": 8 for i in range(n)}

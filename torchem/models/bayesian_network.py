@@ -201,6 +201,10 @@ class BayesianNetwork(DiscreteModel):
         blank[:, list(self._latent)] = -1
         plan(self._eased(blank, self._tied), self._sizes, self._scopes, frozenset(), None, merge=True, limit=LIMIT)
 
+    @property
+    def exact(self) -> bool:
+        return self.inference == "exact" and super().exact
+
     # ---- inference --------------------------------------------------------------------------------------------
 
     def _kernels(self, score: bool = False) -> dict[str, Kernel]:
