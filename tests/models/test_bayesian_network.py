@@ -572,6 +572,25 @@ def test_mean_field_climbs(options: dict[str, Any]) -> None:
         assert result.bound <= float(net.log_prob(x).detach().sum()) + 1e-9
 
 
+def test_a_mean_field_decides_between_states_that_zeros_tie() -> None:
+    """Two hidden nodes that are the same: q is one of both states, never a mixture of them."""
+    nets = [random_net([2, 2, 2, 2], [(0, 1), (0, 2), (1, 3)], hidden=("A", "B"), inference=way)
+            for way in ("exact", "mean_field")]  # fmt: skip
+    x = torch.tensor([[0, 0], [0, 1], [1, 1]])
+    for net in nets:
+        net.tables["B"] = torch.eye(2)
+    gap = nets[0].log_prob(x) - nets[1].elbo(x)
+    assert bool(((gap > 0) & gap.isfinite()).all())
+    best = nets[1].posterior(("A", "B"), x).flatten(1)
+    assert bool((best.amax(-1) == 1).all())
+
+
+def test_a_bound_is_not_climbed_directly() -> None:
+    net = random_net([2, 2], [(0, 1)], hidden=("A",), inference="mean_field")
+    with pytest.raises(InvalidArgument, match="a bound on it"):
+        fit(net, [[0], [1]], direct=True)
+
+
 def entangled(n: int, **options: Any) -> BayesianNetwork:
     """Hidden nodes of eight states, an observed child for each pair of them: a clique of all."""
     names = {f"h{i}": 8 for i in range(n)}

@@ -156,6 +156,20 @@ class BayesianNetwork(DiscreteModel):
         """Continuous leaves by name: their parents and factors."""
         return {name: (leaf.parents, self.conditionals[name]) for name, leaf in self._leaves.items()}
 
+    # Read often: not by way of all slots.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conditionals[next(iter(self.cardinalities))].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conditionals[next(iter(self.cardinalities))].device
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        return self.conditionals[next(iter(self.cardinalities))].replicas
+
     @property
     def columns(self) -> list[str]:
         """What each column of the data holds: names of nodes, then of leaves."""
@@ -186,6 +200,10 @@ class BayesianNetwork(DiscreteModel):
         blank = torch.zeros(1, len(self._sizes), dtype=torch.long)
         blank[:, list(self._latent)] = -1
         plan(self._eased(blank, self._tied), self._sizes, self._scopes, frozenset(), None, merge=True, limit=LIMIT)
+
+    @property
+    def exact(self) -> bool:
+        return self.inference == "exact"
 
     # ---- inference --------------------------------------------------------------------------------------------
 
@@ -1156,24 +1174,26 @@ def _topological(parents: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     Raises:
         InvalidArgument: If there is a cycle; it is named.
     """
-    done: list[str] = []
-    path: list[str] = []
-
-    def visit(name: str) -> None:
-        if name in done:
-            return
-        if name in path:
-            cycle = [*path[path.index(name) :], name][::-1]
-            raise invalid("edges", "a graph without cycles", " → ".join(cycle), "take one of these edges out")
-        path.append(name)
-        for parent in parents[name]:
-            visit(parent)
-        path.pop()
-        done.append(name)
-
-    for name in parents:
-        visit(name)
-    return tuple(done)
+    waiting = {name: len(own) for name, own in parents.items()}
+    children: dict[str, list[str]] = {name: [] for name in parents}
+    for name, own in parents.items():
+        for parent in own:
+            children[parent].append(name)
+    done = [name for name, count in waiting.items() if not count]
+    for name in done:
+        for child in children[name]:
+            waiting[child] -= 1
+            if not waiting[child]:
+                done.append(child)
+    left = [name for name in parents if waiting[name]]
+    if not left:
+        return tuple(done)
+    # From any of those left one goes up for ever among them, and comes round.
+    path = [left[0]]
+    while path[-1] not in path[:-1]:
+        path.append(next(parent for parent in parents[path[-1]] if waiting[parent]))
+    cycle = path[path.index(path[-1]) :][::-1]
+    raise invalid("edges", "a graph without cycles", " → ".join(cycle), "take one of these edges out")
 
 
 def _unseen(x: Tensor) -> bool:

@@ -238,7 +238,7 @@ def check_order(hidden: Sequence[int], scopes: Mapping[str, Scope], sizes: Seque
         raise invalid(
             "inference", f"cliques of at most {limit} joint states, for exact inference",
             f"one of {found.cells}, of {found.width + 1} nodes (tree-width {found.width}), among the {len(hidden)} "
-            "that are not observed", "build the network with inference='mean_field', or observe more of its nodes",
+            "that are not observed", "use inference='mean_field' (and elbo for log_prob), or observe more of its nodes",
         )  # fmt: skip
     return found
 
@@ -604,7 +604,8 @@ class Inference:
         like = given[0][1]
         leading = (*torch.broadcast_shapes(*(table.shape[:lead] for _, table in given)), part.size)
         bounded = [(scope, table.clamp(min=_BARRED)) for scope, table in given]
-        q = {v: like.new_full((*leading, self.sizes[v]), 1 / self.sizes[v]) for v in variables}
+        # Not quite even: nodes that zeros tie to each other would have no way to decide for one state.
+        q = {v: (-0.01 * torch.arange(self.sizes[v]).to(like)).softmax(-1).expand(*leading, -1) for v in variables}
         if warm is not None:
             q = {v: value.to(like) for v, value in zip(variables, warm, strict=True)}
         best: Tensor | None = None

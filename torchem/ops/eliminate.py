@@ -74,6 +74,7 @@ def aligned(table: Tensor, scope: Scope, target: Scope) -> Tensor:
     """A table ``[…, *scope]`` as ``[…, *target]``, of size one along the variables that it does not run over.
 
     Example:
+        >>> import torch
         >>> aligned(torch.zeros(5, 2, 3), (1, 0), (0, 1, 2)).shape
         torch.Size([5, 3, 2, 1])
     """
@@ -103,6 +104,7 @@ def log_sum(
     Source: R. Dechter (1999), section 3; Koller and Friedman (2009), algorithm 9.1.
 
     Example:
+        >>> import torch
         >>> p, q = torch.tensor([0.2, 0.8]), torch.tensor([[0.5, 0.5], [0.1, 0.9]])
         >>> log_sum([((0,), p.log()), ((0, 1), q.log())], [0, 1]).exp()
         tensor(1.)
