@@ -21,6 +21,7 @@ from torchem.models import (
     GaussianMixture,
     LinearGaussianStateSpace,
     Mixture,
+    SwitchingLinearDynamics,
 )
 from torchem.result import Progress, Result
 from torchem.search import perturb, split_merge
@@ -57,6 +58,7 @@ __all__ = [
     "Result",
     "Stats",
     "Stochastic",
+    "SwitchingLinearDynamics",
     "Trainer",
     "Variational",
     "criteria",

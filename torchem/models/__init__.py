@@ -5,6 +5,7 @@ from torchem.models.factorial_hmm import FactorialHMM
 from torchem.models.hmm import HMM, GaussianHMM
 from torchem.models.mixture import GaussianMixture, Mixture
 from torchem.models.state_space import LinearGaussianStateSpace
+from torchem.models.switching import SwitchingLinearDynamics
 
 __all__ = [
     "HMM",
@@ -14,4 +15,5 @@ __all__ = [
     "GaussianMixture",
     "LinearGaussianStateSpace",
     "Mixture",
+    "SwitchingLinearDynamics",
 ]
