@@ -39,4 +39,43 @@ def state_space() -> Any:
     return fig
 
 
-MODELS: dict[str, Callable[[], Any]] = {"state-space": state_space}
+def turning() -> tuple[torchem.SwitchingLinearDynamics, torch.Tensor, torch.Tensor]:
+    """A walker that turns to the left or to the right, where, and how."""
+    truth = torchem.SwitchingLinearDynamics(2, 2, 2).double()
+    turn = torch.tensor([0.6, -0.25]).double()
+    rows = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1)
+    truth.dynamics = 0.97 * rows.view(2, 2, 2)
+    truth.dynamics_covariances = 0.05 * torch.eye(2).expand(2, 2, 2)
+    truth.observation_covariance = 0.05 * torch.eye(2)
+    truth.transition_matrix = [[0.96, 0.04], [0.04, 0.96]]
+    x, (_, path) = truth.sample(8, 120, latents=True, generator=torch.Generator().manual_seed(2))
+    return truth, x, path
+
+
+def switching() -> Any:
+    """One column of a sequence with its smoothed level, and what is known of its regime."""
+    import matplotlib.pyplot as plt
+
+    _, x, path = turning()
+    model = torchem.SwitchingLinearDynamics(2, 2, 2).double()
+    torchem.fit(model, x, restarts=2, max_iter=40, tol=1e-4, seed=0, progress=False)
+    with torch.no_grad():
+        level, q = model.smooth(x[:1]), model.posterior(x[:1]).regimes[0]
+        same = (model.most_likely(x) == path).double().mean() > 0.5
+    q = q if same else q.flip(-1)
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.6), height_ratios=[3, 1], layout="constrained", sharex=True)
+    at, mean, spread = torch.arange(120), level.mean[0, :, 0], 1.645 * level.stddev[0, :, 0]
+    top.fill_between(at, mean - spread, mean + spread, color=GREY, alpha=0.25, linewidth=0)
+    top.plot(at, mean, color=GREY, linewidth=1)
+    for k, (colour, name) in enumerate(((BLUE, "turning left"), (ORANGE, "turning right"))):
+        own = q.argmax(-1) == k
+        top.plot(at[own], x[0, own, 0], "o", color=colour, markersize=4, markeredgewidth=0, label=name)
+    top.set(ylabel="first column", xlim=(-1, 120))
+    top.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.14))
+    bottom.fill_between(at, q[:, 1], color=ORANGE, alpha=0.35, linewidth=0)
+    bottom.step(at, path[0].double(), color=GREY, linewidth=1.2, where="mid")
+    bottom.set(xlabel="frame", ylabel="P(right)", ylim=(-0.04, 1.04))
+    return fig
+
+
+MODELS: dict[str, Callable[[], Any]] = {"state-space": state_space, "switching": switching}

@@ -184,6 +184,13 @@ def series() -> dict[str, Any]:
     return {"data": truth.sample(10, 12, generator=rng())}
 
 
+def turns() -> dict[str, Any]:
+    truth = torchem.SwitchingLinearDynamics(2, 1, 2).double()
+    truth.dynamics, truth.loadings = [[[0.95]], [[-0.9]]], [[1.0], [-0.5]]
+    truth.transition_matrix = [[0.9, 0.1], [0.1, 0.9]]
+    return {"data": truth.sample(10, 6, generator=rng())}
+
+
 def amortized() -> torchem.AmortizedModel:
     torch.manual_seed(0)
     return torchem.AmortizedModel(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), 1, steps=2)
@@ -300,6 +307,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "Bayesian network": (causes, effects),
     "conditional Gaussian network": (measured, measurements),
     "variational network": (lambda: torchem.variational(causes()), effects),
+    "switching dynamics": (lambda: torchem.SwitchingLinearDynamics(2, 1, 2), turns),
     "amortized model": (amortized, points),
     "gradient mixture": (climbed, points),
     "neural HMM": (lambda: torchem.HMM(Categorical(2), Categorical(2, 2), network(2)), sequences),
@@ -330,11 +338,12 @@ REFUSED = {
     ("amortized model", "squarem"): "map to extrapolate",
     ("amortized model", "anderson"): "map to extrapolate",
     **{
-        (f"{kind}state space", mode): why
-        for kind in ("", "variational ")
+        (kind, mode): why
+        for kind in ("state space", "variational state space", "switching dynamics")
         for mode, why in (("hard", "configurations"), ("sampled", "configurations"), ("annealed", "temperature"))
     },
     ("variational state space", "direct"): "a bound on it",
+    ("switching dynamics", "direct"): "a bound on it",
     ("neural HMM", "squarem"): "map to extrapolate",
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",
@@ -380,7 +389,7 @@ def test_the_grid(model: str, mode: str) -> None:
         assert result.bound > result.history[0]
     if not MODES[mode][1]:
         # Rounding of float64; the inner ascents of approximate posteriors end at their tolerance.
-        slack = 1e-6 if model in ("factorial HMM", "amortized model") else 1e-9
+        slack = 1e-6 if model in ("factorial HMM", "amortized model", "switching dynamics") else 1e-9
         for before, after in itertools.pairwise(result.history):
             assert after >= before - slack * (1 + abs(before))
     assert_bound_is_the_objective(result, given, mode)

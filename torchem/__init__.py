@@ -25,6 +25,7 @@ from torchem.models import (
     GaussianMixture,
     LinearGaussianStateSpace,
     Mixture,
+    SwitchingLinearDynamics,
 )
 from torchem.result import Progress, Result
 from torchem.search import perturb, split_merge
@@ -65,6 +66,7 @@ __all__ = [
     "Result",
     "Stats",
     "Stochastic",
+    "SwitchingLinearDynamics",
     "Trainer",
     "Variational",
     "criteria",

@@ -31,6 +31,7 @@ from torchem.models import (
     GaussianMixture,
     LinearGaussianStateSpace,
     Mixture,
+    SwitchingLinearDynamics,
 )
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
@@ -723,7 +724,7 @@ def _networks() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
 
 #: Models whose bound is not the log-likelihood, or whose latents are continuous: not all laws are theirs, and those
 #: that are stand in tests/models.
-APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM, LinearGaussianStateSpace}
+APPROXIMATE: set[type] = {AmortizedModel, FactorialHMM, LinearGaussianStateSpace, SwitchingLinearDynamics}
 
 
 def _model_examples() -> Iterator[tuple[str, Callable[[], ModelCase]]]:

@@ -324,6 +324,32 @@ def test_blocks_of_time_equal_the_sequential_recursion(square_root: bool, blocks
         close(kalman.filtered(chain, square_root, blocks).predicted_mean, plain.filtered.predicted_mean)
 
 
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_compiled_loops_equal_the_steps_in_torch(lead: tuple[int, ...]) -> None:
+    """Where derivatives are followed torch takes the steps; elsewhere, on CPU, loops that are compiled."""
+    pytest.importorskip("numba")
+    several = chain_of(t=7)
+    shared = kalman.GaussMarkov(
+        several.mean.expand(*lead, 2), several.covariance.expand(*lead, 2, 2), 0.6 * randn(*lead, 1, 1, 2, 2, seed=19),
+        covariance(2, 15).expand(*lead, 1, 1, 2, 2), several.information[:2], several.linear.expand(*lead, 3, 7, 2),
+        which=torch.tensor([1, 0, 1]),
+    )  # fmt: skip
+    for chain in (several, shared):
+        with torch.no_grad():
+            loops = kalman.smoothed(chain)
+        followed = replace(
+            chain, linear=chain.linear.clone().requires_grad_(), mean=chain.mean.clone().requires_grad_()
+        )
+        followed = replace(followed, covariance=chain.covariance.clone().requires_grad_())
+        steps = kalman.smoothed(followed, blocks=1)
+        for name in ("mean", "covariance", "cross"):
+            close(getattr(loops, name), getattr(steps, name).detach(), rtol=1e-11, atol=1e-12)
+        close(loops.filtered.log_weight, steps.filtered.log_weight.detach(), rtol=1e-10)
+        # Bit for bit the same each time.
+        with torch.no_grad():
+            assert torch.equal(kalman.smoothed(chain).mean, loops.mean)
+
+
 def test_long_series_are_cut_by_their_shape_alone() -> None:
     """What the filter chooses for a long series is what it gives in one piece."""
     model = model_of(2, 3)

@@ -8,6 +8,7 @@ from torchem.models.hmm import HMM, GaussianHMM
 from torchem.models.hsmm import HSMM, GaussianHSMM
 from torchem.models.mixture import GaussianMixture, Mixture
 from torchem.models.state_space import LinearGaussianStateSpace
+from torchem.models.switching import SwitchingLinearDynamics
 
 __all__ = [
     "AmortizedModel",
@@ -21,4 +22,5 @@ __all__ = [
     "HSMM",
     "LinearGaussianStateSpace",
     "Mixture",
+    "SwitchingLinearDynamics",
 ]

@@ -1,4 +1,4 @@
-"""What models of normal states that follow each other share: views, starts, and data as a Gauss–Markov chain."""
+"""What models of normal states that follow each other have in common: views, starts, data as a Gauss–Markov chain."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +186,13 @@ class GaussMarkovModel(LatentModel):
     @observation_covariance.setter
     def observation_covariance(self, value: Any) -> None:
         self._set_covariance("observation", "observation_covariance", value)
+
+    def n_parameters(self) -> int:
+        """Number of free parameters, less those that a change of the state's basis makes up for."""
+        k = self.n_latents
+        idle = {"full": k * k, "diag": k, "spherical": k * (k - 1) // 2 + 1}[self.dynamics_covariance_type]
+        kept = any(f.unwrapped.frozen(name) is not None for f in self.factors() for name in f.unwrapped.views.values())
+        return super().n_parameters() - (0 if kept else idle)
 
     # ---- potentials and data ------------------------------------------------------------------------------------
 
@@ -457,11 +464,12 @@ def between(value: Tensor, steps: int = 2) -> Tensor:
 class Plan:
     """A piece of data as potentials of a Gauss–Markov chain, and what becomes of the chain's posterior.
 
-    Sequences of one length that miss the same entries form a group, whose covariances are the same.
+    Sequences of one length that miss the same entries form a group, whose covariances are the same; unless each is
+    ``alone``, for reasons of its own.
     """
 
-    def __init__(self, batch: Batch, first: Law, move: Law, seen: Law, dtype: torch.dtype):
-        self.batch, self.first, self.move, self.seen = batch, first, move, seen
+    def __init__(self, batch: Batch, first: Law, move: Law, seen: Law, dtype: torch.dtype, alone: bool = False):
+        self.batch, self.first, self.move, self.seen, self.alone = batch, first, move, seen, alone
         self.x = batch.x.to(dtype)
         self.u = None if batch.u is None else batch.u.to(dtype)
         self.inside = batch.frames_mask()
@@ -481,7 +489,7 @@ class Plan:
             return
         inside = torch.ones(n, t, dtype=torch.bool, device=self.x.device) if self.inside is None else self.inside
         known = inside.unsqueeze(-1) & ~self.x.isnan() if self.gappy else None
-        if not lookable():
+        if self.alone or not lookable():
             self.valid, self.known = None if self.inside is None else inside, known
             return
         key = inside if known is None else torch.cat([inside, known.flatten(1)], -1)
@@ -572,7 +580,7 @@ class Plan:
         """Potentials with what unsure coefficients take off: −½ (z, u)ᵀ V (z, u) of each regression."""
         frames, k = self.x.shape[1], self.latents
         for law, group, own, ahead in (
-            (self.seen, some, self.some, 0), (self.move, self._goes_on(self.valid), self._goes_on(self.inside), 1),
+            (self.seen, some, self.some, 0), (self.move, self.goes_on(self.valid), self.goes_on(self.inside), 1),
         ):  # fmt: skip
             if law.penalty is None:
                 continue
@@ -585,7 +593,7 @@ class Plan:
                 linear = linear - self._where(own, u @ law.penalty[..., k:, :k].unsqueeze(-3), 1)
         return half, linear
 
-    def _goes_on(self, inside: Tensor | None) -> Tensor:
+    def goes_on(self, inside: Tensor | None) -> Tensor:
         """``[… or 1, T]`` Boolean, True where another frame follows."""
         frames = self.x.shape[1]
         if inside is None:
@@ -601,7 +609,7 @@ class Plan:
         z = found.mean.transpose(-3, -2)
         value = self._height(z) + found.log_weight.transpose(-2, -1)
         if self.move.penalty is not None:
-            steps = self._goes_on(self.inside)
+            steps = self.goes_on(self.inside)
             u = None if self.u is None else torch.cat([self.u[:, 1:], self.u[:, :1]], 1)
             value = value + self._where(steps, self._taken_off(self.move, z, u), 0)
         steps = self.batch.frames().to(torch.float64) - 1

@@ -211,13 +211,6 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         else:
             factor.freeze("weight", mask=kept.unsqueeze(0))
 
-    def n_parameters(self) -> int:
-        """Number of free parameters, less those that a change of the state's basis makes up for."""
-        k = self.n_latents
-        idle = {"full": k * k, "diag": k, "spherical": k * (k - 1) // 2 + 1}[self.dynamics_covariance_type]
-        kept = any(f.unwrapped.frozen(name) is not None for f in self.factors() for name in f.unwrapped.views.values())
-        return super().n_parameters() - (0 if kept else idle)
-
     # ---- potentials -------------------------------------------------------------------------------------------
 
     def _plan(self, batch: Batch, certain: bool = False) -> "Plan":

@@ -161,6 +161,18 @@ def kalman_blocks(groups: int, frames: int, latents: int, device: torch.device) 
 
 
 @cache
+def _numba_kalman() -> ModuleType | None:
+    return (
+        import_module("torchem.ops.numba_.kalman") if find_spec("numba") and find_spec("torchem.ops.numba_") else None
+    )
+
+
+def compiled_kalman(device: torch.device) -> ModuleType | None:
+    """The compiled recursions of Gauss–Markov chains on a device, where there are any: numba's on CPU."""
+    return _numba_kalman() if device.type == "cpu" else None
+
+
+@cache
 def _numba_chain() -> ModuleType | None:
     return import_module("torchem.ops.numba_.chain") if find_spec("numba") and find_spec("torchem.ops.numba_") else None
 

@@ -32,12 +32,14 @@ S. Särkkä, Á. F. García-Fernández (2021), section III for the maps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchem.ops import linalg
-from torchem.ops.dispatch import kalman_blocks
+from torchem.ops.dispatch import compiled_kalman, kalman_blocks
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def filtered(chain: GaussMarkov, square_root: bool = False, blocks: int | None =
         torch.Size([5, 1, 1])
     """
     t = chain.frames
-    blocks = _blocks(chain) if blocks is None else blocks
+    blocks = _blocks(chain, square_root) if blocks is None else blocks
     root, inner, factor = _riccati(chain, square_root, blocks)
     covariance = inner.mT @ inner
     kept = torch.eye(covariance.shape[-1]).to(covariance) - covariance @ chain.every("information")
@@ -184,7 +186,8 @@ def filtered(chain: GaussMarkov, square_root: bool = False, blocks: int | None =
         shift = torch.where(chain.by_sequence(chain.valid, 0).mT.unsqueeze(-1), shift, 0.0)
     first = chain.mean.unsqueeze(-2)
     first = chain.applied(kept[..., 0, :, :, :], first.expand_as(pull[..., 0, :, :])) + pull[..., 0, :, :]
-    mean = _recursion(first, _frames(step, 1, t), shift[..., 1:, :, :], chain.applied, blocks, 2)
+    which = chain.which if step.shape[-3] > 1 else None
+    mean = _recursion(first, _frames(step, 1, t), shift[..., 1:, :, :], chain.applied, blocks, 2, which)
     ahead = chain.applied(_frames(chain.every("dynamics"), 1, t), mean[..., :-1, :, :])
     if chain.drift is not None:
         ahead = ahead + chain.drift.transpose(-3, -2)[..., 1:, :, :]
@@ -217,7 +220,7 @@ def smoothed(chain: GaussMarkov, square_root: bool = False, blocks: int | None =
     """
     found = filtered(chain, square_root, blocks)
     t = chain.frames
-    blocks = _blocks(chain) if blocks is None else blocks
+    blocks = _blocks(chain, square_root) if blocks is None else blocks
     if t == 1:
         return Smoothed(found, found.mean, found.covariance, found.covariance[..., :0, :, :, :])
     dynamics, noise = (_frames(chain.every(name), 1, t) for name in ("dynamics", "noise"))
@@ -232,14 +235,36 @@ def smoothed(chain: GaussMarkov, square_root: bool = False, blocks: int | None =
         gain, left = torch.where(goes_on, gain, 0.0), torch.where(goes_on, left, before)
         there = chain.by_sequence(chain.valid[:, 1:], 0).mT.unsqueeze(-1)
         shift = torch.where(there, shift, found.mean[..., :-1, :, :])
-    mean = _recursion(found.mean[..., -1, :, :], gain.flip(-4), shift.flip(-3), chain.applied, blocks, 2).flip(-3)
+    which = chain.which if gain.shape[-3] > 1 else None
+    mean = _recursion(found.mean[..., -1, :, :], gain.flip(-4), shift.flip(-3), chain.applied, blocks, 2, which).flip(
+        -3
+    )
     last = found.covariance[..., -1, :, :, :]
     covariance = _recursion(last, gain.flip(-4), left.flip(-4), _congruence, blocks, 3).flip(-4)
     return Smoothed(found, mean, covariance, covariance[..., 1:, :, :, :] @ gain.mT)
 
 
-def _blocks(chain: GaussMarkov) -> int:
-    """Blocks of time for a chain, by its shape."""
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    """Compiled recursions, where there are some for these tensors: nothing follows their derivatives."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return None
+    followed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return None if followed else compiled_kalman(tensors[0].device)
+
+
+def _numbers(value: Tensor, lead: torch.Size, event: int) -> Any:
+    """A tensor with one leading axis in place of ``lead``, as an array."""
+    value = value.detach().expand(*lead, *value.shape[value.dim() - event :])
+    return value.reshape(-1, *value.shape[value.dim() - event :]).contiguous().numpy()
+
+
+def _blocks(chain: GaussMarkov, square_root: bool = False) -> int:
+    """Blocks of time for a chain, by its shape; one where loops are compiled, whose steps cost next to nothing."""
+    given = (value for value in vars(chain).values() if isinstance(value, Tensor))
+    if not square_root and _kernels(*given) is not None:
+        return 1
     groups = max(
         chain.information.shape[-4], chain.dynamics.shape[-4], 1 if chain.valid is None else chain.valid.shape[0]
     )
@@ -343,6 +368,10 @@ def _riccati(chain: GaussMarkov, square_root: bool, blocks: int) -> tuple[Tensor
 
 
 def _sequential(steps: _Steps, frames: int, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    parts = root, steps.dynamics, steps.noise, steps.node
+    kernels = _kernels(*parts)
+    if kernels is not None and not steps.square_root and not steps.resting:
+        return _compiled(kernels, steps, frames, root)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(frames):
         inner, factor = steps.update(root, t)
@@ -351,6 +380,20 @@ def _sequential(steps: _Steps, frames: int, root: Tensor) -> tuple[Tensor, Tenso
             root = steps.predict(inner, t + 1)
     roots, inners, factors = zip(*found, strict=True)
     return torch.stack(roots, -4), torch.stack(inners, -4), torch.stack(factors, -4)
+
+
+def _compiled(kernels: ModuleType, steps: _Steps, frames: int, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_sequential` by compiled loops."""
+    lead = root.shape[:-2]
+    # Matrices that all groups, or all replicas, share are those of each.
+    parts = [_numbers(value.expand(*lead, *value.shape[-3:]), lead, 3)
+             for value in (steps.dynamics, steps.noise, steps.node)]  # fmt: skip
+    valid = steps.chain.valid
+    inside = torch.empty(0, 0, dtype=torch.bool) if valid is None else valid.expand(*lead, frames).reshape(-1, frames)
+    found = [root.new_empty(frames, lead.numel(), *root.shape[-2:]) for _ in range(3)]
+    kernels.riccati(_numbers(root, lead, 2), *parts, inside.numpy(), *(value.numpy() for value in found))
+    a, b, c = (value.unflatten(1, lead).movedim(0, len(lead) - 1) for value in found)
+    return a, b, c
 
 
 # ---- blocks of time -----------------------------------------------------------------------------------------------
@@ -429,7 +472,13 @@ def _boundaries(steps: _Steps, first: Tensor, blocks: int) -> Tensor:
 
 
 def _recursion(
-    first: Tensor, step: Tensor, shift: Tensor, act: Callable[[Tensor, Tensor], Tensor], blocks: int, event: int
+    first: Tensor,
+    step: Tensor,
+    shift: Tensor,
+    act: Callable[[Tensor, Tensor], Tensor],
+    blocks: int,
+    event: int,
+    which: Tensor | None = None,
 ) -> Tensor:
     """x_t = F_t · x_{t−1} + k_t from ``first``, which stands before them, ``[*r, T + 1, …]``.
 
@@ -440,7 +489,11 @@ def _recursion(
         act: How a step acts on a state.
         blocks: Blocks of time.
         event: Number of axes of a state.
+        which: ``[N]`` group of each sequence, where states are of sequences.
     """
+    kernels = _kernels(first, step, shift)
+    if kernels is not None and blocks == 1:
+        return _looped(kernels, first, step, shift, which, event)
     if blocks == 1 or shift.shape[-event - 1] < blocks:
         state, out = first, [first]
         for t in range(shift.shape[-event - 1]):
@@ -468,6 +521,24 @@ def _recursion(
         out.append(state)
     found = torch.stack(out, -event - 1).flatten(-event - 2, -event - 1)
     return torch.cat([first.unsqueeze(-event - 1), found.narrow(found.dim() - event - 1, 0, whole)], -event - 1)
+
+
+def _looped(
+    kernels: ModuleType, first: Tensor, step: Tensor, shift: Tensor, which: Tensor | None, event: int
+) -> Tensor:
+    """`_recursion` by compiled loops."""
+    lead = torch.broadcast_shapes(shift.shape[: -event - 1], first.shape[:-event], step.shape[:-4])
+    own = [_numbers(value, lead, axes) for value, axes in ((step, 4), (shift, event + 1), (first, event))]
+    frames = shift.shape[-event - 1]
+    out = first.new_empty(lead.numel(), frames + 1, *first.shape[-event:])
+    if event == 3:
+        kernels.congruent(*own, out.numpy())
+    else:
+        n = first.shape[-2]
+        if which is None:
+            which = torch.arange(n) if step.shape[-3] > 1 else torch.zeros(n, dtype=torch.long)
+        kernels.affine(*own, which.numpy(), out.numpy())
+    return out.unflatten(0, lead) if lead else out[0]
 
 
 def _congruence(matrix: Tensor, state: Tensor) -> Tensor:
