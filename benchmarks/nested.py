@@ -62,4 +62,4 @@ def chains(options: argparse.Namespace, sizes: tuple[int, int, int, int] | None 
 
 
 #: Parts of the suite, by name.
-PARTS: dict[str, Callable[..., list[dict]]] = {"mixture of chains": chains}
+PARTS: dict[str, Callable[..., list[dict]]] = {"nested": chains}

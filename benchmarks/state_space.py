@@ -137,4 +137,4 @@ def scan(options: argparse.Namespace, sizes: tuple[int, int, int] | None = None)
     return [{"what": "scan", "sizes": [t, latents, observed], "seconds": times, "ratios": ratios, "goal": 3.0}]
 
 
-PARTS = {"em": em, "scan": scan}
+PARTS = {"kalman": em, "scan": scan}

@@ -5,6 +5,7 @@
     python scripts/benchmark.py hmm [--rounds 5] [--quick] [--part iteration decode gradient memory time] [--json PATH]
     python scripts/benchmark.py modes [--rounds 5] [--quick] [--part online file restarts variational tradeoffs]
     python scripts/benchmark.py models [--rounds 5] [--quick] [--part missing counts experts student]
+    python scripts/benchmark.py structured [--rounds 5] [--quick] [--part network kalman scan semi_markov …]
 
 Prints median times, their ratio to the peer's (median and range over rounds), the share of the machine's
 matrix-product rate that an E-step reaches, and the peak of extra memory. `modes` holds the ways to run EM against each
@@ -29,6 +30,7 @@ PARTS = {
     "hmm": ["iteration", "decode", "gradient", "memory", "time"],
     "modes": ["online", "file", "restarts", "variational", "tradeoffs"],
     "models": ["missing", "counts", "experts", "student"],
+    "structured": ["network", "kalman", "scan", "semi_markov", "semi_markov_fit", "factor_analysis", "nested"],
 }
 
 
@@ -36,7 +38,7 @@ def machine(device: str) -> dict:
     """What the figures were taken on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     packages = {}
-    for package in ("torch", "numpy", "numba", "scikit-learn", "hmmlearn", "jax", "dynamax"):
+    for package in ("torch", "numpy", "numba", "scikit-learn", "hmmlearn", "jax", "dynamax", "statsmodels", "pgmpy"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
