@@ -23,7 +23,7 @@ LAYERS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 #: Everything else may import the contracts but no family and no model by name ...
 GENERIC_BANS = ("factors", "models")
 #: ... save those that anything may be used by, and that nothing imports.
-TOP = ("layers", "sklearn", "plot", "cli")
+TOP = ("layers", "sklearn", "plot", "cli", "__main__")
 #: Parts of the top: reached from it alone.
 ABOVE = ("files", "runs", "images", "options", "tables", "result")
 
