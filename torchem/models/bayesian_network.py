@@ -703,7 +703,7 @@ class BayesianNetwork(DiscreteModel):
         return "kmeans" if any(hidden.intersection(leaf.parents) for leaf in self._leaves.values()) else "random"
 
     def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
-        self._seeds = [int(torch.randint(1 << 31, (), generator=generator)) for generator in generators]
+        self._seeds = [generator.initial_seed() % (1 << 62) for generator in generators]
 
     def _shares(self, v: int, n: int) -> Tensor:
         """Random responsibilities ``[*r, n, K]`` of a node that has a column without entries."""
