@@ -124,6 +124,11 @@ class LatentModel(nn.Module, ABC):
         tables = self.table_slots()
         return all(factor.handles_missing for slot, factor in self.slots() if slot not in tables)
 
+    @property
+    def absentable(self) -> int:
+        """How many of the first columns may have no entry at all."""
+        return 0
+
     def rows(self, batch: Batch) -> Batch:
         """The observations that starts and moments look at: rows, or the frames of sequences."""
         return batch

@@ -129,7 +129,7 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     assert chosen.model is not None and chosen.status is not None
     alignment = agreement = None
     # Latents that are not one discrete state have no names to align.
-    if len(runs) > 1 and isinstance(model, DiscreteModel) and model.labelled is not None:
+    if len(runs) > 1 and isinstance(model, DiscreteModel) and isinstance(model.labelled, int):
         models = [run.model for run in runs if run.model is not None]
         alignment, agreement = restarts.compare(models, best, survey.glance, n_states)
     dead, floored = _health(chosen)

@@ -279,7 +279,7 @@ class Trainer:
         keep_freed_memory()
         with torch.no_grad(), declared_precision(model.device):
             survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
-            _refuse_absent(survey)
+            _refuse_absent(survey, model.absentable)
             runs: list[Run] = []
             with fitting_threads(survey.rows * model.row_size() * len(groups[0]), model.device):
                 for group in groups:
@@ -328,15 +328,15 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def _refuse_absent(survey: Survey) -> None:
-    """Refuse data with a column of which nothing was seen.
+def _refuse_absent(survey: Survey, absentable: int) -> None:
+    """Refuse data with a column of which nothing was seen, but for the first that may be absent.
 
     Raises:
         InvalidArgument: Then.
     """
-    absent = survey.moments.weight == 0
+    absent = (survey.moments.weight == 0).reshape(-1)[absentable:]
     if bool(absent.any()):
-        column = int(absent.reshape(-1).nonzero()[0])
+        column = absentable + int(absent.nonzero()[0])
         raise invalid("data", "an observed entry in each column", f"none in column {column}", "drop that column")
 
 

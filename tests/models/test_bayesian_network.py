@@ -517,6 +517,20 @@ def test_incomplete_rows_and_hidden_columns_are_the_same() -> None:
     close_stats(hidden.e_step(hidden.batch(x, labels=labels)), shown.e_step(shown.batch(wide)))
 
 
+def test_a_column_without_entries_is_a_hidden_node() -> None:
+    truth = asia()
+    x = truth.sample(400, generator=rng(1))
+    wide = torch.cat([x[:, :1], torch.full((400, 1), torch.nan), x[:, 1:]], -1)
+    net = BayesianNetwork(truth.cardinalities, truth.edges).double()
+    result = fit(net, wide, max_iter=20, restarts=2)
+    assert len(set(result.restarts)) == 2
+    assert float((net.tables["xray"][0] - net.tables["xray"][1]).detach().abs().max()) > 0.01
+    even = BayesianNetwork(truth.cardinalities, truth.edges).double()
+    assert result.bound > fit(even, wide, init=None, max_iter=20).bound + 0.1
+    with pytest.raises(InvalidArgument, match="none in column 2"):
+        fit(with_leaves(), torch.tensor([[0.0, 1.0, torch.nan], [1.0, 0.5, torch.nan]]), max_iter=1)
+
+
 def test_uniform_tables_are_a_saddle_that_a_start_leaves() -> None:
     truth = asia()
     x = truth.sample(400, generator=rng(1))

@@ -125,6 +125,8 @@ class BayesianNetwork(DiscreteModel):
         }
         # Which replicas of those that a fit began with these are.
         self._lineage: tuple[int, ...] = (0,)
+        # What starts of nodes that are never seen are drawn from.
+        self._seeds = [0]
         self._owner = {self.conditionals.slot(name): v for name, v in self._number.items()}
         self._children = [[self._number[b] for a, b in self.edges if a == name] for name in names]
         self._tied = frozenset(self._number[p] for leaf in self._leaves.values() for p in leaf.parents)
@@ -155,6 +157,11 @@ class BayesianNetwork(DiscreteModel):
     def leaves(self) -> dict[str, tuple[tuple[str, ...], Factor]]:
         """Continuous leaves by name: their parents and factors."""
         return {name: (leaf.parents, self.conditionals[name]) for name, leaf in self._leaves.items()}
+
+    @property
+    def absentable(self) -> int:
+        """Every node's column: what is never seen is hidden."""
+        return len(self._columns)
 
     # Read often: not by way of all slots.
 
@@ -695,6 +702,17 @@ class BayesianNetwork(DiscreteModel):
         hidden = set(self.hidden)
         return "kmeans" if any(hidden.intersection(leaf.parents) for leaf in self._leaves.values()) else "random"
 
+    def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
+        self._seeds = [generator.initial_seed() % (1 << 62) for generator in generators]
+
+    def _shares(self, v: int, n: int) -> Tensor:
+        """Random responsibilities ``[*r, n, K]`` of a node that has a column without entries."""
+        draws = [torch.rand(n, self._sizes[v], generator=torch.Generator().manual_seed(seed + v), dtype=torch.float64)
+                 for seed in self._seeds]  # fmt: skip
+        shares = -torch.stack(draws).clamp(min=1e-300).log()
+        shares = (shares / shares.sum(-1, keepdim=True)).to(self.device)
+        return shares if self.replicas else shares[0]
+
     def initialize(self, batch: Batch, expected: Tensor) -> None:
         """First parameters from responsibilities ``[*r, N, ΣK_h]`` of the states of all hidden nodes in turn.
 
@@ -709,7 +727,11 @@ class BayesianNetwork(DiscreteModel):
             total = share.sum(-1, keepdim=True)
             share = torch.where(total > 0, share / total.clamp(min=1e-300), 1 / share.shape[-1])
             potentials[f"start.{v}"] = share.clamp(min=torch.finfo(torch.float64).tiny).log()
+        absent = [v for v in self._columns if bool((codes[:, v] < 0).all())]
+        potentials |= {f"start.{v}": self._shares(v, len(codes)).log() for v in absent}
         for v in self._columns:
+            if v in absent:
+                continue
             counts = torch.nn.functional.one_hot(codes[:, v].clamp(min=0), self._sizes[v])[codes[:, v] >= 0].sum(0)
             frequency = (counts + SMOOTH).to(torch.float64)
             potentials[f"start.{v}"] = (frequency / frequency.sum()).log().expand(*self.replicas, 1, -1)
@@ -729,18 +751,19 @@ class BayesianNetwork(DiscreteModel):
         for factor, slots in self.factors().items():
             if slots[0] in potentials:
                 counts = torch.stack([found[slot].squeeze(lead) for slot in slots]).sum(0)
-                new = factor.maximize(Stats(counts=self._parted(counts, self._scopes[slots[0]])))
+                new = factor.maximize(Stats(counts=self._parted(counts, self._scopes[slots[0]], absent)))
             else:
                 new = self._started(factor, slots[0], found[slots[0]], batch)
             values |= {f"{slots[0]}.{name}": value for name, value in new.items()}
         self.assign(values)
 
-    def _parted(self, counts: Tensor, scope: Scope) -> Tensor:
+    def _parted(self, counts: Tensor, scope: Scope, absent: Sequence[int] = ()) -> Tensor:
         """Counts of a table with a little of all in each cell, and what hidden nodes tell apart scaled up."""
         lead = len(self.replicas)
         counts = counts + SMOOTH * counts.mean(-1, keepdim=True).clamp(min=SMOOTH)
-        hidden = [i for i, v in enumerate(scope[:-1]) if v in self._latent]
-        if scope[-1] in self._latent:
+        unseen = {*self._latent, *absent}
+        hidden = [i for i, v in enumerate(scope[:-1]) if v in unseen]
+        if scope[-1] in unseen:
             hidden = list(range(len(scope) - 1))
         if not hidden:
             return counts
