@@ -18,7 +18,7 @@ from torchem.batch import Batch
 from torchem.errors import InvalidArgument, InvalidType
 from torchem.factors import Bernoulli, Categorical, Gaussian, LinearGaussian, SoftmaxRegression
 from torchem.models import HMM, FactorialHMM, GaussianHMM, GaussianMixture, Mixture
-from torchem.models.nested import Copies, Several
+from torchem.models.nested import Copies, Several, described
 
 K, S, D = 2, 2, 2
 LENGTHS = torch.tensor([4, 1, 3, 4, 2, 4])
@@ -379,6 +379,19 @@ def test_sequences_are_clustered_by_their_dynamics() -> None:
     y, z = model.sample(6, 9, latents=True, generator=rng(0))
     assert y.shape == (6, 9, 1)
     assert z.shape == (6,)
+
+
+def test_starts_look_at_what_the_halves_of_sequences_agree_about() -> None:
+    """Means of chains that differ in their steps alone are noise; categories have indicators."""
+    x, truth = two_ways()
+    found = described(Batch(x), [False])
+    assert found.shape == (40, 2)  # of mean, spread and correlation
+    found = found[:, 1]
+    gap = (found[truth == 0].mean() - found[truth == 1].mean()).abs()
+    assert float(gap) > 3 * float(torch.stack([found[truth == k].std() for k in (0, 1)]).max())
+    names = described(Batch((x > 0).double()), [True])
+    assert names.shape[1] < 6
+    assert described(Batch(torch.ones(5, 1, 1)), [False]).shape == (5, 3)
 
 
 def test_some_labels_name_the_clusters() -> None:

@@ -22,6 +22,10 @@ from torchem.stats import Stats
 _STEPS = 5
 #: Iterations of k-means that tell the states of the components apart at the start.
 _LLOYD = 20
+#: How far the halves of sequences must agree about a feature, beside the one they agree about most.
+_RELIABLE = 0.5
+#: Rows that clusters of states are found in, at most.
+_ROWS = 4096
 #: Share of the rows that states begin with beyond their own.
 _BLUR = 0.01
 #: Categories of a column up to which its indicators describe a sequence.
@@ -83,8 +87,8 @@ class Models(Composite):
 
     @property
     def default_init(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """By clusters of rows; of sequences by a few of them that differ, for what describes them is noisy."""
-        return "kmeans++" if self.sequential else "kmeans"
+        """By clusters of rows, or of what describes sequences."""
+        return "kmeans"
 
     @property
     def averages(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -478,7 +482,7 @@ class Copies(Models):
         return which
 
     def _begin(self, batch: Batch, expected: Tensor) -> None:
-        begin(self.model, batch, expected.mT, self.replicas)
+        begin(self.model, batch, expected.mT)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
@@ -632,7 +636,7 @@ class Several(Models):
 
     def _begin(self, batch: Batch, expected: Tensor) -> None:
         for model, own in zip(self._models, expected.unbind(-1), strict=True):
-            begin(model, batch, own, self.replicas)
+            begin(model, batch, own)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
@@ -647,10 +651,10 @@ class Several(Models):
 # ---- starts -------------------------------------------------------------------------------------------------------
 
 
-def begin(model: LatentModel, batch: Batch, weight: Tensor, lead: tuple[int, ...]) -> None:
-    """First parameters of a model from observations of some ``weight [*r, …, n]``, in place.
+def begin(model: LatentModel, batch: Batch, weight: Tensor) -> None:
+    """First parameters of a model from observations of some ``weight [*r, n]``, in place.
 
-    Its states begin at clusters of rows (frames), which all components of one restart have in common.
+    The states of each replica begin at clusters of its own rows (frames).
     """
     units = inside(batch)
     # Numbers of the observations travel along with their rows, as weights, which every row keeps.
@@ -658,30 +662,37 @@ def begin(model: LatentModel, batch: Batch, weight: Tensor, lead: tuple[int, ...
     rows = numbered if model.whole else model.rows(numbered)
     assert rows.weight is not None
     mass, rows = weight[..., rows.weight.long()], replace(rows, weight=None)
-    size, count = getattr(model, "n_components", 1), math.prod(lead)
-    landmarks = model.landmarks(rows)
-    shares = torch.stack([_shares(landmarks, size, model.default_init, r) for r in range(count)])
-    ones = [1] * (weight.dim() - 1 - len(lead))
-    shares = shares.reshape(*lead, *ones, *shares.shape[1:]).to(mass)
+    size, landmarks = getattr(model, "n_components", 1), model.landmarks(rows)
+    each = mass.reshape(-1, mass.shape[-1])
+    shares = torch.stack([_shares(landmarks, own, size, model.default_init, r) for r, own in enumerate(each)])
+    shares = shares.reshape(*mass.shape, size).to(mass)
     model.initialize(model.cast(rows), (mass.unsqueeze(-1) * shares).to(model.dtype))
 
 
-def _shares(x: Tensor, size: int, method: str, seed: int) -> Tensor:
-    """Shares ``[n, S]`` of states in rows: of clusters, or random ones."""
+def _shares(x: Tensor, weight: Tensor, size: int, method: str, seed: int) -> Tensor:
+    """Shares ``[n, S]`` of states in rows of some weight: of clusters, or random ones."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(len(x), size, generator=generator, dtype=torch.float64).to(x.device)
-    if method == "kmeans" and 1 < size <= len(x):
-        points = _standardized(x)
-        seeds = kmeans.seed(points, size, [generator])
-        labels = kmeans.lloyd(points, points[seeds], _LLOYD)[0]
-        share = nn.functional.one_hot(labels, size) + _BLUR * share
+    weight = weight.detach().to(torch.float64)
+    known = (weight > 0).nonzero()[:, 0]
+    if method == "kmeans" and 1 < size <= len(known):
+        some = known[torch.randperm(len(known), generator=generator)[:_ROWS].to(known.device)]
+        points, mass = _standardized(x), weight[some]
+        seeds = kmeans.seed(points[some], size, [generator], mass)
+        labels = kmeans.lloyd(points[some], points[some][seeds], _LLOYD, mass)[0]
+        hot = nn.functional.one_hot(labels, size).to(points) * mass.unsqueeze(-1)
+        total = hot.sum(0).unsqueeze(-1)
+        centers = torch.where(total > 0, (hot.mT @ points[some]) / total.clamp(min=1e-300), points[some][seeds[0]])
+        nearest = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+        share = nn.functional.one_hot(nearest, size) + _BLUR * share
     return share / share.sum(-1, keepdim=True)
 
 
 def described(batch: Batch, nominal: list[bool]) -> Tensor:
-    """What starts compare sequences by: mean, spread and lag-one covariance of each column, ``[N, 3 D]``.
+    """What starts compare sequences by, ``[N, F]``: mean, spread and lag-one correlation of each column.
 
-    Columns of names are described by the indicators of their categories. Missing frames are left out.
+    Those alone on which the first and second halves of the sequences agree. Columns of names are described by the
+    indicators of their categories. Missing frames are left out.
     """
     x = batch.x.to(torch.float64)
     columns = []
@@ -697,16 +708,24 @@ def described(batch: Batch, nominal: list[bool]) -> Tensor:
     x = torch.cat(columns, -1)
     mask = batch.frames_mask()
     seen = ~x.isnan() if mask is None else ~x.isnan() & mask.unsqueeze(-1)
+    late = torch.arange(x.shape[1], device=x.device) >= (batch.frames() / 2).unsqueeze(-1)
+    found = _features(x, seen)
+    one, two = (_standardized(_features(x, seen & half.unsqueeze(-1))) for half in (late, ~late))
+    agreement = (one * two).mean(0)
+    # What the halves of a sequence do not agree about is noise.
+    return found[:, agreement >= _RELIABLE * agreement.max()] if bool(agreement.max() > 0) else found
+
+
+def _features(x: Tensor, seen: Tensor) -> Tensor:
+    """Mean, spread and lag-one correlation of the columns of ``x [N, T, F]``, of the entries that were seen."""
     x = torch.where(seen, x, 0.0)
     count = seen.sum(1).clamp(min=1)
     mean = x.sum(1) / count
     delta = torch.where(seen, x - mean.unsqueeze(1), 0.0)
-    scale = (delta.square().sum(1) / count).sqrt()
+    variance = delta.square().sum(1) / count
     pairs = (seen[:, 1:] & seen[:, :-1]).sum(1).clamp(min=1)
     lagged = (delta[:, 1:] * delta[:, :-1]).sum(1) / pairs
-    # A correlation, where there is a spread: the same in all units.
-    ratio = lagged / torch.where(scale > 0, scale.square(), 1.0)
-    return torch.cat([mean, scale, ratio], -1)
+    return torch.cat([mean, variance.sqrt(), lagged / torch.where(variance > 0, variance, 1.0)], -1)
 
 
 def _standardized(x: Tensor) -> Tensor:
