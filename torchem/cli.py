@@ -558,7 +558,7 @@ def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> d
         # Covariates have no law: those of the run are taken in turn.
         own = run.observations().inputs
         assert own is not None
-        given["inputs"] = torch.from_numpy(own[np.arange(length) % len(own)])
+        given["inputs"] = torch.from_numpy(own[np.arange(int(length or 100)) % len(own)])
     xs, zs = model.sample(config.sequences, length, latents=True, generator=generator, **given)
     table: dict[str, np.ndarray] = {}
     if config.sequences != 1:
