@@ -594,6 +594,25 @@ def test_frozen_coefficients_stay_and_the_rest_is_the_best_given_them() -> None:
     close(slopes[1].tril(), torch.zeros(1, 2, 2), atol=1e-7)
 
 
+def test_single_frames_and_no_sequences_at_all() -> None:
+    """What has no step has no moment of steps; what is empty adds nothing; of both ways to take steps."""
+    model = model_of(2, 3)
+    batch = data_of(model, n=4, t=1)
+    law = torch.distributions.MultivariateNormal(
+        model.loadings @ model.initial_mean,
+        model.loadings @ model.initial_covariance @ model.loadings.mT + model.observation_covariance,
+    )
+    for followed in (True, False):
+        with torch.set_grad_enabled(followed):
+            close(model.log_prob(batch), law.log_prob(batch.x[:, 0]))
+            stats = model.e_step(batch)
+            assert float(stats["transition"]["count"].detach()) == 0
+            close_stats(model.e_step(batch[:0]) + stats, stats)
+            close_stats(model.e_step(data_of(model, gaps=True)[:0]) + stats, stats)
+    result = torchem.fit(LinearGaussianStateSpace(2, 3).double(), batch, max_iter=500, tol=1e-3, seed=0, progress=False)
+    assert math.isfinite(result.bound)
+
+
 def test_unstable_dynamics_are_finite() -> None:
     """What explodes is legal as long as it is short; padding, where it would go on, is never computed."""
     model = model_of(2, 2)

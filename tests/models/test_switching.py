@@ -281,6 +281,17 @@ def test_float32_near_float64() -> None:
         assert all(leaf.dtype == torch.float64 for leaf in small.e_step(batch).leaves())
 
 
+def test_single_frames_and_no_sequences_at_all() -> None:
+    model = switching_of(m=1)
+    batch = Batch(randn(4, 1, 2, seed=14), u=randn(4, 1, 1, seed=15))
+    with torch.no_grad():
+        close(model.elbo(batch), model.log_prob(batch))
+        stats = model.e_step(batch)
+        assert (stats["transition"]["count"] == 0).all()
+        close_stats(model.e_step(batch[:0]) + stats, stats)
+        assert torch.equal(model.most_likely(batch), model.initial_probs.argmax().expand(4, 1))
+
+
 BAD = [
     (lambda: SwitchingLinearDynamics(0, 1, 1), r"^n_states: expected a whole number of at least 1, got 0"),
     (lambda: SwitchingLinearDynamics(2, 1, 1, tolerance=-1.0), r"^tolerance: "),

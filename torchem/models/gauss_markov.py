@@ -498,6 +498,11 @@ class Plan:
         self.valid = None if self.inside is None else unique[:, :t]
         self.known = None if known is None else unique[:, t:].unflatten(-1, (t, d))
 
+    @property
+    def even(self) -> bool:
+        """Whether every frame of every sequence was seen, and weighs one."""
+        return self.batch.weight is None and self.inside is None and not self.gappy
+
     def _by_sequence(self, value: Tensor) -> Tensor:
         """What groups have along the first axis, for each sequence."""
         return value.expand(len(self.x), *value.shape[1:]) if self.which is None else value[self.which]
@@ -654,21 +659,21 @@ class Plan:
         inside = torch.ones(n, t, dtype=torch.float64, device=self.x.device)
         inside = inside if self.inside is None else self.inside.to(inside)
         u = None if self.u is None else self.u.to(torch.float64).transpose(0, 1)
-        start = _Moments(self, weight, mean[..., :1, :, :], torch.ones_like(mean[..., :1, :, :1]), None)
+        start = _Moments(self, weight, mean[..., :1, :, :], torch.ones_like(mean[..., :1, :, :1]))
         start.spread(cov[..., :1, :, :, :], None, None)
         move = _Moments(self, weight * inside[:, 1:], mean[..., 1:, :, :],
-                        self.move.regressors(mean[..., :-1, :, :], None if u is None else u[1:]), None)  # fmt: skip
+                        self.move.regressors(mean[..., :-1, :, :], None if u is None else u[1:]))  # fmt: skip
         move.spread(cov[..., 1:, :, :, :], cross.mT, cov[..., :-1, :, :, :])
         some = inside if self.some is None else self.some.to(inside)
         x = self.x.to(torch.float64).transpose(0, 1)
         if self.known is None:
             x = x if self.inside is None else torch.where(self.inside.mT.unsqueeze(-1), x, 0.0)
-            see = _Moments(self, weight * some, x, self.seen.regressors(mean, u), mean)
+            see = _Moments(self, weight * some, x, self.seen.regressors(mean, u))
             see.spread(None, None, cov)
         else:
             gain, left = self._gains()
             filled = self._filled(mean.transpose(-3, -2), gain).transpose(-3, -2)
-            see = _Moments(self, weight * some, filled, self.seen.regressors(mean, u), mean)
+            see = _Moments(self, weight * some, filled, self.seen.regressors(mean, u))
             pull, rest = (v[..., self.index, :, :].transpose(-4, -3) for v in self._pulled(gain, left))
             follows = cov @ pull.mT
             see.spread(pull @ follows + rest, follows, cov)
@@ -713,16 +718,16 @@ class Plan:
 class _Moments:
     """Σ w E[…] of a child y and its covariates v: the products of their means, and then their covariances."""
 
-    def __init__(self, plan: Plan, weight: Tensor, y: Tensor, v: Tensor, z: Tensor | None):
+    def __init__(self, plan: Plan, weight: Tensor, y: Tensor, v: Tensor):
         self.plan, self.weight = plan, weight
         lead = torch.broadcast_shapes(y.shape[:-3], v.shape[:-3])
-        heavy = weight.mT.unsqueeze(-1)
-        # Rows of all frames and sequences one below the other.
-        y, hy, v, hv = (
-            value.expand(*lead, *value.shape[-3:]).flatten(-3, -2) for value in (y, heavy * y, v, heavy * v)
-        )
+        # Rows of all frames and sequences one below the other, and one product for all of their moments.
+        both = torch.cat([value.expand(*lead, *value.shape[-3:]) for value in (v, y)], -1)
+        heavy = both if plan.even else weight.mT.unsqueeze(-1) * both
+        product = heavy.flatten(-3, -2).mT @ both.flatten(-3, -2)
+        m = v.shape[-1]
         self.count = weight.sum().expand(lead)
-        self.yy, self.vy, self.vv = hy.mT @ y, hv.mT @ y, hv.mT @ v
+        self.yy, self.vy, self.vv = product[..., m:, m:], product[..., :m, m:], product[..., :m, :m]
 
     def _total(self, value: Tensor) -> Tensor:
         """Σ w of matrices ``[*r, T, G, A, B]`` of groups."""

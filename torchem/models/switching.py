@@ -343,8 +343,8 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     def _exact(self, piece: Batch) -> Tensor:
         n, t = piece.x.shape[:2]
-        paths = torch.cartesian_prod(*[torch.arange(self.n_states, device=piece.x.device)] * (t - 1))
-        paths = paths.reshape(-1, t - 1) if t > 1 else paths.new_zeros(1, 0)
+        each = [torch.arange(self.n_states, device=piece.x.device)] * (t - 1)
+        paths = torch.cartesian_prod(*each).reshape(-1, t - 1) if each else piece.x.new_zeros(1, 0, dtype=torch.long)
         values = []
         for some in paths.split(max(1, _AT_ONCE // max(1, n))):
             many = piece[torch.arange(n, device=piece.x.device).repeat(len(some))]

@@ -257,7 +257,7 @@ def _kernels(*tensors: Tensor) -> ModuleType | None:
 def _numbers(value: Tensor, lead: torch.Size, event: int) -> Any:
     """A tensor with one leading axis in place of ``lead``, as an array."""
     value = value.detach().expand(*lead, *value.shape[value.dim() - event :])
-    return value.reshape(-1, *value.shape[value.dim() - event :]).contiguous().numpy()
+    return value.reshape(lead.numel(), *value.shape[value.dim() - event :]).contiguous().numpy()
 
 
 def _blocks(chain: GaussMarkov, square_root: bool = False) -> int:

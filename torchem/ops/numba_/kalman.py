@@ -103,17 +103,17 @@ def affine(step, shift, first, which, out):
     """
     k = first.shape[-1]
     for r in range(shift.shape[0]):
-        for n in range(shift.shape[2]):
-            g = which[n]
-            for i in range(k):
-                out[r, 0, n, i] = first[r, n, i]
-            for t in range(shift.shape[1]):
-                matrix, before, now = step[r, t if step.shape[1] > 1 else 0, g], out[r, t, n], out[r, t + 1, n]
+        out[r, 0] = first[r]
+        # Frames outermost, as they lie in memory.
+        for t in range(shift.shape[1]):
+            matrices = step[r, t if step.shape[1] > 1 else 0]
+            for n in range(shift.shape[2]):
+                matrix = matrices[which[n]]
                 for i in range(k):
                     total = shift[r, t, n, i]
                     for j in range(k):
-                        total += matrix[i, j] * before[j]
-                    now[i] = total
+                        total += matrix[i, j] * out[r, t, n, j]
+                    out[r, t + 1, n, i] = total
 
 
 @kernel
