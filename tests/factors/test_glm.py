@@ -16,6 +16,7 @@ from tests.laws.cases import close
 from tests.regressions.common import as_users_run_it
 from torchem import priors
 from torchem.batch import Batch
+from torchem.data import Moments
 from torchem.errors import InvalidArgument
 from torchem.factors import BinomialRegression, Categorical, LinearGaussian, PoissonRegression, SoftmaxRegression
 from torchem.factors._glm import GeneralizedLinear
@@ -158,13 +159,31 @@ def test_steps_whose_reach_is_known_raise_q_for_certain() -> None:
         weight = (1 + seed % 4) * cases.randn(2, 2, 3, seed=seed + 100)
         weight[1, :, 1] = weight[0, :, 1] if shared else weight[1, :, 1]
         factor.weight = weight
-        factor.extent = u.abs().amax(0)
+        factor.center = u.mean(0)
+        factor.extent = (u - factor.center).abs().amax(0)
         expected = cases.soft(40, 2, seed)
         before = float(truth(batch, expected, factor).detach())
         stats = factor.stats(batch, expected)
         cases.assign(factor, factor.maximize(stats))
         assert float(truth(batch, expected, factor).detach()) > before
-        assert torch.equal(factor.select(torch.tensor([True, False])).extent, factor.extent)
+        one = factor.select(torch.tensor([True, False]))
+        assert torch.equal(one.center, factor.center)
+        assert torch.equal(one.extent, factor.extent)
+
+
+def test_an_input_without_spread_reaches_as_far_as_its_mean() -> None:
+    """A thousand zeros and one count of forty, from a rate next to nothing, with an intercept alone."""
+    count = torch.zeros(1001, 1, dtype=torch.float64)
+    count[0] = 40.0
+    model: Any = torchem.Mixture(Categorical(1), PoissonRegression(1, 1)).double()
+    model.component.weight = [[[-8.0]]]
+    batch = model.batch(count, inputs=torch.ones_like(count))
+    before = float(model.log_prob(batch).sum().detach())
+    moments = Moments()
+    moments.add(batch)
+    model.prepare(moments)
+    model.m_step(model.e_step(batch))
+    assert float(model.log_prob(batch).sum().detach()) > before
 
 
 @pytest.mark.parametrize("rule", [torchem.Incremental, torchem.Stochastic])

@@ -1,13 +1,18 @@
 """The number of free parameters, which AIC and BIC rest on, for every covariance type and constraint."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
 import torchem
+from tests.laws import cases
 from tests.regressions.common import COVARIANCE_TYPES, blobs, fit, mixture
+from torchem import factors
 
 
 def reference(x: torch.Tensor, model: torchem.GaussianMixture) -> GaussianMixture:
@@ -102,3 +107,50 @@ def test_criteria_with_weights(device: torch.device) -> None:
     assert weighted.bic == pytest.approx(repeated.bic, rel=1e-12)
     assert weighted.icl == pytest.approx(repeated.icl, rel=1e-12)
     assert weighted.bic == pytest.approx(-2 * weighted.loglik + 11 * math.log(weighted.n))
+
+
+def _examples() -> Iterator[Any]:
+    for kind in cases.every_family():
+        for i, (factor, _) in enumerate(cases._offered(kind)):
+            # Autoregressions count as the regressions that they are.
+            if factor.n_components is not None and factor.sufficient and kind is not factors.Autoregressive:
+                yield pytest.param(kind, i, id=f"{kind.__name__}{i or ''}")
+
+
+@pytest.mark.parametrize(("kind", "i"), [*_examples()])
+def test_every_family_counts_what_its_density_depends_on(kind: Any, i: int) -> None:
+    """The directions in which the density of each state changes with the parameters: the rank of its derivatives."""
+    factor, batch = cases._offered(kind)[i]
+    factor = factor.double()
+    n = 160
+    rows = batch[torch.arange(n) % len(batch)].map(lambda v: v.double() if v.is_floating_point() else v)
+    if rows.u is not None:
+        rows = replace(rows, u=rows.u + 0.3 * torch.randn(rows.u.shape, generator=torch.Generator().manual_seed(1)))
+    z = torch.arange(n) % int(factor.n_components or 1)
+    x = factor.sample(z, rows, torch.Generator().manual_seed(0))
+    rows = rows.with_x(factor.cast(x))
+    named = {name: value.detach() for name, value in factor.named_parameters()}
+    if not named:
+        assert factor.n_parameters() == 0
+        return
+
+    def density(params: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(Scores(factor), {f"factor.{k}": v for k, v in params.items()}, (rows,))
+
+    slopes = torch.func.jacrev(density)(named)
+    matrix = torch.cat([value.flatten(1) for value in slopes.values()], -1)
+    size = matrix.norm(dim=0, keepdim=True)
+    matrix = (matrix / torch.where(size > 1e-9 * size.amax(), size, 1.0))[:, (size > 1e-9 * size.amax())[0]]
+    assert int(torch.linalg.matrix_rank(matrix, rtol=1e-7)) == factor.n_parameters()
+
+
+class Scores(torch.nn.Module):
+    """Log-densities of all rows and states that are possible."""
+
+    def __init__(self, factor: Any):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        value = self.factor.log_prob(batch).flatten()
+        return torch.where(value > -torch.inf, value, 0.0)

@@ -415,12 +415,20 @@ class LowRankGaussian(Factor):
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
     def n_parameters(self) -> int:
-        """Of K components: D means, D q − q (q − 1) / 2 loadings (but for rotations) and D or 1 noise variances."""
+        """Of K components: D means, D q − q (q − 1) / 2 loadings (but for rotations) and D or 1 noise variances.
+
+        Loadings and variances of a component count no more than the D (D + 1) / 2 covariances that they make up.
+
+        Source: W. Ledermann (1937).
+        """
         k, d, q = self._k, self._d, self.rank
         sizes = {"mean": d, "loading": d * q - q * (q - 1) // 2, "noise_scale": self._structure.n_parameters(1, d)}
+        none = torch.zeros(k, dtype=torch.bool, device=self.device)
         masks = {name: self.frozen(name) for name in sizes}
-        free = {name: k if mask is None else k - int(mask.expand(k).sum()) for name, mask in masks.items()}
-        return sum(size * free[name] for name, size in sizes.items())
+        free = {name: ~(none if mask is None else mask.expand(k)) for name, mask in masks.items()}
+        spare = max(0, sizes["loading"] + sizes["noise_scale"] - d * (d + 1) // 2)
+        both = int((free["loading"] & free["noise_scale"]).sum())
+        return sum(size * int(free[name].sum()) for name, size in sizes.items()) - spare * both
 
     def select(self, keep: Tensor) -> "LowRankGaussian":
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
