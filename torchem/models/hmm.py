@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, wrong_type
+from torchem.errors import InvalidArgument, invalid, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -501,11 +501,7 @@ class HMM(DiscreteModel):
         checked_draws(draws, self, variance)
         gaps = Gaps.of(data, self._read(data, fields), True)
         batch, lead = gaps.batch, len(self.replicas)
-        if reach(self) and len(gaps.index):
-            raise invalid(
-                "data", "nothing to fill in where the emission reads the frames before", "missing frames at the end",
-                "cut them off and use forecast",
-            )  # fmt: skip
+        self._refuse_gaps(batch)
         rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
         bare = replace(batch, weight=None)
         mask = batch.frames_mask()
@@ -560,14 +556,7 @@ class HMM(DiscreteModel):
                 "data", f"sequences of at least {lags} frames, as many as the emission reads",
                 int(batch.frames().min()), "leave shorter ones out",
             )  # fmt: skip
-        if lags and batch.x.is_floating_point():
-            mask = batch.frames_mask()
-            gone = batch.x.isnan().any(-1) if mask is None else batch.x.isnan().any(-1) & mask
-            if bool(gone.any()):
-                raise invalid(
-                    "data", "sequences that end with frames that were seen, for an emission that reads them",
-                    "missing ones", "cut them off, and look so many steps further",
-                )  # fmt: skip
+        self._refuse_gaps(batch)
         with torch.no_grad():
             filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b, present=False))
             last = batch.frames().to(filtered.device)
@@ -593,6 +582,22 @@ class HMM(DiscreteModel):
                 mean = None if drawn is None else drawn.mean(0)
                 variance = drawn.var(0) if drawn is not None and n > 1 else None
         return Forecast(laws, mean, variance, drawn)
+
+    def _refuse_gaps(self, batch: Batch) -> None:
+        """Refuse sequences that end with missing frames, where what follows or fills them would read these."""
+        if not reach(self) or not batch.x.is_floating_point() or not bool(batch.x.isnan().any()):
+            return
+        # They are refused anywhere but at the end: there they are no more once a frame that was seen comes after them.
+        longer, ends = batch.with_frames(batch.x.shape[1] + 1), batch.frames()
+        last = torch.arange(longer.x.shape[1], device=ends.device) == ends.unsqueeze(-1)
+        x = torch.where(last.unsqueeze(-1), longer.x.nan_to_num(nan=0.0), longer.x)
+        try:
+            self.emission.check(replace(longer, x=x, lengths=ends + 1))
+        except InvalidArgument as error:
+            raise invalid(
+                "data", "sequences that end with frames that were seen, for an emission that reads them",
+                "missing ones", "cut them off and use forecast",
+            ) from error  # fmt: skip
 
     def _outlook(self, laws: Tensor, ahead: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Mean and variance of a mixture over states, by the law of total variance; None for families without."""
