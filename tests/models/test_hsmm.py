@@ -197,7 +197,7 @@ def test_draws_have_the_expectations(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         potentials = {slot: kernel.log_potential(batch) for slot, kernel in model._kernels().items()}
         log_z, exact = model.infer(potentials, batch)
-        for way, draws in zip(ways, (1000, 60), strict=True):
+        for way, draws in zip(ways, (1000, 40), strict=True):
             source, total = uniforms(cases.rng(3)), {slot: torch.zeros_like(value) for slot, value in exact.items()}
             for _ in range(draws):
                 value, one = way(potentials, batch, source)

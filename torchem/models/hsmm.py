@@ -258,10 +258,8 @@ class HSMM(HMM):
 
         def laws(potentials: dict[str, Tensor], piece: Batch) -> Tensor:
             parts = self._parts(potentials, piece)
-            begin, move, _ = semi_markov.expanded(*parts, self._last(piece), True)
-            law = semi_markov.lasting(*parts, piece.lengths).flatten(-2)
-            assert begin.shape[-1] == law.shape[-1]
-            found, matrix = [], move.exp()
+            matrix = semi_markov.expanded(*parts, self._last(piece), True)[1].exp()
+            law, found = semi_markov.lasting(*parts, piece.lengths).flatten(-2), []
             for _ in range(steps):
                 law = (law.unsqueeze(-2) @ matrix).squeeze(-2)
                 found.append(self._present(law))
