@@ -242,7 +242,7 @@ class Incremental:
             self.total = stats
         else:
             self.total = self.total + stats if old is None else self.total - old + stats
-        return self.total if self.ready else None
+        return self.total.mix() if self.ready else None
 
     def flush(self) -> Stats | None:
         """The total, summed anew: running sums drift, memos do not."""
@@ -250,7 +250,7 @@ class Incremental:
         self.total = None
         for stats in self.memo.values():
             self.total = stats if self.total is None else self.total + stats
-        return self.total
+        return None if self.total is None else self.total.mix()
 
     def translate(self, move: Callable[[Stats], Stats]) -> None:
         """Carry what is kept into new coordinates."""

@@ -25,6 +25,8 @@ class Stats(dict[str, Any]):
         shared: Names of leaves without a component axis.
         version: Identity of the coordinates that the leaves are expressed in (a Gaussian's origin). Statistics of
             different versions do not add.
+        mixed: Whether some were taken at other parameters than the rest (incremental EM), so that a step which moves
+            the coordinates of latents, as a parameter expansion does, would leave them behind. A sum with such is too.
 
     Example:
         >>> s = Stats(count=torch.ones(2), total=torch.zeros(2, 3))
@@ -34,15 +36,22 @@ class Stats(dict[str, Any]):
 
     shared: frozenset[str]
     version: int
+    mixed: bool
 
-    def __init__(self, *args: Any, shared: Iterable[str] = (), version: int = 0, **leaves: Any):
+    def __init__(self, *args: Any, shared: Iterable[str] = (), version: int = 0, mixed: bool = False, **leaves: Any):
         super().__init__(*args, **leaves)
         self.shared = frozenset(shared)
         self.version = version
+        self.mixed = mixed
 
     def like(self, leaves: dict[str, Any]) -> "Stats":
         """New leaves with this object's declarations."""
-        return Stats(leaves, shared=self.shared, version=self.version)
+        return Stats(leaves, shared=self.shared, version=self.version, mixed=self.mixed)
+
+    def mix(self) -> "Stats":
+        """These statistics, declared `mixed` with all that is nested in them."""
+        leaves = {name: leaf.mix() if isinstance(leaf, Stats) else leaf for name, leaf in self.items()}
+        return Stats(leaves, shared=self.shared, version=self.version, mixed=True)
 
     def map(self, fn: Callable[..., Any], *others: "Stats") -> "Stats":
         """Apply ``fn`` leaf by leaf to this and other statistics of the same structure.
@@ -60,7 +69,7 @@ class Stats(dict[str, Any]):
                     f"stats: expected statistics about origin version {self.version}, got {other.version}; "
                     "translate the older ones with the model's recenter()."
                 )
-        return self.like(
+        out = self.like(
             {
                 name: leaf.map(fn, *(other[name] for other in others))
                 if isinstance(leaf, Stats)
@@ -68,6 +77,8 @@ class Stats(dict[str, Any]):
                 for name, leaf in self.items()
             }
         )
+        out.mixed = self.mixed or any(other.mixed for other in others)
+        return out
 
     def __add__(self, other: "Stats") -> "Stats":
         return self.map(torch.add, other)
@@ -118,12 +129,12 @@ def _leading(factor: float | Tensor, leaf: Tensor) -> float | Tensor:
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], Any]:
-    return list(stats.values()), (tuple(stats), stats.shared, stats.version)
+    return list(stats.values()), (tuple(stats), stats.shared, stats.version, stats.mixed)
 
 
 def _unflatten(values: Iterable[Any], context: Any) -> Stats:
-    names, shared, version = context
-    return Stats(zip(names, values, strict=True), shared=shared, version=version)
+    names, shared, version, mixed = context
+    return Stats(zip(names, values, strict=True), shared=shared, version=version, mixed=mixed)
 
 
 pytree.register_pytree_node(Stats, _flatten, _unflatten, serialized_type_name="torchem.Stats")

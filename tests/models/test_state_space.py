@@ -210,7 +210,7 @@ def held() -> ModelCase:
 
 
 CASES: dict[str, Callable[[], ModelCase]] = {"plain": plain, "torn": torn, "held": held}
-SMOOTH = {"plain", "held"}
+SMOOTH = ["plain", "held"]
 LAWS = [
     laws.test_bound_is_the_log_likelihood_where_it_was_computed,
     laws.test_bound_lies_below_the_log_likelihood_elsewhere,

@@ -276,7 +276,7 @@ class LowRankGaussian(Factor):
         alive = count > _EMPTY
         n = torch.where(alive, count, 1.0)
         first, cross, root = _centred(stats, n, alive)
-        if self.expands:
+        if self.expands and not stats.mixed:
             delta, loading = first, cross / n.sqrt()[..., None, None]
             square = stats["square"] / n.unsqueeze(-1) - delta.square()
             rest = square - loading.square().sum(-1)
@@ -315,7 +315,7 @@ class LowRankGaussian(Factor):
         return None if mask is None else mask.expand(self._k).reshape(-1, *[1] * (like.dim() - len(self.replicas) - 1))
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
-        """At the best linear map v = A (z − m) of the scores, or at v = z where parameters are frozen.
+        """At the best linear map v = A (z − m) of the scores; at v = z where parameters are frozen or statistics mixed.
 
         With moments about means, S_zz = L Lᵀ, M = H Hᵀ and K = H⁻¹ Wᵀ Ψ⁻¹ S_xz L⁻ᵀ the part that depends on A is, in
         Z = Hᵀ A L, tr Kᵀ Z − ½ ‖Z‖² + n log |Z| − n log |H| − n log |L|: maximal where Z has the singular vectors of K
@@ -327,8 +327,10 @@ class LowRankGaussian(Factor):
         variance = self._variances().to(torch.float64)
         loading, delta = self.loading.to(torch.float64), (self.mean - self.origin).to(torch.float64)
         constant = n * (self._d * LOG_2PI + variance.log().sum(-1))
-        if not self.expands:
+        if not self.expands or stats.mixed:
             rest = (_residual(stats, delta, loading) / variance).sum(-1)
+            if self.expands:  # as where they are not mixed, with the law of the scores
+                rest = rest + stats["outer"].diagonal(dim1=-2, dim2=-1).sum(-1)
             return torch.where(alive, -0.5 * (constant + rest), 0.0).sum(-1)
         first, cross, root = _centred(stats, n, alive)
         weighted = loading / variance.unsqueeze(-1)

@@ -109,8 +109,8 @@ class NegativeBinomial(Cells):
     def expected_log_prob(self, stats: Stats) -> Tensor:
         """Σ X log μ − (X + n r) log ν − μ A / ν − r A / ν + n (r log r − log Γ(r)) + r L, at the best ν, or at 1.
 
-        With X = Σ x, A = Σ u, L = Σ log u, all expected; the best ν is A (μ + r) / (X + n r). Where a mean is frozen, ν
-        is 1.
+        With X = Σ x, A = Σ u, L = Σ log u, all expected; the best ν is A (μ + r) / (X + n r). Where a mean is frozen,
+        or statistics are mixed, ν is 1.
         """
         count, total, scale, log = (stats[name] for name in ("count", "total", "scale", "log"))
         log_mean, size = self.wide("log_mean"), self._size()
@@ -120,6 +120,8 @@ class NegativeBinomial(Cells):
         plain = own - (mean + size) * scale
         best = scale * (mean + size) / mass.clamp(min=EMPTY)
         wide = own - torch.where(count > EMPTY, mass * (best.clamp(min=1e-300).log() + 1), 0.0)
+        if stats.mixed:
+            return plain.sum((-2, -1))
         held = self.held("log_mean")
         return (wide if held is None else torch.where(held, plain, wide)).sum((-2, -1))
 
@@ -129,7 +131,9 @@ class NegativeBinomial(Cells):
         scale, log = torch.where(alive, stats["scale"], 1.0) / count, torch.where(alive, stats["log"], -1.0) / count
         mean = (torch.where(alive, stats["total"], 1.0) / count).clamp(min=torch.finfo(self.dtype).tiny)
         gap, held = scale.log() - log, self.held("log_mean")
-        if held is not None:
+        if stats.mixed:
+            mean, gap = mean / scale, scale - 1 - log
+        elif held is not None:
             gap = torch.where(held, scale - 1 - log, gap)
         dispersion = -shape_from_gap(gap, 1 / _MOST, 1 / _LEAST).log()
         new = {"log_mean": mean.log(), "log_dispersion": dispersion}

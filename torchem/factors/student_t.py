@@ -250,7 +250,7 @@ class StudentT(Composite):
         distance = self._distances(stats["normal"], normal.mean, raw)
         value = -0.5 * structure.normalizer(stats["normal"]["dof"], raw, self.n_components, self.n_features)
         own = count * (half * half.log() - half.lgamma()) + half * log
-        if not self.expands:
+        if not self.expands or stats.mixed:
             return value + own.sum(-1) - (distance.sum(-1) + 2 * (half * scale).sum(-1)) / 2
         freedom = self._entries(stats) + 2 * half * count
         mean = (distance + 2 * half * scale) / freedom.clamp(min=_EMPTY)
@@ -279,7 +279,7 @@ class StudentT(Composite):
         ratio, log = torch.where(alive, stats["scale"], 1.0) / count, torch.where(alive, stats["log"], -1.0) / count
         values = self.normal.maximize(normal)
         target = ratio - 1 - log
-        if self.expands:
+        if self.expands and not stats.mixed:
             each = ratio.unsqueeze(-1) if self._entrywise else ratio
             wider = self.normal.maximize(normal.like({**normal, "dof": normal["dof"] * each}))
             # Where nothing was floored the scatter is what the covariance says.
