@@ -51,7 +51,7 @@ def points() -> dict[str, Any]:
     return {"data": x[torch.randperm(240, generator=rng(1))]}
 
 
-def tests_of_one() -> dict[str, Any]:
+def abilities() -> dict[str, Any]:
     """Three columns that one score explains."""
     x = torch.randn(240, 3, generator=rng(), dtype=torch.float64)
     return {"data": x * 0.7 + torch.randn(240, 1, generator=rng(1), dtype=torch.float64)}
@@ -250,7 +250,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "latent classes": (lambda: torchem.Mixture(Categorical(2), Categoricals(2, [2, 3])), answers),
     "VEV mixture": (lambda: torchem.GaussianMixture(3, 2, "VEV"), points),
     "mixture of factor analysers": (lambda: torchem.GaussianMixture(3, 2, "low_rank", rank=1), points),
-    "factor analysis": (lambda: torchem.FactorAnalysis(3, 1), tests_of_one),
+    "factor analysis": (lambda: torchem.FactorAnalysis(3, 1), abilities),
     "Bernoulli mixture": (
         lambda: torchem.Mixture(Categorical(2), Bernoulli(2, 2)),
         lambda: {"data": (points()["data"] > 0).double()},

@@ -178,7 +178,7 @@ def test_copies_equal_the_list_of_their_models() -> None:
 class Still(torchem.LatentModel):
     """A model without latents: independent normal frames, by an E-step of its own alone."""
 
-    sequential = True
+    sequential = exact = True
 
     def __init__(self, mean: float = 0.0):
         super().__init__()
