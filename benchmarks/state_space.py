@@ -109,10 +109,10 @@ def em(options: argparse.Namespace, sizes: tuple[int, int, int, int] | None = No
         if peer is None:
             continue
         times: dict[str, list[float]] = {"torchem": [], name: []}
-        peer(1), ours(1)
+        peer(7), ours(5)
         for _ in range(options.rounds):
-            times["torchem"].append(per_iteration(ours, 1, 5, options.device))
-            times[name].append(per_iteration(peer, 1, 3, "cpu"))
+            times["torchem"].append(per_iteration(ours, 5, 45, options.device))
+            times[name].append(per_iteration(peer, 1, 7, "cpu"))
         ratios = [b / a for a, b in zip(*times.values(), strict=True)]
         each = 1e3 * statistics.median(times["torchem"])
         size = f"{n} × {t} frames, {latents} → {observed}"

@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid, one_of
-from torchem.factor import Moments, Quadratic
+from torchem.factor import Adjustment, Moments, Quadratic
 from torchem.factors import Gaussian, LinearGaussian
 from torchem.model import LatentModel
 from torchem.ops import kalman, linalg
@@ -383,9 +383,18 @@ class GaussMarkovModel(LatentModel):
             raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
         return batch
 
+    def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
+        # No frame passes through the law of the first state: checks as of a small fit serve.
+        return super().tune(0, iteration)
+
     def stream(self, batch: Batch) -> Iterator[Batch]:
         """Sequences in pieces whose recursions fit the budget, on the model's device and in its type."""
-        size = 12 * self.n_latents**2 + 4 * self.n_features * (self.n_latents + 2)
+        # Sequences of one length without gaps share all matrices: one recursion of these serves as many as fit.
+        alike = self.transition.n_components == 1 and batch.lengths is None
+        alike = alike and lookable() and not any_missing(batch.x)
+        size = 16 * self.n_latents + 6 * self.n_features
+        if not alike:
+            size += 12 * self.n_latents**2 + 4 * self.n_features * self.n_latents
         size *= self.dtype.itemsize * max(1, *self.replicas, 1) * max(1, batch.x.shape[1])
         budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
         for piece in batch.split(max(1, budget // size)):

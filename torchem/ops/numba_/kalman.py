@@ -61,13 +61,16 @@ def riccati(first, dynamics, noise, node, valid, roots, inners, factors):
                         total += root[m, i] * moved[m, j]
                     ahead[i, j] = total
             _factorised(ahead, factor, k)
-            # K = S⁻¹ Lᵀ
+            # K = S⁻¹ Lᵀ, row by row: the innermost loops go along memory.
             for i in range(k):
                 for j in range(k):
-                    total = root[j, i]
-                    for m in range(i):
-                        total -= factor[i, m] * found[m, j]
-                    found[i, j] = total / factor[i, i]
+                    found[i, j] = root[j, i]
+                for m in range(i):
+                    scale = factor[i, m]
+                    for j in range(k):
+                        found[i, j] -= scale * found[m, j]
+                for j in range(k):
+                    found[i, j] /= factor[i, i]
             if t + 1 == frames:
                 break
             going = valid.shape[0] == 0 or valid[b, t + 1]
@@ -75,18 +78,18 @@ def riccati(first, dynamics, noise, node, valid, roots, inners, factors):
                 step = dynamics[b, t + 1 if dynamics.shape[1] > 1 else 0]
                 for i in range(k):
                     for j in range(k):
-                        total = 0.0
-                        for m in range(k):
-                            total += found[i, m] * step[j, m]
-                        inner[i, j] = total
+                        moved[i, j] = step[j, i]
+                _product(found, moved, inner, k)
             else:
                 inner[:] = found
             for i in range(k):
-                for j in range(i + 1):
-                    total = noise[b, t + 1 if noise.shape[1] > 1 else 0, i, j] if going else 0.0
-                    for m in range(k):
-                        total += inner[m, i] * inner[m, j]
-                    ahead[i, j] = total
+                for j in range(k):
+                    ahead[i, j] = noise[b, t + 1 if noise.shape[1] > 1 else 0, i, j] if going else 0.0
+            for m in range(k):
+                for i in range(k):
+                    scale = inner[m, i]
+                    for j in range(k):
+                        ahead[i, j] += scale * inner[m, j]
             _factorised(ahead, roots[t + 1, b], k)
 
 
@@ -101,19 +104,25 @@ def affine(step, shift, first, which, out):
         which: ``[N]`` group of each sequence.
         out: ``[R, T + 1, N, L]``, written.
     """
-    k = first.shape[-1]
+    k, groups = first.shape[-1], step.shape[2]
+    turned = np.empty((groups, k, k), step.dtype)
     for r in range(shift.shape[0]):
         out[r, 0] = first[r]
-        # Frames outermost, as they lie in memory.
+        # Frames outermost, as they lie in memory; transposed, so that the innermost loop goes along it.
         for t in range(shift.shape[1]):
-            matrices = step[r, t if step.shape[1] > 1 else 0]
+            if t == 0 or step.shape[1] > 1:
+                for g in range(groups):
+                    for i in range(k):
+                        for j in range(k):
+                            turned[g, j, i] = step[r, t if step.shape[1] > 1 else 0, g, i, j]
             for n in range(shift.shape[2]):
-                matrix = matrices[which[n]]
+                matrix, now = turned[which[n]], out[r, t + 1, n]
                 for i in range(k):
-                    total = shift[r, t, n, i]
-                    for j in range(k):
-                        total += matrix[i, j] * out[r, t, n, j]
-                    out[r, t + 1, n, i] = total
+                    now[i] = shift[r, t, n, i]
+                for j in range(k):
+                    scale = out[r, t, n, j]
+                    for i in range(k):
+                        now[i] += matrix[j, i] * scale
 
 
 @kernel
