@@ -230,8 +230,8 @@ def nested(component: Any, size: int) -> Models:
         if not model.exact:
             raise invalid(
                 "component", "models with exact posteriors", f"a {type(model).__name__} that bounds its likelihood",
-                "a mixture weighs its components by their likelihoods: use exact inference, or say exact = True of a class "
-                "of your own whose E-step takes the posterior itself",
+                "a mixture weighs its components by their likelihoods: use exact inference, or say exact = True of a "
+                "class of your own whose E-step takes the posterior itself",
             )  # fmt: skip
         if model.replicas:
             raise invalid(
