@@ -162,7 +162,7 @@ def restarts(options: argparse.Namespace, count: int = 64, n: int | None = None)
 def variational(options: argparse.Namespace, shapes: list[tuple[int, int, int]] | None = None) -> list[dict]:
     """An iteration of variational Bayes against one of maximum likelihood."""
     rows = []
-    for n, d, k in shapes or [(272, 2, 2), (10_000, 8, 8), (100_000, 16, 16)]:
+    for n, d, k in shapes or [(272, 2, 2), (10_000, 8, 8), (100_000, 16, 16), (2_000_000, 16, 32)]:
         if shapes is None and options.quick and n > 1000:
             n //= 10
         x = (faithful() if n == 272 else blobs(n, d, k, torch.float64)).to(options.device)
@@ -172,7 +172,8 @@ def variational(options: argparse.Namespace, shapes: list[tuple[int, int, int]] 
             model: Any = mixture(start, x)
             fit(torchem.variational(model) if bayes else model, x, max_iter=iterations)
 
-        few, many = (20, 220) if n < 1000 else (1, 6)
+        # Differences of short runs are noise.
+        few, many = (20, 220) if n <= 10_000 else (1, 6) if n <= 100_000 else (1, 4)
         plain, bayes = partial(run, bayes=False), partial(run, bayes=True)
         plain(few), bayes(few)
         pairs = [

@@ -862,6 +862,10 @@ class Conjugate(ABC):
     def posterior(self, strengths: dict[str, Tensor]) -> Stats:
         """The posterior of these strengths whose means are the current parameters, in natural coordinates, float64."""
 
+    def sureness(self, strengths: dict[str, Tensor]) -> Stats:
+        """What of `posterior` the expectations and the divergence read beside the current parameters; by default all."""
+        return self.posterior(strengths)
+
     def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
         """What inference is fed of a latent child, in the shape of its `Factor.log_table`."""
         raise NotImplementedError(f"{type(self).__name__} cannot stand as a latent child: it has no expected_table")

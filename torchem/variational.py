@@ -120,14 +120,20 @@ class Variational(Wrapper):
 
     def posterior(self) -> Stats:
         """q in natural coordinates: the prior's and the statistics of the last M-step, float64."""
-        return self._family.posterior({name: getattr(self, name) for name in self._rank})
+        return self._family.posterior(self._strengths())
+
+    def _strengths(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._rank}
+
+    def _sureness(self) -> Stats:
+        """What of the posterior is not in the wrapped factor's parameters, or all of it."""
+        return self._family.sureness(self._strengths())
 
     def divergence(self) -> Tensor:
         """KL(q ‖ prior) ``[*r]``, in nats, of what is not frozen, against its prior given what is."""
-        posterior = self.posterior()
         if self._some_frozen:
-            return self._divergence_given(posterior)
-        return self._given.divergence(self.factor, posterior, *self._start())
+            return self._divergence_given(self.posterior())
+        return self._given.divergence(self.factor, self._sureness(), *self._start())
 
     def _start(self) -> tuple[Stats, Tensor]:
         """The prior in natural coordinates and its log-normaliser, kept as long as nothing that they read moves."""
@@ -208,7 +214,7 @@ class Variational(Wrapper):
     def kernel(self) -> Kernel:
         if self._still:
             return self.factor.kernel()
-        return self._family.expected_kernel(self.posterior(), self._given)
+        return self._family.expected_kernel(self._sureness(), self._given)
 
     def quadratic(self) -> Quadratic:
         """Expected log-density under the posterior, as a quadratic function of normal latents."""
@@ -234,7 +240,7 @@ class Variational(Wrapper):
     def expected_log_prob(self, stats: Stats) -> Tensor:
         if self._still:
             return self.factor.expected_log_prob(stats)
-        return self._family.expected_inner(self.posterior(), self._given, stats)
+        return self._family.expected_inner(self._sureness(), self._given, stats)
 
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """The posterior given responsibilities."""

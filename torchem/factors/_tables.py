@@ -142,9 +142,12 @@ class Table(Factor, Conjugate):
 
     def log_normalizer(self, posterior: Stats) -> Tensor:
         """Dirichlet: Σ log Γ(α_j) − log Γ(Σ α_j) over the support, summed over rows."""
-        alpha = torch.where(self.support, posterior["counts"], 1.0)
-        total = torch.where(self.support, posterior["counts"], 0.0).sum(-1)
-        rows = torch.where(self.support, alpha.lgamma(), 0.0).sum(-1) - total.lgamma()
+        if self.restricted:
+            alpha = torch.where(self.support, posterior["counts"], 1.0)
+            total = torch.where(self.support, posterior["counts"], 0.0).sum(-1)
+            rows = torch.where(self.support, alpha.lgamma(), 0.0).sum(-1) - total.lgamma()
+        else:
+            rows = posterior["counts"].lgamma().sum(-1) - posterior["counts"].sum(-1).lgamma()
         return rows.flatten(len(self.replicas)).sum(-1) if rows.dim() > len(self.replicas) else rows
 
     def expected_natural(self, posterior: Stats) -> Stats:
@@ -153,6 +156,9 @@ class Table(Factor, Conjugate):
         Where cells are frozen the others share what these leave, r, in proportions that are Dirichlet whatever it is
         (a Dirichlet law is neutral): log r + ψ(α_j) − ψ(Σ α) with sums over the free cells.
         """
+        if not self.restricted and self.frozen("logits") is None:
+            alpha = posterior["counts"]
+            return Stats(counts=alpha.digamma() - alpha.sum(-1, keepdim=True).digamma())
         free = self._free()
         alpha = torch.where(free, posterior["counts"], 1.0)
         total = torch.where(free, posterior["counts"], 0.0).sum(-1, keepdim=True)

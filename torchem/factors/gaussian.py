@@ -444,9 +444,11 @@ class Gaussian(Factor, Conjugate):
         count, first = posterior["count"], posterior["first"]
         delta = first / self.structure.by_column(count)
         held = self._held("mean", delta)
-        if held is not None:
+        if held is None:
+            scatter = self.structure.about(posterior["second"], -first, delta)
+        else:
             delta = torch.where(held, (self.mean - self.origin).to(torch.float64), delta)
-        scatter = self.structure.scatter(count, first, posterior["second"], delta)
+            scatter = self.structure.scatter(count, first, posterior["second"], delta)
         return delta, scatter, self._freedom(posterior)
 
     def _held(self, parameter: str, like: Tensor) -> Tensor | None:
@@ -519,16 +521,26 @@ class Gaussian(Factor, Conjugate):
             "log_freedom": (freedom - self.structure.least_freedom(self._d)).log(),
         }
 
-    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+    def sureness(self, strengths: dict[str, Tensor]) -> Stats:
+        """κ and the degrees of freedom alone: the rest is in the current means and covariances."""
+        count, _, dof = self._strong(strengths)
+        return Stats(count=count, dof=dof, shared=self.structure.shared, version=self.version)
+
+    def _strong(self, strengths: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """κ, ν and the degrees of freedom in the layout of the statistics."""
         count = strengths["log_count"].to(torch.float64).exp()
         freedom = strengths["log_freedom"].to(torch.float64).exp() + self.structure.least_freedom(self._d)
+        dof = self.structure.dof(freedom, self._k, self._d)
+        held = self._held("mean", dof)
+        return count, freedom, dof if held is None else dof - held.to(dof)
+
+    def posterior(self, strengths: dict[str, Tensor]) -> Stats:
+        count, freedom, dof = self._strong(strengths)
         delta = (self.mean - self.origin).to(torch.float64)
         scatter = self.structure.multiplied(self.structure.covariances(self.scale.to(torch.float64)), freedom)
         first = self.structure.by_column(count) * delta
-        dof = self.structure.dof(freedom, self._k, self._d)
-        held = self._held("mean", dof)
         return Stats(
-            count=count, dof=dof if held is None else dof - held.to(dof), first=first,
+            count=count, dof=dof, first=first,
             second=self.structure.about(scatter, first, delta), shared=self.structure.shared, version=self.version,
         )  # fmt: skip
 
