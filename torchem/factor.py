@@ -863,7 +863,7 @@ class Conjugate(ABC):
         """The posterior of these strengths whose means are the current parameters, in natural coordinates, float64."""
 
     def sureness(self, strengths: dict[str, Tensor]) -> Stats:
-        """What of `posterior` the expectations and the divergence read beside the current parameters; by default all."""
+        """What of `posterior` expectations and the divergence read beside the current parameters; by default all."""
         return self.posterior(strengths)
 
     def expected_table(self, posterior: Stats, prior: Prior) -> Tensor:
