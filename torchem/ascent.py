@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchem.errors import invalid, wrong_type
+from torchem.errors import invalid, whole_number, wrong_type
 from torchem.factor import Factor
 from torchem.stats import Stats
 
@@ -55,8 +55,7 @@ class Climber:
             )  # fmt: skip
         if not isinstance(optimizer, type) or not issubclass(optimizer, Optimizer):
             raise wrong_type("optimizer", "a class of torch.optim", optimizer, "pass for example torch.optim.Adam")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise invalid("steps", "a whole number of at least 1", repr(steps), "the default is 10")
+        whole_number("steps", steps, 1, "the default is 10")
         if options.get("maximize"):
             raise invalid("maximize", "nothing, for the objective is turned where it must be", True, "leave it out")
         self.optimizer, self.steps, self.options = optimizer, steps, dict(options)

@@ -72,6 +72,19 @@ def one_of(argument: str, value: object, options: Iterable[str]) -> None:
     )
 
 
+def whole_number(argument: str, value: object, least: int, remedy: str = "correct it") -> None:
+    """Refuse what is not a whole number, or too small.
+
+    Raises:
+        InvalidArgument: Then.
+
+    Example:
+        >>> whole_number("n", 3, 1)
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise invalid(argument, f"a whole number of at least {least}", repr(value), remedy)
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside torchem that led here, however deep the call."""
     level, frame = 1, sys._getframe()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import TorchemError, invalid, require
+from torchem.errors import TorchemError, invalid, require, whole_number
 from torchem.graphs import layered
 from torchem.images import mean_colours
 from torchem.model import LatentModel
@@ -366,8 +366,7 @@ def sequences(x: Any, label: Any, *, lengths: Any = None, columns: Sequence[str]
     series, labels = _sequences(x, lengths), np.asarray(label)
     if labels.shape != (len(series),):
         raise invalid("label", f"one for each of {len(series)} sequences", list(labels.shape), "give most_likely(x)")
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise invalid("most", "a whole number of at least 1", repr(most), "give how many to draw")
+    whole_number("most", most, 1, "give how many to draw")
     k = int(labels.max()) + 1
     members = [np.flatnonzero(labels == cluster) for cluster in range(k)]
     seen = np.concatenate([own[np.isfinite(own[:, 0]), 0] for own in series])

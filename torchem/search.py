@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchem import initialize
 from torchem.batch import Batch
-from torchem.errors import invalid
+from torchem.errors import invalid, whole_number
 from torchem.loop import n_states
 from torchem.model import DiscreteModel, LatentModel
 from torchem.ops import reduce
@@ -120,8 +120,7 @@ def split_merge(model: LatentModel, data: Any, *, rounds: int = 10, candidates: 
 def _checked(name: str, model: Any, method: str, least: int, **counts: Any) -> int:
     """The number of components of a model that a search can be made with."""
     for argument, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise invalid(argument, "a whole number of at least 1", repr(value), "correct it")
+        whole_number(argument, value, 1)
     kind = "a mixture" if method == "regroup" else "a mixture or a hidden Markov model"
     if not isinstance(model, LatentModel) or not hasattr(model, method):
         got = type(model).__name__

@@ -18,7 +18,7 @@ from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.direct import Direct
-from torchem.errors import invalid, one_of, wrong_type
+from torchem.errors import invalid, one_of, whole_number, wrong_type
 from torchem.loop import Loop, due, n_states
 from torchem.model import DiscreteModel, EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
@@ -108,8 +108,7 @@ class Trainer:
         if init is not None:
             one_of("init", init, ("auto", *initialize.METHODS))
         for name, value, least in (("restarts", restarts, 1), ("max_iter", max_iter, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+            whole_number(name, value, least)
         if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
             raise invalid("tol", "a finite number of at least 0", repr(tol), "the default is 1e-3 nats per observation")
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import as_tensor
-from torchem.errors import invalid
+from torchem.errors import invalid, whole_number
 from torchem.factor import Factor
 
 #: The least concentration: a uniform law, but that its logarithm is finite.
@@ -23,8 +23,7 @@ def check_sizes(n_components: Any, n_features: Any, cap: Any, least: int) -> Non
         InvalidArgument: Then.
     """
     for name, size, low in (("n_components", n_components, 1), ("n_features", n_features, least)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < low:
-            raise invalid(name, f"a whole number of at least {low}", repr(size), f"give at least {low}")
+        whole_number(name, size, low, f"give at least {low}")
     if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 1 < cap <= 1e12:
         raise invalid("concentration_cap", "a number above 1, up to 1e12", repr(cap), "the default is 1e6")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchem.batch import Batch, values_known
-from torchem.errors import invalid, one_of, wrong_type
+from torchem.errors import invalid, one_of, whole_number, wrong_type
 from torchem.factor import Factor
 from torchem.model import EStep, LatentModel, weighted
 from torchem.ops.dispatch import declared_precision
@@ -102,8 +102,7 @@ class AmortizedModel(LatentModel):
             if not isinstance(module, nn.Module):
                 raise wrong_type(name, "a torch module", module, "pass for example torch.nn.Linear(2, 5)")
         for name, size, least in (("n_latents", n_latents, 1), ("steps", steps, 1), ("samples", samples, 2)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(size), "correct it")
+            whole_number(name, size, least)
         if samples % 2:
             raise invalid("samples", "an even number, for draws come in pairs", samples, f"take {samples + 1}")
         if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
@@ -466,8 +465,7 @@ class AmortizedModel(LatentModel):
 
         Source: Y. Burda, R. Grosse, R. Salakhutdinov (2016), equation 8.
         """
-        if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
-            raise invalid("draws", "a whole number of at least 1", repr(draws), f"the default is {_DRAWS}")
+        whole_number("draws", draws, 1, f"the default is {_DRAWS}")
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(draws, 1, self.n_latents, generator=generator, dtype=torch.float64)
         noise = noise.to(self.device, self.dtype)
@@ -494,8 +492,7 @@ class AmortizedModel(LatentModel):
     @torch.no_grad()
     def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
         """Draw ``n`` observations ``[n, D]``, and their latents ``[n, L]`` when ``latents`` is True."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
+        whole_number("n", n, 0, "give the number of draws")
         z = torch.randn(n, self.n_latents, generator=generator, dtype=self.dtype, device=self.device)
         with self._evaluating():
             out = self.decoder(z)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import InvalidArgument, invalid, one_of, wrong_type
+from torchem.errors import InvalidArgument, invalid, one_of, whole_number, wrong_type
 from torchem.factor import Factor, Kernel, Moments
 from torchem.factors import Categorical
 from torchem.factors._tables import SMOOTH, apart
@@ -94,8 +94,7 @@ class BayesianNetwork(DiscreteModel):
         one_of("inference", inference, ("exact", "mean_field"))
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
             raise invalid("tolerance", "a finite number of at least 0", repr(tolerance), "the default is 1e-9 nats")
-        if not isinstance(max_sweeps, int) or isinstance(max_sweeps, bool) or max_sweeps < 1:
-            raise invalid("max_sweeps", "a whole number of at least 1", repr(max_sweeps), "correct it")
+        whole_number("max_sweeps", max_sweeps, 1)
         self.inference: Approximation = inference
         self.tolerance, self.max_sweeps = float(tolerance), max_sweeps
         names = tuple(self.cardinalities)
@@ -574,8 +573,7 @@ class BayesianNetwork(DiscreteModel):
             inputs: Covariates ``[n, M]``, where a leaf or a gate reads them.
             generator: Source of the draws.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
+        whole_number("n", n, 0, "give the number of draws")
         u = None if inputs is None else as_tensor(inputs, "inputs").to(self.device, self.dtype)
         blank = Batch(torch.zeros(n, 1, device=self.device), u=u)
         if evidence is None:

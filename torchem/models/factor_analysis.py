@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import invalid
+from torchem.errors import invalid, whole_number
 from torchem.factor import Kernel
 from torchem.factors import LowRankGaussian
 from torchem.model import DiscreteModel, EStep, Reduction
@@ -245,8 +245,7 @@ class FactorAnalysis(DiscreteModel):
     @torch.no_grad()
     def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
         """Draw ``n`` observations ``[n, D]``, and their scores ``[n, q]`` when ``latents`` is True."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
+        whole_number("n", n, 0, "give the number of draws")
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "generator": generator}
         z, noise = torch.randn(n, self.n_factors, **options), torch.randn(n, self.n_features, **options)
         deviation = self.noise_variance.sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import invalid, one_of, wrong_type
+from torchem.errors import invalid, one_of, whole_number, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.factors.linear_gaussian import CovarianceType
@@ -105,8 +105,7 @@ class FactorialHMM(LatentModel):
         one_of("q", q, ("structured", "mean_field", "exact"))
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
             raise invalid("tolerance", "a finite number of at least 0", repr(tolerance), "the default is 1e-6 nats")
-        if not isinstance(max_sweeps, int) or isinstance(max_sweeps, bool) or max_sweeps < 1:
-            raise invalid("max_sweeps", "a whole number of at least 1", repr(max_sweeps), "correct it")
+        whole_number("max_sweeps", max_sweeps, 1)
         self.initials = cast(Sequence[Categorical], nn.ModuleList(firsts))
         self.transitions = cast(Sequence[Categorical], nn.ModuleList(moves))
         self.emission = emission
@@ -558,8 +557,7 @@ class FactorialHMM(LatentModel):
             generator: Source of the draws.
         """
         for name, value, least in (("n", n, 0), ("length", length, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+            whole_number(name, value, least)
         assert length is not None
         paths = []
         for first, step in zip(self.initial_probs, self.transition_matrices, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import invalid, one_of
+from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Adjustment, Moments, Quadratic
 from torchem.factors import Gaussian, LinearGaussian
 from torchem.model import LatentModel
@@ -68,8 +68,7 @@ class GaussMarkovModel(LatentModel):
         super().__init__()
         sizes = ("n_latents", n_latents, 1), ("n_features", n_features, 1), ("n_inputs", n_inputs, 0)
         for name, size, least in sizes:
-            if not isinstance(size, int) or isinstance(size, bool) or size < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(size), "correct it")
+            whole_number(name, size, least)
         one_of("covariance_type", covariance_type, ("full", "diag", "spherical"))
         one_of("dynamics_covariance_type", dynamics_covariance_type, ("full", "diag", "spherical"))
         one_of("inputs", inputs, ("both", "dynamics", "observation"))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import InvalidArgument, invalid, wrong_type
+from torchem.errors import InvalidArgument, invalid, whole_number, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -459,8 +459,7 @@ class HMM(DiscreteModel):
 
     def best_paths(self, data: Any, count: int, **fields: Any) -> tuple[Tensor, Tensor]:
         """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise invalid("count", "a whole number of at least 1", repr(count), "give how many paths to list")
+        whole_number("count", count, 1, "give how many paths to list")
 
         def paths(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
             scores, found = chain.best_paths(*self._chain(potentials, batch), count, batch.lengths)
@@ -548,8 +547,7 @@ class HMM(DiscreteModel):
             >>> m.forecast(torch.zeros(5, 1), 3).mean.shape
             torch.Size([1, 3, 1])
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise invalid("steps", "a whole number of at least 1", repr(steps), "give how many frames to look ahead")
+        whole_number("steps", steps, 1, "give how many frames to look ahead")
         batch, lags = self._read(data, fields), reach(self)
         if lags and int(batch.frames().min()) < lags:
             raise invalid(

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, wrong_type
+from torchem.errors import invalid, one_of, whole_number, wrong_type
 from torchem.factor import Factor
 from torchem.factors import Categorical, Gaussian, NegativeBinomialDuration, PoissonDuration
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -246,8 +246,7 @@ class HSMM(HMM):
             >>> m.forecast(torch.zeros(5, 1), 3).states.shape
             torch.Size([1, 3, 2])
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise invalid("steps", "a whole number of at least 1", repr(steps), "give how many frames to look ahead")
+        whole_number("steps", steps, 1, "give how many frames to look ahead")
         if n or getattr(self.emission, "lags", 0):
             raise invalid("n", "no draws, of an emission that reads no earlier frames", n, "use the laws of states")
         batch = self._read(data, fields)
@@ -285,8 +284,7 @@ class HSMM(HMM):
         Segments are drawn one after the other and cut off at the length. See `HMM.sample`.
         """
         for name, value, least in (("n", n, 0), ("length", length, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+            whole_number(name, value, least)
         x, z = _SegmentDraw(self, n, length, inputs, generator).run()
         return (x, z) if latents else x
 
@@ -385,8 +383,7 @@ class GaussianHSMM(HSMM):
         censored: bool = True,
     ):
         one_of("duration", duration, tuple(self.kinds))
-        if not isinstance(max_duration, int) or isinstance(max_duration, bool) or max_duration < 1:
-            raise invalid("max_duration", "a whole number of at least 1", repr(max_duration), "count frames")
+        whole_number("max_duration", max_duration, 1, "count frames")
         emission = Gaussian(n_states, n_features, covariance_type, covariance_floor, floor_type)
         law = self.kinds[duration](n_states, max_duration)
         super().__init__(Categorical(n_states), Categorical(n_states, n_states), law, emission, censored)

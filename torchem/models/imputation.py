@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of
+from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import LatentModel
 from torchem.ops import directional, reduce
@@ -320,8 +320,7 @@ class Conditional:
     @torch.no_grad()
     def sample(self, n: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of the columns, ``[n, N, U]``."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise invalid("n", "a whole number of at least 1", repr(n), "give the number of draws")
+        whole_number("n", n, 1, "give the number of draws")
         z = torch.multinomial(self.weights, n, replacement=True, generator=generator).mT
         return complete(self.model.component, self.known, z, generator)[..., self.columns]
 

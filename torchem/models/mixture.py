@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_batch, as_tensor
-from torchem.errors import invalid, wrong_type
+from torchem.errors import invalid, whole_number, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -341,8 +341,7 @@ class Mixture(DiscreteModel):
             trials: Numbers of trials, ``[n]``.
             generator: Source of the draws.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise invalid("n", "a whole number of at least 0", repr(n), "give the number of draws")
+        whole_number("n", n, 0, "give the number of draws")
         u, offset, trials = (
             None if value is None else as_tensor(value, name).to(self.device, self.dtype)
             for name, value in (("inputs", inputs), ("offset", offset), ("trials", trials))

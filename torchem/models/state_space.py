@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of
+from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
 from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law, with_inputs
@@ -324,8 +324,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             >>> m.forecast(torch.zeros(5, 1), 3).mean.shape
             torch.Size([1, 3, 1])
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise invalid("steps", "a whole number of at least 1", repr(steps), "give how many frames to look ahead")
+        whole_number("steps", steps, 1, "give how many frames to look ahead")
         if self.replicas:
             raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
         batch = self._read(data, fields)
@@ -397,8 +396,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             generator: Source of the draws.
         """
         for name, value, least in (("n", n, 0), ("length", length, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+            whole_number(name, value, least)
         assert length is not None
         u = self._ahead(inputs, n, length)
         blank = torch.zeros(n, dtype=torch.long, device=self.device)

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of
+from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.model import EStep, LatentModel, weighted
@@ -125,12 +125,10 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         tolerance: float = 1e-7,
         max_sweeps: int = 50,
     ):
-        if not isinstance(n_states, int) or isinstance(n_states, bool) or n_states < 1:
-            raise invalid("n_states", "a whole number of at least 1", repr(n_states), "correct it")
+        whole_number("n_states", n_states, 1)
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
             raise invalid("tolerance", "a finite number of at least 0", repr(tolerance), "the default is 1e-7 nats")
-        if not isinstance(max_sweeps, int) or isinstance(max_sweeps, bool) or max_sweeps < 1:
-            raise invalid("max_sweeps", "a whole number of at least 1", repr(max_sweeps), "correct it")
+        whole_number("max_sweeps", max_sweeps, 1)
         super().__init__(
             n_latents, n_features, n_inputs, n_states, covariance_type, dynamics_covariance_type, inputs,
             covariance_floor, None,
@@ -461,8 +459,7 @@ class SwitchingLinearDynamics(GaussMarkovModel):
             generator: Source of the draws.
         """
         for name, value, least in (("n", n, 0), ("length", length, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
+            whole_number(name, value, least)
         assert length is not None
         u = self._ahead(inputs, n, length)
         blank = torch.zeros(n, dtype=torch.long, device=self.device)
