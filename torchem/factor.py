@@ -49,6 +49,18 @@ class Kernel(ABC):
     def collect(self, batch: Batch, expected: Tensor) -> None:
         """Add the statistics of the present piece, the last one seen, under weighted expectations."""
 
+    def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A mixture's whole E-step over a batch, where there is a faster way than piece by piece: it is collected.
+
+        Args:
+            batch: Rows, of which no latent is known.
+            log_weight: ``[*r, 1, K]``, of each component.
+
+        Returns:
+            Σ w log Z ``[*r]`` and Σ w γ ``[*r, 1, K]``, float64; None where pieces are to be taken.
+        """
+        return None
+
     @abstractmethod
     def stats(self) -> Stats:
         """The statistics collected so far."""

@@ -5,6 +5,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -16,10 +17,12 @@ from tests.laws import cases
 from tests.laws.cases import ModelCase, close, close_dict, close_stats, every_model
 from tests.laws.paths import all_paths
 from torchem.batch import Batch, concatenate
+from torchem.factors import Bernoulli, Categorical, Categoricals, Exponential, Poisson
 from torchem.model import DiscreteModel, LatentModel
 from torchem.models import HMM, GaussianMixture
 from torchem.models.frames import FramesPass
 from torchem.models.stationary import Stationary
+from torchem.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("_routes_by_rounding")
 ROOMY = every_model(only=lambda name: "N1" not in name)
@@ -43,6 +46,30 @@ def test_passes_are_the_factors_own_kernels(build: Callable[[], ModelCase]) -> N
         if slot not in tables:
             asked = kernels[slot].kernel if isinstance(kernels[slot], FramesPass) else kernels[slot]
             assert type(asked) is type(factor.kernel())
+
+
+@MIXTURES
+def test_whole_passes_equal_those_in_pieces(build, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    case = build().to(device)
+    found = []
+    with torch.no_grad():
+        for least in (0, 1 << 60):
+            monkeypatch.setattr(dispatch, "_MANY", least)
+            found.append(case.model.e_step(case.batch))
+    close_stats(found[0], found[1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("component", [
+    Poisson(3, 2), Bernoulli(3, 2), Exponential(3, 2), Categoricals(3, [2, 2])
+], ids=lambda component: type(component).__name__)  # fmt: skip
+def test_whole_passes_are_taken(component: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr(dispatch, "_MANY", 0)
+    model = torchem.Mixture(Categorical(3), component)
+    with torch.no_grad():
+        assert model._kernels()["component"].mixed(Batch(torch.ones(4, 2)), torch.zeros(1, 3)) is not None
+    # What derivatives follow goes by way of what has some.
+    assert model._kernels()["component"].mixed(Batch(torch.ones(4, 2)), torch.zeros(1, 3)) is None
 
 
 def test_every_factor_stands_in_a_chain() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
+from torchem.ops import threads
 from torchem.ops.numba_ import chain, vectors
 
 DOUBLE = torch.float64
@@ -208,7 +209,7 @@ def random(
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny problems as such, then in the ways of large ones: in parts, and long sequences from both ends."""
     if request.param == "large":
-        monkeypatch.setattr(chain, "_TASK", 1)
+        monkeypatch.setattr(threads, "TASK", 1)
 
 
 @pytest.fixture
@@ -541,7 +542,7 @@ def test_results_do_not_depend_on_the_number_of_threads(s: int, t: int, k: int, 
 def test_threads_are_found_again_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    monkeypatch.setattr(chain, "_TASK", 1)
+    monkeypatch.setattr(threads, "TASK", 1)
     chains, weight = random(4, long=20)
     expected = chain.smooth(*chains, weight)[0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

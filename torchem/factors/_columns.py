@@ -9,14 +9,17 @@ from torch import Tensor
 from torchem.batch import Batch
 from torchem.errors import invalid
 from torchem.factor import Conjugate, Factor, Kernel, Prior, outside
+from torchem.ops.dispatch import compiled_mixture
 from torchem.ops.missing import any_missing
-from torchem.ops.reduce import plus
+from torchem.ops.reduce import plus, watched
 from torchem.stats import Stats
 
 #: Mass below which a cell keeps its parameter.
 _EMPTY = 1e-30
 #: Share of the average component that every component starts with, so that none begins at a bound of its family.
 _SMOOTH = 0.01
+#: Rows whose base measure is computed at a time.
+_PART = 4096
 
 
 class Columns(Factor, Conjugate):
@@ -287,6 +290,30 @@ class _ColumnsKernel(Kernel):
         else:
             count = outside(flat, self.seen.to(flat)).to(torch.float64)
         self.count = self.count + count
+
+    def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        family, x = self.family, batch.x
+        compiled = compiled_mixture(x.device, x.numel() * log_weight.numel())
+        if compiled is None or family.restricted or x.dim() != 2 or x.dtype not in compiled.TYPES:
+            return None
+        slope, constant = self._form(torch.float64)
+        given = (x, slope, log_weight) if batch.weight is None else (x, slope, log_weight, batch.weight)
+        if any(map(watched, given)) or batch.remember("missing", lambda: any_missing(x)):
+            return None
+        lead, (k, d) = slope.shape[:-2], slope.shape[-2:]
+        constant = (log_weight.squeeze(-2) - constant.sum(-1)).reshape(-1, k)
+        value, mass, total = compiled.of_numbers(x, batch.weight, slope.reshape(-1, k, d), constant)
+        base = batch.remember(("base", type(family)), lambda: self._bases(x))
+        if base is not None:
+            value = value + (base.sum() if batch.weight is None else (base * batch.weight).sum())
+        mass = mass.reshape(*lead, k)
+        self.total, self.count = self.total + total.reshape(*lead, k, d), self.count + mass.unsqueeze(-1)
+        return value.reshape(lead), mass.unsqueeze(-2)
+
+    def _bases(self, x: Tensor) -> Tensor | None:
+        """h of each row ``[n]``, in float64, or None for zero."""
+        found = [self.family.entries(part.to(torch.float64))[1] for part in x.split(_PART)]
+        return None if found[0] is None else torch.cat([part.sum(-1) for part in found if part is not None])
 
     def stats(self) -> Stats:
         if not isinstance(self.total, Tensor) or not isinstance(self.count, Tensor):

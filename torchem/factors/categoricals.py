@@ -10,7 +10,9 @@ from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor, Kernel, Prior, outside
 from torchem.factors._tables import SMOOTH, Table, apart
+from torchem.ops.dispatch import compiled_mixture
 from torchem.ops.missing import any_missing
+from torchem.ops.reduce import watched
 from torchem.priors import Dirichlet
 from torchem.stats import Stats
 
@@ -245,16 +247,38 @@ class _IndicatorKernel(Kernel):
 
     def _codes(self, batch: Batch) -> Tensor:
         """Categories ``[D, n]`` in bytes where these suffice, or as they are; what is missing is equal to none."""
-        x = batch.x.reshape(-1, batch.x.shape[-1])
-        if self.code.dtype == torch.uint8:
-            missing = x.is_floating_point() and batch.remember("missing", lambda: any_missing(x))
-            x = (x.nan_to_num(nan=_NONE) if missing else x).to(torch.uint8)
+        x = self._bytes(batch) if self.code.dtype == torch.uint8 else batch.x.reshape(-1, batch.x.shape[-1])
         # Observations run along the rows, as they do in all that is made of it: contiguous for copies and reductions.
         return x.mT.contiguous()
+
+    @staticmethod
+    def _bytes(batch: Batch) -> Tensor:
+        """Categories ``[n, D]`` in bytes."""
+        x = batch.x.reshape(-1, batch.x.shape[-1])
+        missing = x.is_floating_point() and batch.remember("missing", lambda: any_missing(x))
+        return (x.nan_to_num(nan=_NONE) if missing else x).to(torch.uint8)
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         flat = expected.reshape(*expected.shape[: expected.dim() - 1 - len(self.axes)], -1, expected.shape[-1])
         self.total = self.total + outside(flat.to(self.hot), self.hot.mT).to(torch.float64)
+
+    def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        x = batch.x
+        compiled = compiled_mixture(x.device, x.numel() * log_weight.numel())
+        if compiled is None or self.excluded is not None or self.code.dtype != torch.uint8 or batch.x.dim() != 2:
+            return None
+        given = (x, self.table, log_weight) if batch.weight is None else (x, self.table, log_weight, batch.weight)
+        if any(map(watched, given)):
+            return None
+        codes = batch.remember("bytes", lambda: self._bytes(batch).contiguous())
+        lead, (k, cells) = self.table.shape[:-2], self.table.shape[-2:]
+        starts = torch.tensor([0, *self.family.sizes]).cumsum(0)[:-1]
+        table = self.table.reshape(-1, k, cells)
+        value, mass, total = compiled.of_categories(
+            codes, starts, batch.weight, table, log_weight.expand(*lead, 1, k).reshape(-1, k)
+        )
+        self.total = self.total + total.reshape(*lead, k, cells)
+        return value.reshape(lead), mass.reshape(*lead, 1, k)
 
     def stats(self) -> Stats:
         if not isinstance(self.total, Tensor):

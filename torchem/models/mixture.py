@@ -150,6 +150,16 @@ class Mixture(DiscreteModel):
 
     # ---- inference --------------------------------------------------------------------------------------------
 
+    def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
+        plain = infer == self.infer and batch.evidence is None and isinstance(self.mixing.unwrapped, Categorical)
+        if plain and self.models is None and batch.x.device == self.device and len(batch):
+            kernels = self._kernels()
+            found = kernels["component"].mixed(batch, kernels["mixing"].log_potential(batch))
+            if found is not None:
+                kernels["mixing"].collect(batch, found[1])
+                return self._assembled(kernels, found[0], batch)
+        return super()._e_step(batch, infer)
+
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         return plus(self._joint(potentials, batch), -1)
 

@@ -193,3 +193,19 @@ def _numba_semi_markov() -> ModuleType | None:
 def compiled_semi_markov(device: torch.device) -> ModuleType | None:
     """The compiled kernels for segments with durations on a device, where there are any."""
     return _numba_semi_markov() if device.type == "cpu" else None
+
+
+#: Multiply–adds of a pass from which on a compiler is worth loading for it.
+_MANY = 1 << 19
+
+
+@cache
+def _numba_mixture() -> ModuleType | None:
+    return (
+        import_module("torchem.ops.numba_.mixture") if find_spec("numba") and find_spec("torchem.ops.numba_") else None
+    )
+
+
+def compiled_mixture(device: torch.device, work: int) -> ModuleType | None:
+    """The compiled passes of mixtures on a device, where there are any and the work is worth it."""
+    return _numba_mixture() if device.type == "cpu" and work >= _MANY else None

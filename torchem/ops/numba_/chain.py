@@ -30,17 +30,14 @@ Source: L. R. Rabiner (1989), section V.A, for the scaling.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchem.ops.dispatch import kernel_threads
+from torchem.ops import threads
 from torchem.ops.numba_ import abreast
 from torchem.ops.numba_ import vectors as vec
 
@@ -52,8 +49,6 @@ _MAGNIFIED, _DOUBT = 1e100, 1e80
 _DENSE = 1e-70
 #: Numbers of one scratch array that are worked on together, so that a handful of them stays in the first cache.
 _BLOCK = 2048
-#: Multiply–adds (a tenth to a quarter of a nanosecond each) that are worth waking a thread.
-_TASK = 1 << 19
 #: Up to so many states, and so many frames times states, sequences are taken four at a time.
 _STATES, _FRAMES = 8, 1 << 15
 #: Fewer sequences than this are cut in the middle when they are long.
@@ -1036,46 +1031,6 @@ def _viterbi_many(p, first, stop, score, path):
                 path[begin + t] = state
 
 
-# ---- threads --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="torchem")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _run(kernel: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], work: int) -> list[Any]:
-    """Results of a kernel for each of some arguments, on as many threads as torch may use and the work is worth."""
-    waiting = list(enumerate(tasks))[::-1]
-    results: list[Any] = [None] * len(waiting)
-
-    def serve() -> None:
-        while True:
-            try:
-                place, task = waiting.pop()
-            except IndexError:
-                return
-            results[place] = kernel(*task)
-
-    threads = min(kernel_threads(), len(waiting), work // _TASK)
-    helpers = [_pool().submit(serve) for _ in range(threads - 1)]
-    serve()
-    for helper in helpers:
-        helper.result()
-    return results
-
-
-def _ranges(count: int, work: int) -> list[tuple[int, int]]:
-    """Cut ``count`` items into ranges for the threads."""
-    pieces = min(count, max(1, work // _TASK), 4 * kernel_threads()) if kernel_threads() > 1 else 1
-    edges = [count * i // pieces for i in range(pieces + 1)] if count else [0]
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
-
 # ---- what others call -----------------------------------------------------------------------------------------------
 
 
@@ -1116,7 +1071,7 @@ def _problem(
         block=max(16, _BLOCK // width),
     )
     work = 8 * made * width * width
-    _run(_tables, [(p, *r) for r in _ranges(made, work)], work)
+    threads.run(_tables, [(p, *r) for r in threads.ranges(made, work)], work)
     return p
 
 
@@ -1127,7 +1082,7 @@ def _work(p: _Problem) -> int:
 
 def _run_ranges(kernel: Callable[..., Any], p: _Problem, *arrays: np.ndarray) -> None:
     work = _work(p)
-    _run(kernel, [(p, *r, *arrays) for r in _ranges(len(p.lengths), work)], work)
+    threads.run(kernel, [(p, *r, *arrays) for r in threads.ranges(len(p.lengths), work)], work)
 
 
 def log_normalizer(initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Tensor:
@@ -1161,7 +1116,7 @@ def smooth(
     p = _problem(initial, transition, emission, lengths)
     mass = np.ones(s) if weight is None else _flat(weight.to(torch.float64))
     log_z, gamma = np.empty(s), _aligned(p.emission.size, emission.dtype)
-    long = s < _FEW and 2 * _work(p) >= 4 * s * _TASK and (p.shared == 1 or not p.varying)
+    long = s < _FEW and 2 * _work(p) >= 4 * s * threads.TASK and (p.shared == 1 or not p.varying)
     pairs = (_smooth_long if long else _smooth_short)(p, mass, log_z, gamma)
     shapes = torch.from_numpy(pairs).view(transition.shape), torch.from_numpy(gamma).view(emission.shape)
     return torch.from_numpy(log_z).to(emission.dtype), *shapes
@@ -1170,15 +1125,17 @@ def smooth(
 def _smooth_short(p: _Problem, weight: np.ndarray, log_z: np.ndarray, gamma: np.ndarray) -> np.ndarray:
     """Sequences of their own kind; how they are parted, and so how steps are summed, depends on shapes alone."""
     work, groups = 2 * _work(p), len(log_z) // p.shared
-    many = 1 if p.varying else min(p.shared, max(1, min(64, work // _TASK, len(gamma) // p.width**2) // groups))
+    many = 1 if p.varying else min(p.shared, max(1, min(64, work // threads.TASK, len(gamma) // p.width**2) // groups))
     parts = np.array([g * p.shared + p.shared * i // many for g in range(groups) for i in range(many)] + [len(log_z)])
     pairs = np.empty((groups, many, p.steps * p.k * p.k))
     order = np.arange(len(log_z))
     if p.lengths.min() < p.lengths.max():
         # Neighbours are of like lengths, the longest first.
         order = np.lexsort((-p.lengths, np.searchsorted(parts, order, side="right")))
-    tasks = [(p, weight, order, parts, *r, log_z, gamma, pairs.reshape(-1)) for r in _ranges(len(parts) - 1, work)]
-    _run(_smooth_many, tasks, work)
+    tasks = [
+        (p, weight, order, parts, *r, log_z, gamma, pairs.reshape(-1)) for r in threads.ranges(len(parts) - 1, work)
+    ]
+    threads.run(_smooth_many, tasks, work)
     return pairs.sum(1) if many > 1 else pairs
 
 
@@ -1205,7 +1162,7 @@ def _smooth_long(p: _Problem, weight: np.ndarray, log_z: np.ndarray, gamma: np.n
     stages = []
     for stage in (0, 2):
         tasks = [(p, weight, *half, gamma, stage + i % 2) for i, half in enumerate(halves)]
-        stages.append(_run(_smooth_half, tasks, work))
+        stages.append(threads.run(_smooth_half, tasks, work))
     for s, (first, second) in enumerate(zip(halves[::2], halves[1::2], strict=True)):
         log = sum(stage[2 * s] + stage[2 * s + 1] for stage in stages)
         out = s // p.shared * size

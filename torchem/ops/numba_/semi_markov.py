@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchem.ops.numba_ import chain
+from torchem.ops import threads
 from torchem.ops.numba_ import vectors as vec
 
 #: Sequences are taken in so many parts at most, whatever the number of threads: sums are the same to the bit.
@@ -377,7 +377,7 @@ def log_normalizer(
     """log Z ``[*b]``, float64; ``tail``: log weights of a last segment that has lasted so long."""
     p, lead = _layout(initial, transition, duration, tail, emission, lengths)
     log_z = torch.empty(len(p.lengths), dtype=torch.float64)
-    chain._run(_normalize_many, [(p, *part, log_z.numpy()) for part in _parts(p)], _work(p))
+    threads.run(_normalize_many, [(p, *part, log_z.numpy()) for part in _parts(p)], _work(p))
     return _restored(log_z, lead)
 
 
@@ -399,7 +399,7 @@ def expectations(
     log_z, gamma = torch.empty(size, dtype=torch.float64), torch.zeros(size * p.frames * p.k, dtype=torch.float64)
     mass = torch.ones(size) if weight is None else weight.detach().expand(lead).reshape(-1)
     arrays = mass.to(torch.float64).contiguous().numpy(), log_z.numpy(), gamma.numpy()
-    found = chain._run(_expect_many, [(p, *part, *arrays) for part in _parts(p)], 3 * _work(p))
+    found = threads.run(_expect_many, [(p, *part, *arrays) for part in _parts(p)], 3 * _work(p))
     first, pairs, counts, cut = (torch.from_numpy(sum(parts)) for parts in zip(*found, strict=True))
     own = torch.broadcast_shapes(initial.shape[:-1], transition.shape[:-2], duration.shape[:-2], tail.shape[:-2])
     first, pairs = first.view(*own, p.k), pairs.view(*own, p.k, p.k)
@@ -435,6 +435,6 @@ def _filled(kernel: Any, p: _Problem, lead: torch.Size, *given: np.ndarray) -> t
     score, path = torch.empty(len(p.lengths), dtype=torch.float64), torch.full((size,), -1)
     lasted = torch.zeros(size, dtype=torch.long)
     arrays = *given, score.numpy(), path.numpy(), lasted.numpy()
-    chain._run(kernel, [(p, *part, *arrays) for part in _parts(p)], _work(p))
+    threads.run(kernel, [(p, *part, *arrays) for part in _parts(p)], _work(p))
     path, lasted = (_restored(value.view(-1, p.frames), lead) for value in (path, lasted))
     return _restored(score, lead), path, lasted

@@ -7,16 +7,20 @@ on disk by the time stamp of their own file: whoever edits this one removes ``__
 
 import math
 from collections.abc import Callable
+from functools import partial
 from inspect import unwrap
 from typing import Any
 
 import numba
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
 #: Numbers of a vector. Four doubles fill a register of AVX2; narrower ones are ganged, wider ones are rarely faster.
 LANES = 4
+#: Numbers of a wide one, for loops that do nothing but multiply and add: what the machine's own registers hold.
+WIDE = 8 if get_host_cpu_features().get("avx512f") else LANES
 #: Exponentials below this become zero, so that products of messages are never denormal.
 FLUSH = 1e-160
 
@@ -46,24 +50,32 @@ def operation(function: Callable[..., Any]) -> Any:
 
 
 class _LanesType(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name=f"lanes{LANES}")
+    def __init__(self, width: int) -> None:
+        self.width = width
+        super().__init__(name=f"lanes{width}")
 
 
-lanes = _LanesType()
-_FLOATS = ir.VectorType(ir.DoubleType(), LANES)
-_INTEGERS = ir.VectorType(ir.IntType(64), LANES)
+lanes, wide = _LanesType(LANES), _LanesType(WIDE)
 _INDEX = ir.IntType(32)
+
+
+def _floats(width: int) -> ir.VectorType:
+    return ir.VectorType(ir.DoubleType(), width)
 
 
 @register_model(_LanesType)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any):
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, _floats(kind.width))
 
 
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [value] * LANES)
+def _constant(like: Any, value: float) -> ir.Constant:
+    """A number in all lanes of a vector like another."""
+    return ir.Constant(like.type, [value] * like.type.count)
+
+
+def _integers(like: Any) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(64), like.type.count)
 
 
 def _shuffled(builder: Any, a: Any, b: Any, *places: int) -> Any:
@@ -78,18 +90,18 @@ def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any, widt
 
 
 def _pointwise(build: Callable[..., Any], operands: int) -> Any:
-    """An operation on vectors from what emits it."""
+    """An operation on vectors of one width from what emits it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return build(builder, *arguments)
 
     if operands == 1:
-        return operation(lambda typing, a: (lanes(lanes), generate))
+        return operation(lambda typing, a: (a(a), generate))
     if operands == 2:
-        return operation(lambda typing, a, b: (lanes(lanes, lanes), generate))
+        return operation(lambda typing, a, b: (a(a, b), generate))
     if operands == 3:
-        return operation(lambda typing, a, b, c: (lanes(lanes, lanes, lanes), generate))
-    return operation(lambda typing, a, b, c, d: (lanes(lanes, lanes, lanes, lanes), generate))
+        return operation(lambda typing, a, b, c: (a(a, b, c), generate))
+    return operation(lambda typing, a, b, c, d: (a(a, b, c, d), generate))
 
 
 def _emit_fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -121,17 +133,18 @@ _ROUND = 1.5 * 2.0**52
 
 def _emit_exponential(builder: Any, x: Any) -> Any:
     # x = n log 2 + r with |r| ≤ log 2 / 2, so that exp x = 2^n · (Taylor's polynomial of degree 12 at r, to 2e-16).
-    rounded = _emit_fused(builder, x, _constant(1 / math.log(2)), _constant(_ROUND))
-    n = builder.fsub(rounded, _constant(_ROUND))
-    rest = _emit_fused(builder, n, _constant(-_LOG2[0]), x)
-    rest = _emit_fused(builder, n, _constant(-_LOG2[1]), rest)
-    value = _constant(1 / math.factorial(12))
+    number, integers = partial(_constant, x), _integers(x)
+    rounded = _emit_fused(builder, x, number(1 / math.log(2)), number(_ROUND))
+    n = builder.fsub(rounded, number(_ROUND))
+    rest = _emit_fused(builder, n, number(-_LOG2[0]), x)
+    rest = _emit_fused(builder, n, number(-_LOG2[1]), rest)
+    value = number(1 / math.factorial(12))
     for degree in range(11, -1, -1):
-        value = _emit_fused(builder, value, rest, _constant(1 / math.factorial(degree)))
-    power = builder.shl(builder.bitcast(rounded, _INTEGERS), ir.Constant(_INTEGERS, [52] * LANES))
-    value = builder.bitcast(builder.add(builder.bitcast(value, _INTEGERS), power), _FLOATS)
-    small = builder.fcmp_ordered("<", x, _constant(math.log(FLUSH)))
-    value = builder.select(small, _constant(0.0), value)
+        value = _emit_fused(builder, value, rest, number(1 / math.factorial(degree)))
+    power = builder.shl(builder.bitcast(rounded, integers), ir.Constant(integers, [52] * integers.count))
+    value = builder.bitcast(builder.add(builder.bitcast(value, integers), power), x.type)
+    small = builder.fcmp_ordered("<", x, number(math.log(FLUSH)))
+    value = builder.select(small, number(0.0), value)
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
 
@@ -146,7 +159,7 @@ where_less = _pointwise(  # c where a < b, else d
 larger = _pointwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), 2)
 smaller = _pointwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), 2)
 unless_below = _pointwise(  # a, or zero where a < b
-    lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), _constant(0.0), a), 2
+    lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), _constant(a, 0.0), a), 2
 )
 tainted = _pointwise(  # b where it is NaN, else a
     lambda builder, a, b: builder.select(builder.fcmp_unordered("uno", b, b), b, a), 2
@@ -156,16 +169,19 @@ lane0, lane1, lane2, lane3 = (_pointwise(_emit_lane(lane), 4) for lane in range(
 sums = _pointwise(_emit_sums, 4)  # the total of each of four vectors
 
 
-@operation
-def load(typing, array, index):
+def _loading(kind: _LanesType) -> Any:
     """A vector of consecutive numbers, as doubles."""
 
-    def generate(context, builder, signature, arguments):
-        address, numbers = _address(context, builder, array, arguments[0], arguments[1], LANES)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = signature.args[0]
+        address, numbers = _address(context, builder, array, arguments[0], arguments[1], kind.width)
         value = builder.load(address, align=array.dtype.bitwidth // 8)
-        return value if numbers == _FLOATS else builder.fpext(value, _FLOATS)
+        return value if numbers == _floats(kind.width) else builder.fpext(value, _floats(kind.width))
 
-    return lanes(array, types.intp), generate
+    return operation(lambda typing, array, index: (kind(array, types.intp), generate))
+
+
+load, load_wide = _loading(lanes), _loading(wide)
 
 
 @operation
@@ -173,23 +189,56 @@ def store(typing, array, index, value):
     """Write a vector to consecutive places, in the array's type."""
 
     def generate(context, builder, signature, arguments):
-        address, numbers = _address(context, builder, array, arguments[0], arguments[1], LANES)
-        new = arguments[2] if numbers == _FLOATS else builder.fptrunc(arguments[2], numbers)
+        address, numbers = _address(context, builder, array, arguments[0], arguments[1], value.width)
+        new = arguments[2] if numbers == _floats(value.width) else builder.fptrunc(arguments[2], numbers)
         builder.store(new, address, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, lanes), generate
+    return types.void(array, types.intp, value), generate
+
+
+def _repeated(builder: Any, number: Any, width: int) -> Any:
+    empty = ir.Constant(_floats(width), ir.Undefined)
+    return _shuffled(builder, builder.insert_element(empty, number, _INDEX(0)), empty, *[0] * width)
+
+
+def _splatting(kind: _LanesType) -> Any:
+    """A vector of one number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _repeated(builder, arguments[0], kind.width)
+
+    return operation(lambda typing, value: (kind(types.float64), generate))
+
+
+splat, splat_wide = _splatting(lanes), _splatting(wide)
 
 
 @operation
-def splat(typing, value):
-    """A vector of one number."""
+def spread_wide(typing, array, index):
+    """A wide vector of the one number at a place of an array of doubles."""
 
     def generate(context, builder, signature, arguments):
-        empty = ir.Constant(_FLOATS, ir.Undefined)
-        return _shuffled(builder, builder.insert_element(empty, arguments[0], _INDEX(0)), empty, *[0] * LANES)
+        address, _ = _address(context, builder, array, arguments[0], arguments[1], 1)
+        address = builder.bitcast(address, ir.DoubleType().as_pointer())
+        return _repeated(builder, builder.load(address), WIDE)
 
-    return lanes(types.float64), generate
+    return wide(array, types.intp), generate
+
+
+@operation
+def prefetch(typing, array, index):
+    """Have the memory at a place on its way to the caches."""
+
+    def generate(context, builder, signature, arguments):
+        address, _ = _address(context, builder, array, arguments[0], arguments[1], 1)
+        address = builder.bitcast(address, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [address.type, _INDEX, _INDEX, _INDEX])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+        builder.call(function, [address, _INDEX(0), _INDEX(2), _INDEX(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 @operation
@@ -197,7 +246,7 @@ def gather(typing, array, a, b, c, d):
     """A vector of the numbers at four places, as doubles."""
 
     def generate(context, builder, signature, arguments):
-        value = ir.Constant(_FLOATS, ir.Undefined)
+        value = ir.Constant(_floats(LANES), ir.Undefined)
         for lane in range(LANES):
             address, _ = _address(context, builder, array, arguments[0], arguments[1 + lane], 1)
             address = builder.bitcast(address, context.get_value_type(array.dtype).as_pointer())
@@ -245,14 +294,15 @@ def _folded(combine: Callable[..., Any]) -> Any:
     """A number from a vector by halving it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,), width = arguments, LANES
+        (value,) = arguments
+        width = value.type.count
         while width > 1:
             width //= 2
             low = _shuffled(builder, value, value, *range(width))
             value = combine(builder, low, _shuffled(builder, value, value, *range(width, 2 * width)))
         return builder.extract_element(value, _INDEX(0))
 
-    return operation(lambda typing, a: (types.float64(lanes), generate))
+    return operation(lambda typing, a: (types.float64(a), generate))
 
 
 total = _folded(lambda builder, a, b: builder.fadd(a, b))

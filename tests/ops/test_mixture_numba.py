@@ -1,0 +1,105 @@
+"""The compiled passes of mixtures, against products and softmax written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from torchem.ops import threads
+from torchem.ops.numba_ import mixture
+
+DOUBLE = torch.float64
+
+
+def expected(x: Tensor, weight: Tensor | None, slope: Tensor, constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    joint = torch.einsum("nd,rkd->rnk", x, slope) + constant.unsqueeze(-2)
+    weight = torch.ones(len(x), dtype=DOUBLE) if weight is None else weight
+    share = torch.where(joint.isneginf().all(-1, keepdim=True), 0.0, joint.softmax(-1)) * weight.unsqueeze(-1)
+    log_z = torch.where(weight > 0, joint.logsumexp(-1), 0.0) * weight
+    return log_z.sum(-1), share.sum(1), torch.einsum("rnk,nd->rkd", share, x)
+
+
+def tables(r: int, k: int, d: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    slope = torch.randn(r, k, d, dtype=DOUBLE, generator=generator)
+    constant = 3 * torch.randn(r, k, dtype=DOUBLE, generator=generator)
+    if k > 2:
+        constant[:, 1] = -torch.inf
+    return slope, constant
+
+
+def agree(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-11)
+
+
+# Vectors hold four or eight components, tiles four of them and four rows or columns, blocks 32 rows.
+@pytest.mark.parametrize("n", [1, 31, 33, 200])
+@pytest.mark.parametrize(("d", "k", "r"), [(1, 1, 1), (4, 3, 2), (5, 8, 1), (7, 33, 2), (16, 40, 1), (3, 70, 1)])
+def test_numbers(n: int, d: int, k: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(n + d)
+    x = torch.poisson(torch.full((n, d), 2.0, dtype=DOUBLE), generator=generator)
+    slope, constant = tables(r, k, d, generator)
+    weight = torch.rand(n, dtype=DOUBLE, generator=generator) if n % 2 else None
+    wanted = expected(x, weight, slope, constant)
+    for dtype in (torch.float64, torch.float32, torch.int64):
+        agree(mixture.of_numbers(x.to(dtype), weight, slope, constant), wanted)
+
+
+@pytest.mark.parametrize("n", [1, 50])
+@pytest.mark.parametrize(("sizes", "k", "r"), [([1], 1, 1), ([2, 3, 4], 9, 2), ([4] * 20, 40, 1)])
+def test_categories(n: int, sizes: list[int], k: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.stack([torch.randint(0, size, (n,), generator=generator) for size in sizes], -1).to(torch.uint8)
+    codes[torch.rand(codes.shape, generator=generator) < 0.2] = mixture.NONE
+    slope, constant = tables(r, k, sum(sizes), generator)
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    columns = [(codes[:, d] == j).double() for d, size in enumerate(sizes) for j in range(size)]
+    weight = torch.rand(n, dtype=DOUBLE, generator=generator) if n > 1 else None
+    wanted = expected(torch.stack(columns, -1), weight, slope, constant)
+    agree(mixture.of_categories(codes, starts, weight, slope, constant), wanted)
+
+
+def test_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, (slope, constant) = torch.rand(1000, 6, dtype=DOUBLE, generator=generator), tables(2, 5, 6, generator)
+    wanted = mixture.of_numbers(x, None, slope, constant)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "TASK", 1)
+    torch.set_num_threads(3)
+    try:
+        agree(mixture.of_numbers(x, None, slope, constant), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_that_nothing_explains_and_rows_that_nobody_counts() -> None:
+    slope, constant = torch.zeros(1, 3, 2, dtype=DOUBLE), torch.full((1, 3), -torch.inf, dtype=DOUBLE)
+    x = torch.ones(5, 2, dtype=DOUBLE)
+    value, mass, total = mixture.of_numbers(x, None, slope, constant)
+    assert value.item() == -torch.inf
+    assert not mass.any()
+    assert not total.any()
+    value, mass, _ = mixture.of_numbers(x, torch.zeros(5, dtype=DOUBLE), slope, constant)
+    assert value.item() == 0
+    assert not mass.any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_not_finite_stays_visible(weighted: bool) -> None:
+    slope, constant = torch.full((1, 3, 2), torch.nan, dtype=DOUBLE), torch.zeros(1, 3, dtype=DOUBLE)
+    weight = torch.ones(5, dtype=DOUBLE) if weighted else None
+    value, mass, _ = mixture.of_numbers(torch.ones(5, 2, dtype=DOUBLE), weight, slope, constant)
+    assert value.isnan().all()
+    assert mass.isnan().all()
+
+
+def test_far_from_the_origin_of_logs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(300, 2, dtype=DOUBLE, generator=generator)
+    slope, constant = tables(1, 6, 2, generator)
+    for shift in (-1e4, 1e4):
+        wanted = expected(x, None, 300 * slope, constant + shift)
+        found = mixture.of_numbers(x, None, 300 * slope, constant + shift)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-13, atol=0)
+        agree(found[1:], wanted[1:])

@@ -1,0 +1,325 @@
+"""The E-step of a mixture in one pass over the rows, where log-potentials are linear in them.
+
+log p(x, k) = Σ_d x_d slope_dk + constant_k. A block of rows is read, and while it is in the first cache its potentials
+are computed and normalised over the components, and the statistics Σ_n γ_nk and Σ_n γ_nk x_n summed: nothing as long
+as the data is ever written. Rows may be numbers, or codes that stand for indicators of categories: a potential is then
+a sum of rows of the table, one for each column, and so are statistics, with a fraction of the work of the products.
+
+*Layout.* Components run along vectors, padded to whole ones with components of probability zero. Tables are
+``[D, width]``. Products are taken by tiles of four rows, or columns, and four vectors: sixteen sums that stay in
+registers.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchem.ops import threads
+from torchem.ops.numba_ import vectors as vec
+
+#: Rows that are worked on together.
+_ROWS = 32
+#: The code of what is missing.
+NONE = 255
+#: What numbers may be.
+TYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.uint8)
+#: Cost of an entry of N × K beside its products, in multiply–adds.
+_ENTRY = 16
+_WIDE = vec.WIDE
+_LEAST = -np.finfo(np.float64).max
+
+
+class _Tables(NamedTuple):
+    """Of one replica after another, flat."""
+
+    slope: np.ndarray  # [R, rows, width]
+    constant: np.ndarray  # [R, width]
+    width: int
+    rows: int
+
+
+@vec.inlined
+def _tile(x, place, step, count, jump, table, column, width, out, target, leap, held):
+    """out[i, j] += Σ_d x_i[d] table[d, j] for four i and four vectors of j; x_i[d] at place + i step + d jump.
+
+    With ``held`` sums begin with what ``out`` holds.
+    """
+    zero, w = vec.splat_wide(0.0), _WIDE
+    t1, t2, t3 = target + leap, target + 2 * leap, target + 3 * leap
+    a0, a1, a2, a3 = zero, zero, zero, zero
+    b0, b1, b2, b3 = zero, zero, zero, zero
+    c0, c1, c2, c3 = zero, zero, zero, zero
+    d0, d1, d2, d3 = zero, zero, zero, zero
+    if held:
+        a0, a1 = vec.load_wide(out, target), vec.load_wide(out, target + w)
+        a2, a3 = vec.load_wide(out, target + 2 * w), vec.load_wide(out, target + 3 * w)
+        b0, b1 = vec.load_wide(out, t1), vec.load_wide(out, t1 + w)
+        b2, b3 = vec.load_wide(out, t1 + 2 * w), vec.load_wide(out, t1 + 3 * w)
+        c0, c1 = vec.load_wide(out, t2), vec.load_wide(out, t2 + w)
+        c2, c3 = vec.load_wide(out, t2 + 2 * w), vec.load_wide(out, t2 + 3 * w)
+        d0, d1 = vec.load_wide(out, t3), vec.load_wide(out, t3 + w)
+        d2, d3 = vec.load_wide(out, t3 + 2 * w), vec.load_wide(out, t3 + 3 * w)
+    for d in range(count):
+        q = column + d * width
+        y0, y1 = vec.load_wide(table, q), vec.load_wide(table, q + w)
+        y2, y3 = vec.load_wide(table, q + 2 * w), vec.load_wide(table, q + 3 * w)
+        p = place + d * jump
+        u = vec.spread_wide(x, p)
+        a0, a1, a2, a3 = vec.fused(u, y0, a0), vec.fused(u, y1, a1), vec.fused(u, y2, a2), vec.fused(u, y3, a3)
+        u = vec.spread_wide(x, p + step)
+        b0, b1, b2, b3 = vec.fused(u, y0, b0), vec.fused(u, y1, b1), vec.fused(u, y2, b2), vec.fused(u, y3, b3)
+        u = vec.spread_wide(x, p + 2 * step)
+        c0, c1, c2, c3 = vec.fused(u, y0, c0), vec.fused(u, y1, c1), vec.fused(u, y2, c2), vec.fused(u, y3, c3)
+        u = vec.spread_wide(x, p + 3 * step)
+        d0, d1, d2, d3 = vec.fused(u, y0, d0), vec.fused(u, y1, d1), vec.fused(u, y2, d2), vec.fused(u, y3, d3)
+    _keep(out, target, a0, a1, a2, a3)
+    _keep(out, t1, b0, b1, b2, b3)
+    _keep(out, t2, c0, c1, c2, c3)
+    _keep(out, t3, d0, d1, d2, d3)
+
+
+@vec.inlined
+def _keep(out, place, y0, y1, y2, y3):
+    vec.store(out, place, y0)
+    vec.store(out, place + _WIDE, y1)
+    vec.store(out, place + 2 * _WIDE, y2)
+    vec.store(out, place + 3 * _WIDE, y3)
+
+
+@vec.inlined
+def _narrow_tile(x, place, step, count, jump, table, column, width, out, target, leap, held):
+    """`_tile` for one vector."""
+    zero = vec.splat_wide(0.0)
+    t1, t2, t3 = target + leap, target + 2 * leap, target + 3 * leap
+    a, b, c, e = zero, zero, zero, zero
+    if held:
+        a, b, c, e = vec.load_wide(out, target), vec.load_wide(out, t1), vec.load_wide(out, t2), vec.load_wide(out, t3)
+    for d in range(count):
+        y, p = vec.load_wide(table, column + d * width), place + d * jump
+        a = vec.fused(vec.spread_wide(x, p), y, a)
+        b = vec.fused(vec.spread_wide(x, p + step), y, b)
+        c = vec.fused(vec.spread_wide(x, p + 2 * step), y, c)
+        e = vec.fused(vec.spread_wide(x, p + 3 * step), y, e)
+    vec.store(out, target, a)
+    vec.store(out, t1, b)
+    vec.store(out, t2, c)
+    vec.store(out, t3, e)
+
+
+@vec.inlined
+def _product(x, place, step, rows, count, jump, table, width, out, held):
+    """out[i] += Σ_d x_i[d] table[d] of groups of four i, all vectors."""
+    for i in range(0, rows, 4):
+        p, j = place + i * step, 0
+        while j + 4 * _WIDE <= width:
+            _tile(x, p, step, count, jump, table, j, width, out, i * width + j, width, held)
+            j += 4 * _WIDE
+        while j < width:
+            _narrow_tile(x, p, step, count, jump, table, j, width, out, i * width + j, width, held)
+            j += _WIDE
+
+
+@vec.inlined
+def _normalized(gamma, place, constant, first, mass, weight, width):
+    """Responsibilities times the weight in place of the potentials of a row, added to ``mass``.
+
+    Returns the maximum, and the sum of exponentials below it, whose log is the rest of log Z.
+    """
+    top = vec.splat_wide(-np.inf)
+    for j in range(0, width, _WIDE):
+        x = vec.plus(vec.load_wide(gamma, place + j), vec.load_wide(constant, first + j))
+        vec.store(gamma, place + j, x)
+        top = vec.tainted(vec.larger(x, top), x)
+    peak = vec.largest(top)
+    # A row that no component explains has shares of zero. NaN stays.
+    shift = vec.splat_wide(_LEAST if peak < _LEAST else peak)
+    sums = vec.splat_wide(0.0)
+    for j in range(0, width, _WIDE):
+        y = vec.exponential(vec.minus(vec.load_wide(gamma, place + j), shift))
+        vec.store(gamma, place + j, y)
+        sums = vec.plus(sums, y)
+    whole = vec.total(sums)
+    share = vec.splat_wide(weight / whole if whole != 0.0 else 0.0)
+    for j in range(0, width, _WIDE):
+        y = vec.times(vec.load_wide(gamma, place + j), share)
+        vec.store(gamma, place + j, y)
+        vec.store(mass, j, vec.plus(vec.load_wide(mass, j), y))
+    return peak, whole
+
+
+@vec.inlined
+def _logged(value, product, peak, whole, weight, weighted):
+    """Σ w log Z and a product of sums of exponentials whose log is still to be added, one row later."""
+    if weighted:
+        value += weight * (peak + math.log(whole)) if weight > 0.0 else 0.0
+    else:
+        value += peak
+        product *= whole
+        if not 1e-200 < product < 1e200:
+            value, product = value + math.log(product), 1.0
+    return value, product
+
+
+@vec.kernel
+def _numbers(r, first, last, x, doubles, columns, weight, t, mass, total):
+    """Rows from ``first`` to ``last`` of numbers under replica r; returns Σ w log Z."""
+    width = t.width
+    slope = t.slope[r * t.rows * width : (r + 1) * t.rows * width]
+    rows, gamma = np.zeros(_ROWS * t.rows), np.zeros(_ROWS * width)
+    value, product = 0.0, 1.0
+    for start in range(first, last, _ROWS):
+        n = min(_ROWS, last - start)
+        place, source = 0, rows
+        if len(doubles) and n == _ROWS:
+            place, source = start * columns, doubles
+            ahead = place + n * columns
+            for line in range(ahead, min(ahead + n * columns, len(doubles)), 8):
+                vec.prefetch(doubles, line)
+        else:
+            for i in range(n):
+                here, there = (start + i) * columns, i * t.rows
+                for d in range(columns):
+                    rows[there + d] = x[here + d]
+        _product(source, place, t.rows, n, columns, 1, slope, width, gamma, False)
+        for i in range(n):
+            w = weight[start + i] if len(weight) else 1.0
+            peak, whole = _normalized(gamma, i * width, t.constant, r * width, mass, w, width)
+            value, product = _logged(value, product, peak, whole, w, len(weight))
+        # The same product, rows and columns exchanged.
+        _product(source, place, 1, t.rows, n, t.rows, gamma, width, total, True)
+    return value + math.log(product)
+
+
+@vec.inlined
+def _gathered(codes, place, columns, starts, table, width, out):
+    """out = Σ_d table[cell of column d], four vectors at a time."""
+    w, zero, j = _WIDE, vec.splat_wide(0.0), 0
+    while j + 4 * w <= width:
+        a, b, c, e = zero, zero, zero, zero
+        for d in range(columns):
+            code = codes[place + d]
+            if code != NONE:
+                q = (starts[d] + code) * width + j
+                a, b = vec.plus(a, vec.load_wide(table, q)), vec.plus(b, vec.load_wide(table, q + w))
+                c, e = vec.plus(c, vec.load_wide(table, q + 2 * w)), vec.plus(e, vec.load_wide(table, q + 3 * w))
+        _keep(out, j, a, b, c, e)
+        j += 4 * w
+    while j < width:
+        a = zero
+        for d in range(columns):
+            code = codes[place + d]
+            if code != NONE:
+                a = vec.plus(a, vec.load_wide(table, (starts[d] + code) * width + j))
+        vec.store(out, j, a)
+        j += w
+
+
+@vec.inlined
+def _scattered(codes, place, columns, starts, gamma, width, out):
+    """out[cell of column d] += γ of every column, four vectors at a time."""
+    w, j = _WIDE, 0
+    while j + 4 * w <= width:
+        a, b = vec.load_wide(gamma, j), vec.load_wide(gamma, j + w)
+        c, e = vec.load_wide(gamma, j + 2 * w), vec.load_wide(gamma, j + 3 * w)
+        for d in range(columns):
+            code = codes[place + d]
+            if code != NONE:
+                q = (starts[d] + code) * width + j
+                _keep(
+                    out, q,
+                    vec.plus(a, vec.load_wide(out, q)), vec.plus(b, vec.load_wide(out, q + w)),
+                    vec.plus(c, vec.load_wide(out, q + 2 * w)), vec.plus(e, vec.load_wide(out, q + 3 * w)),
+                )  # fmt: skip
+        j += 4 * w
+    while j < width:
+        a = vec.load_wide(gamma, j)
+        for d in range(columns):
+            code = codes[place + d]
+            if code != NONE:
+                q = (starts[d] + code) * width + j
+                vec.store(out, q, vec.plus(a, vec.load_wide(out, q)))
+        j += w
+
+
+@vec.kernel
+def _categories(r, first, last, codes, columns, weight, t, starts, mass, total):
+    """Rows from ``first`` to ``last`` of codes under replica r; returns Σ w log Z."""
+    width = t.width
+    table = t.slope[r * t.rows * width : (r + 1) * t.rows * width]
+    gamma, value, product = np.zeros(width), 0.0, 1.0
+    for i in range(first, last):
+        w, place = weight[i] if len(weight) else 1.0, i * columns
+        _gathered(codes, place, columns, starts, table, width, gamma)
+        peak, whole = _normalized(gamma, 0, t.constant, r * width, mass, w, width)
+        value, product = _logged(value, product, peak, whole, w, len(weight))
+        _scattered(codes, place, columns, starts, gamma, width, total)
+    return value + math.log(product)
+
+
+def _tables(slope: Tensor, constant: Tensor, rows: int) -> _Tables:
+    """Tables of slope ``[R, K, D]`` and constant ``[R, K]``, padded to whole vectors and ``rows``."""
+    k, d = slope.shape[-2:]
+    width = -(-k // _WIDE) * _WIDE
+    table = torch.zeros(len(slope), rows, width, dtype=torch.float64)
+    table[:, :d, :k] = slope.detach().mT
+    more = torch.full((len(slope), width), -torch.inf, dtype=torch.float64)
+    more[:, :k] = constant.detach()
+    return _Tables(table.view(-1).numpy(), more.view(-1).numpy(), width, rows)
+
+
+def _pass(kernel: Any, data: tuple[Any, ...], extra: tuple[Any, ...], n: int, t: _Tables, k: int, work: int) -> Any:
+    """Σ w log Z ``[R]``, Σ γ ``[R, K]`` and Σ γ x ``[R, K, rows]``, each range of rows summed by itself."""
+    replicas = len(t.constant) // t.width
+    parts = [(r, *part) for r in range(replicas) for part in threads.ranges(n, work // replicas)]
+    mass, total = np.zeros((len(parts), t.width)), np.zeros((len(parts), t.rows * t.width))
+    tasks = [(*part, *data, t, *extra, mass[i], total[i]) for i, part in enumerate(parts)]
+    values = torch.tensor(threads.run(kernel, tasks, work), dtype=torch.float64)
+    each = (replicas, len(parts) // replicas)
+    mass_ = torch.from_numpy(mass).view(*each, t.width).sum(1)
+    total_ = torch.from_numpy(total).view(*each, t.rows, t.width).sum(1)
+    return values.view(each).sum(1), mass_[:, :k], total_.mT[:, :k]
+
+
+def _flat(weight: Tensor | None) -> np.ndarray:
+    return np.empty(0) if weight is None else weight.detach().to(torch.float64).contiguous().numpy()
+
+
+def of_numbers(x: Tensor, weight: Tensor | None, slope: Tensor, constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ w log Z ``[R]``, Σ w γ ``[R, K]`` and Σ w γ x ``[R, K, D]``, float64.
+
+    Args:
+        x: ``[N, D]``, one of `TYPES`, nothing missing.
+        weight: ``[N]`` or None.
+        slope: ``[R, K, D]``, finite.
+        constant: ``[R, K]``, what is added, −inf where a component is impossible.
+    """
+    (n, d), k = x.shape, slope.shape[-2]
+    t = _tables(slope, constant, -(-d // 4) * 4)
+    work = len(slope) * n * t.width * (2 * d + _ENTRY)
+    flat = x.detach().contiguous().view(-1).numpy()
+    # Blocks of doubles need no copy, if they end where tiles do.
+    data = (flat, flat if x.dtype == torch.float64 and d == t.rows else np.empty(0), d, _flat(weight))
+    value, mass, total = _pass(_numbers, data, (), n, t, k, work)
+    return value, mass, total[..., :d]
+
+
+def of_categories(
+    codes: Tensor, starts: Tensor, weight: Tensor | None, table: Tensor, constant: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ w log Z ``[R]``, Σ w γ ``[R, K]`` and, of each category of each column, Σ w γ ``[R, K, cells]``, float64.
+
+    Args:
+        codes: ``[N, D]`` bytes, contiguous, `NONE` where missing.
+        starts: ``[D]``, the cell of each column's first category.
+        weight: ``[N]`` or None.
+        table: ``[R, K, cells]``, log-probabilities, finite.
+        constant: ``[R, K]``, what is added, −inf where a component is impossible.
+    """
+    (n, d), (k, cells) = codes.shape, table.shape[-2:]
+    t = _tables(table, constant, cells)
+    work = len(table) * n * t.width * (2 * d + _ENTRY)
+    data = (codes.view(-1).numpy(), d, _flat(weight))
+    return _pass(_categories, data, (starts.to(torch.int64).numpy(),), n, t, k, work)
