@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from torchem.ops import threads
+from torchem.ops import gaussian, threads
 from torchem.ops.numba_ import mixture
 
 DOUBLE = torch.float64
@@ -103,3 +103,23 @@ def test_far_from_the_origin_of_logs() -> None:
         found = mixture.of_numbers(x, None, 300 * slope, constant + shift)
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-13, atol=0)
         agree(found[1:], wanted[1:])
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("name", ["full", "diag", "spherical"])
+def test_features(name: str, d: int) -> None:
+    generator = torch.Generator().manual_seed(d)
+    structure = gaussian.STRUCTURES[name]
+    x, origin = (torch.randn(n, d, dtype=DOUBLE, generator=generator) for n in (70, 1))
+    t = structure.features(gaussian.augment(x, origin)).mT
+    slope = torch.randn(1, 9, t.shape[-1], dtype=DOUBLE, generator=generator)
+    constant = torch.randn(1, 9, dtype=DOUBLE, generator=generator)
+    wanted = expected(t, None, slope, constant)
+    assert structure.compiled is not None
+    kind = getattr(mixture, structure.compiled)
+    if name == "full":
+        agree(mixture.of_numbers(x, None, slope, constant, kind, origin[0]), wanted)
+        return
+    # The first feature is a constant one, left to what is added.
+    found = mixture.of_numbers(x, None, slope[..., 1:], constant + slope[..., 0], kind, origin[0])
+    agree((found[0], found[1], torch.cat([found[1].unsqueeze(-1), found[2]], -1)), wanted)

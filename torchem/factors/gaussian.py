@@ -711,6 +711,15 @@ class _GaussianKernel(Kernel):
             expected = expected.flatten(-1 - (batch.x.dim() - 1), -2)
         self.sweep.collect(expected.mT)
 
+    def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        x, sweep = batch.x, self.sweep.complete
+        if not isinstance(sweep, ops.FeaturesPass) or x.dim() != 2:
+            return None
+        if batch.remember("missing", lambda: missing.any_missing(x)):
+            return None
+        found = sweep.mixed(x, batch.weight, log_weight.squeeze(-2))
+        return None if found is None else (found[0], found[1].unsqueeze(-2))
+
     def stats(self) -> Stats:
         return self.factor._stats(self.sweep)
 
@@ -748,6 +757,11 @@ class _BlurredKernel(_GaussianKernel):
             return value + (seen.flatten(0, -2) @ blur.mT).unflatten(-2, x.shape[:-1])
         # A row without an entry says nothing.
         return value + (seen.amax(-1).flatten().unsqueeze(-1) * blur.unsqueeze(-2)).unflatten(-2, x.shape[:-1])
+
+    def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        self.found = None
+        blur = self.blur.sum(-1) if self.entrywise else self.blur
+        return super().mixed(batch, log_weight + blur.unsqueeze(-2).to(log_weight))
 
     def inner(self) -> Tensor:
         blur = self.blur * self.stats()["count"]

@@ -20,8 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torchem.ops import linalg
+from torchem.ops.dispatch import compiled_mixture
+from torchem.ops.reduce import watched
 
 LOG_2PI = math.log(2 * math.pi)
+#: Components from which on, and coefficients up to which, compiled passes are faster than products: components fill
+#: a vector, coefficients a core's own cache. (They are in float64; products in float32 are as fast.)
+_FEW, _TABLE = 8, 1 << 15
 
 
 def augment(x: Float[Tensor, "n d"], origin: Float[Tensor, "1 d"]) -> Float[Tensor, "d+1 n"]:
@@ -103,6 +108,9 @@ class Structure(ABC):
     @abstractmethod
     def features(self, z: Tensor) -> Tensor:
         """``[F, n]`` from the augmented ``z [D + 1, n]``."""
+
+    #: What compiled passes call the features, but for a first one that is constant; None where they have none.
+    compiled: str | None = None
 
     @abstractmethod
     def coefficients(self, delta: Tensor, raw: Tensor) -> Tensor:
@@ -290,6 +298,8 @@ def _shift(second: Tensor, first: Tensor, count: Tensor, delta: Tensor) -> Tenso
 
 class Full(Structure):
     """A covariance matrix per component; raw coordinates are Cholesky factors with logarithmic diagonal."""
+
+    compiled = "PAIRS"
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return k, d, d
@@ -537,6 +547,8 @@ class Entrywise(Structure):
 class Diag(Entrywise):
     """Variances per component and column; raw coordinates are log standard deviations."""
 
+    compiled = "SQUARES"
+
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return k, d
 
@@ -626,6 +638,8 @@ class Diag(Entrywise):
 
 class Spherical(Entrywise):
     """One variance per component; raw coordinates are log standard deviations."""
+
+    compiled = "NORM"
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return (k,)
@@ -748,6 +762,34 @@ class FeaturesPass:
         if self.common is not None:
             centred = self.z[1:]
             self.second = self.second + ((centred * weight.sum(-2, keepdim=True)) @ centred.mT).to(torch.float64)
+
+    def mixed(
+        self, x: Float[Tensor, "n d"], weight: Tensor | None, log_weight: Float[Tensor, "*r k"]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole E-step of a mixture of these under log weights of its components, collected, where it is compiled.
+
+        Returns:
+            Σ w log Z ``[*r]`` and Σ w γ ``[*r, K]``, float64.
+        """
+        slope = self.weights
+        lead, (k, f) = slope.shape[:-2], slope.shape[-2:]
+        engine = compiled_mixture(x.device, len(x) * slope[..., 0].numel() * f)
+        if engine is None or self.structure.compiled is None or slope.dtype != torch.float64:
+            return None
+        if x.dtype not in engine.TYPES or k < _FEW or k * f > _TABLE:
+            return None
+        if any(watched(given) for given in (x, weight, slope, log_weight) if given is not None):
+            return None
+        constant = log_weight.expand(*lead, k)
+        kind = getattr(engine, self.structure.compiled)
+        own = kind == engine.PAIRS  # in which the constant is the first
+        if not own:
+            slope, constant = slope[..., 1:], constant + slope[..., 0]
+        flat = slope.reshape(-1, *slope.shape[-2:]), constant.reshape(-1, k)
+        value, mass, total = engine.of_numbers(x, weight, *flat, kind, self.origin.reshape(-1))
+        mass, total = mass.reshape(*lead, k), total.reshape(slope.shape)
+        self.product = self.product + (total if own else torch.cat([mass.unsqueeze(-1), total], -1))
+        return value.reshape(lead), mass
 
     def inner(self) -> Tensor:
         """Σ weight · log-density of all that was collected, ``[*r]``: linear, so a product of what is at hand."""

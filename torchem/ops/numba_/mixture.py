@@ -1,6 +1,7 @@
 """The E-step of a mixture in one pass over the rows, where log-potentials are linear in them.
 
-log p(x, k) = Σ_d x_d slope_dk + constant_k. A block of rows is read, and while it is in the first cache its potentials
+log p(x, k) = Σ_f t_f(x) slope_fk + constant_k, with features t that are the numbers of a row themselves or products of
+them. A block of rows is read, and while it is in the first cache its potentials
 are computed and normalised over the components, and the statistics Σ_n γ_nk and Σ_n γ_nk x_n summed: nothing as long
 as the data is ever written. Rows may be numbers, or codes that stand for indicators of categories: a potential is then
 a sum of rows of the table, one for each column, and so are statistics, with a fraction of the work of the products.
@@ -24,6 +25,8 @@ from torchem.ops.numba_ import vectors as vec
 _ROWS = 32
 #: The code of what is missing.
 NONE = 255
+#: What the features of numbers are.
+NUMBERS, SQUARES, NORM, PAIRS = range(4)
 #: What numbers may be.
 TYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.uint8)
 #: Cost of an entry of N × K beside its products, in multiply–adds.
@@ -163,12 +166,43 @@ def _logged(value, product, peak, whole, weight, weighted):
     return value, product
 
 
+@vec.inlined
+def _features(x, place, columns, origin, kind, z, out, target):
+    """The features of one row, of z = x − origin, where ``target`` begins in ``out``."""
+    if kind == NUMBERS:
+        for d in range(columns):
+            out[target + d] = x[place + d]
+    elif kind == SQUARES:
+        for d in range(columns):
+            y = x[place + d] - origin[d]
+            out[target + d] = y
+            out[target + columns + d] = y * y
+    elif kind == NORM:
+        norm = 0.0
+        for d in range(columns):
+            y = x[place + d] - origin[d]
+            out[target + d] = y
+            norm += y * y
+        out[target + columns] = norm
+    else:
+        p = columns + 1
+        half = p // 2 + 1
+        z[0] = 1.0
+        for d in range(columns):
+            z[d + 1] = x[place + d] - origin[d]
+        for d in range(p // 2):
+            z[p + d] = z[d]
+        for d in range(p):
+            for shift in range(half):
+                out[target + d * half + shift] = z[d] * z[d + shift]
+
+
 @vec.kernel
-def _numbers(r, first, last, x, doubles, columns, weight, t, mass, total):
+def _numbers(r, first, last, x, doubles, columns, weight, t, origin, kind, mass, total):
     """Rows from ``first`` to ``last`` of numbers under replica r; returns Σ w log Z."""
     width = t.width
     slope = t.slope[r * t.rows * width : (r + 1) * t.rows * width]
-    rows, gamma = np.zeros(_ROWS * t.rows), np.zeros(_ROWS * width)
+    rows, gamma, z = np.zeros(_ROWS * t.rows), np.zeros(_ROWS * width), np.zeros(2 * columns + 2)
     value, product = 0.0, 1.0
     for start in range(first, last, _ROWS):
         n = min(_ROWS, last - start)
@@ -180,10 +214,8 @@ def _numbers(r, first, last, x, doubles, columns, weight, t, mass, total):
                 vec.prefetch(doubles, line)
         else:
             for i in range(n):
-                here, there = (start + i) * columns, i * t.rows
-                for d in range(columns):
-                    rows[there + d] = x[here + d]
-        _product(source, place, t.rows, n, columns, 1, slope, width, gamma, False)
+                _features(x, (start + i) * columns, columns, origin, kind, z, rows, i * t.rows)
+        _product(source, place, t.rows, n, t.rows, 1, slope, width, gamma, False)
         for i in range(n):
             w = weight[start + i] if len(weight) else 1.0
             peak, whole = _normalized(gamma, i * width, t.constant, r * width, mass, w, width)
@@ -287,23 +319,36 @@ def _flat(weight: Tensor | None) -> np.ndarray:
     return np.empty(0) if weight is None else weight.detach().to(torch.float64).contiguous().numpy()
 
 
-def of_numbers(x: Tensor, weight: Tensor | None, slope: Tensor, constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ w log Z ``[R]``, Σ w γ ``[R, K]`` and Σ w γ x ``[R, K, D]``, float64.
+def of_numbers(
+    x: Tensor,
+    weight: Tensor | None,
+    slope: Tensor,
+    constant: Tensor,
+    kind: int = NUMBERS,
+    origin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ w log Z ``[R]``, Σ w γ ``[R, K]`` and Σ w γ t(x) ``[R, K, F]``, float64.
 
     Args:
         x: ``[N, D]``, one of `TYPES`, nothing missing.
         weight: ``[N]`` or None.
-        slope: ``[R, K, D]``, finite.
+        slope: ``[R, K, F]``, finite.
         constant: ``[R, K]``, what is added, −inf where a component is impossible.
+        kind: What the features are of z = x − origin: z itself, without origin (`NUMBERS`); z and the squares of its
+            entries (`SQUARES`); z and its squared norm (`NORM`); the cyclic products of (1, z) with itself that
+            `torchem.ops.gaussian` describes (`PAIRS`).
+        origin: ``[D]``.
     """
-    (n, d), k = x.shape, slope.shape[-2]
-    t = _tables(slope, constant, -(-d // 4) * 4)
-    work = len(slope) * n * t.width * (2 * d + _ENTRY)
+    (n, d), (k, f) = x.shape, slope.shape[-2:]
+    t = _tables(slope, constant, -(-f // 4) * 4)
+    work = len(slope) * n * t.width * (2 * f + _ENTRY)
     flat = x.detach().contiguous().view(-1).numpy()
     # Blocks of doubles need no copy, if they end where tiles do.
-    data = (flat, flat if x.dtype == torch.float64 and d == t.rows else np.empty(0), d, _flat(weight))
-    value, mass, total = _pass(_numbers, data, (), n, t, k, work)
-    return value, mass, total[..., :d]
+    as_they_are = kind == NUMBERS and x.dtype == torch.float64 and d == t.rows
+    data = (flat, flat if as_they_are else np.empty(0), d, _flat(weight))
+    about = np.zeros(d) if origin is None else origin.detach().to(torch.float64).contiguous().numpy()
+    value, mass, total = _pass(_numbers, data, (about, kind), n, t, k, work)
+    return value, mass, total[..., :f]
 
 
 def of_categories(
