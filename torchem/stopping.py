@@ -12,7 +12,8 @@ def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status 
 
     Args:
         history: Objective so far, one value per iterate.
-        tolerance: A rise strictly below this (in total, not per observation) is a plateau; 0 never is.
+        tolerance: A rise strictly below this (in total, not per observation) is a plateau if, by `aitken`, what is left
+            is below it as well; 0 never is.
         slack: Relative fall that rounding explains.
 
     Returns:
@@ -36,9 +37,11 @@ def verdict(history: Sequence[float], tolerance: float, slack: float) -> Status 
         return "diverged"
     if tolerance == 0 or gain >= tolerance:
         return None
-    noise = 1e-3 * slack * max(abs(history[-1]), 1.0)
-    slowing = len(history) > 2 and gain <= history[-2] - history[-3]
-    return "converged" if slowing or gain <= noise else None
+    if gain <= 1e-3 * slack * max(abs(history[-1]), 1.0):  # what rounding may be
+        return "converged"
+    # Many small steps may be left, and lead far: gains alone say how slow an iteration is, not how near its end.
+    left = aitken(history)
+    return "converged" if left is not None and left < tolerance else None
 
 
 #: Passes in a row that must bring nothing before an objective that jitters is called at rest.
