@@ -20,6 +20,7 @@ from torchem.batch import Batch
 from torchem.errors import ConvergenceWarning, InvalidArgument, InvalidFile, InvalidType, SymmetryWarning
 from torchem.factors import Categorical, Categoricals, Gaussian, LinearGaussian, Poisson, SoftmaxRegression
 from torchem.model import DiscreteModel
+from torchem.models import pools
 from torchem.ops import eliminate
 
 NAMES = "ABCDEF"
@@ -174,6 +175,14 @@ def test_every_small_graph_equals_enumeration(n: int) -> None:
 def test_some_larger_graphs_equal_enumeration(n: int, step: int, start: int) -> None:
     for seed, edges in list(enumerate(shapes(n)))[start::step]:
         check_shape(edges, n, seed)
+
+
+@pytest.mark.parametrize("few", [0, 40])
+def test_components_of_many_rows_are_by_themselves(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With none in pools, and with some."""
+    monkeypatch.setattr(pools, "_FEW", {"cpu": few, "cuda": few})
+    for seed, edges in list(enumerate(shapes(4)))[few > 0 :: 4]:
+        check_shape(edges, 4, seed)
 
 
 @pytest.mark.slow
@@ -821,6 +830,30 @@ def test_the_fast_way_runs_where_cases_are_shared() -> None:
     found, reference = net.infer(potentials, batch), DiscreteModel.infer(net, potentials, batch)
     for slot, value in found[1].items():
         close(value, reference[1][slot])
+
+
+def test_rare_components_are_together() -> None:
+    """Hundreds of sets of open nodes make a few pools: one for each number of configurations."""
+    edges = [(a, b) for b in range(1, 12) for a in {b // 2, max(0, b - 2)} if a < b]
+    net = BayesianNetwork({f"v{i}": 2 + (i == 4) for i in range(12)}, [(f"v{a}", f"v{b}") for a, b in edges]).double()
+    for i, name in enumerate(net.tables):
+        net.tables[name] = table(*net.tables[name].shape, seed=i)
+    x = net.sample(600, generator=rng(0))
+    x = x.masked_fill(torch.rand(x.shape, generator=rng(1)) < 0.3, torch.nan)
+    batch = net.batch(x, weight=torch.rand(600, generator=rng(2), dtype=torch.float64))
+    potentials = {slot: kernel.log_potential(batch) for slot, kernel in net._kernels().items()}
+    parts = net._parts(batch, *net._given(potentials, batch), frozenset(), True, True)
+    found = [part for part in parts if isinstance(part, pools.Pool)]
+    sets = {tuple(row) for row in (x.isnan()).tolist()}
+    assert len(sets) > 200
+    assert len({pool.configurations for pool in found}) == len(found) < 20
+    close(net.log_prob(batch), plain(net, batch))
+    for kind, reference in (("soft", DiscreteModel.infer), ("hard", DiscreteModel.infer_hard)):
+        value, counts = getattr(net, {"soft": "infer", "hard": "infer_hard"}[kind])(potentials, batch)
+        wanted, expected = reference(net, potentials, batch)
+        close(value, wanted)
+        for slot in counts:
+            close(counts[slot], expected[slot])
 
 
 def test_order_of_elimination_finds_the_width_of_known_graphs() -> None:

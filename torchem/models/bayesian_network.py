@@ -21,6 +21,7 @@ from torchem.models import bif
 from torchem.models.frames import FramesPass
 from torchem.models.imputation import Gaps, How, at_once, checked_draws, complete, impute
 from torchem.models.patterns import LIMIT, Inference, MeanField, Part, blind, plan
+from torchem.models.pools import Data, Pool
 from torchem.ops import reduce
 from torchem.ops.eliminate import Scope
 from torchem.stats import Stats
@@ -205,7 +206,8 @@ class BayesianNetwork(DiscreteModel):
         """Refuse hidden nodes that exact inference cannot sum over, before there are data."""
         blank = torch.zeros(1, len(self._sizes), dtype=torch.long)
         blank[:, list(self._latent)] = -1
-        plan(self._eased(blank, self._tied), self._sizes, self._scopes, frozenset(), None, merge=True, limit=LIMIT)
+        codes = self._eased(blank, self._tied)
+        plan(Data(codes, self._sizes, self._scopes, frozenset(), torch.ones(1), True), LIMIT, pool=False)
 
     @property
     def exact(self) -> bool:
@@ -243,19 +245,20 @@ class BayesianNetwork(DiscreteModel):
     def _parts(
         self, batch: Batch, tables: dict[str, Tensor], scopes: dict[str, Scope], kept: frozenset[int], merge: bool,
         exact: bool,
-    ) -> list[Part]:  # fmt: skip
+    ) -> list[Part | Pool]:  # fmt: skip
         """The parts of a batch, without nodes that are needless unless they are ``kept``."""
         rowwise = frozenset(name for name, value in tables.items() if value.shape[len(self.replicas)] != 1)
         limit = LIMIT if exact else None
 
-        def find() -> list[Part]:
+        def find() -> list[Part | Pool]:
             codes = self._eased(self._codes(batch.x), kept)
-            return plan(codes, self._sizes, scopes, rowwise, batch.weight, merge=merge, limit=limit)
+            data = Data(codes, self._sizes, scopes, rowwise, _mass(batch), merge)
+            return plan(data, limit, self.memory_budget, pool=exact)
 
         # What is asked about once need not be remembered.
         if any(name not in tables for name in scopes):
             return find()
-        key = ("network", tuple(scopes.items()), rowwise, self._sizes, kept, merge, limit)
+        key = ("network", tuple(scopes.items()), rowwise, self._sizes, kept, merge, limit, self.memory_budget)
         return batch.remember(key, find)
 
     def _needless(self, codes: Tensor, kept: frozenset[int]) -> list[Tensor]:
@@ -281,7 +284,7 @@ class BayesianNetwork(DiscreteModel):
 
     def _blind(
         self, batch: Batch, tables: dict[str, Tensor], scopes: dict[str, Scope], kept: frozenset[int], exact: bool
-    ) -> tuple[list[Part], dict[str, Tensor]]:
+    ) -> tuple[list[Part | Pool], dict[str, Tensor]]:
         """The parts where states cannot be looked at, and for each table the rows ``[N]`` that need it.
 
         All nodes are open; tables of what was observed join the others, and those of needless nodes are made even.
@@ -297,9 +300,8 @@ class BayesianNetwork(DiscreteModel):
             blank = torch.zeros(possible.shape, dtype=self.dtype, device=state.device)
             tables[f"state.{v}"] = torch.where(possible, blank, -torch.inf)[(None,) * lead]
             scopes[f"state.{v}"] = (v,)
-        mass = torch.ones_like(batch.x[:, 0], dtype=torch.float64) if batch.weight is None else batch.weight
-        parts = blind(len(batch), self._sizes, scopes, mass, LIMIT if exact else None)
-        return parts, {name: ~spare[v] for name, v in self._owner.items()}
+        data = Data(codes, self._sizes, scopes, frozenset(), _mass(batch), True)
+        return [blind(data, LIMIT if exact else None)], {name: ~spare[v] for name, v in self._owner.items()}
 
     def _kept(self, batch: Batch) -> frozenset[int]:
         """Nodes that something other than a node may depend on: a leaf, or a label."""
@@ -742,7 +744,7 @@ class BayesianNetwork(DiscreteModel):
                     *self.replicas, 1, *(self._sizes[v] for v in scope)
                 )
         rowwise = frozenset(name for name, value in potentials.items() if value.shape[lead] != 1)
-        parts = plan(codes, self._sizes, scopes, rowwise, batch.weight, merge=True, limit=None)
+        parts = plan(Data(codes, self._sizes, scopes, rowwise, _mass(batch), True), None, self.memory_budget)
         engine = Inference(scopes, self._sizes, self.replicas, len(batch), torch.float64, self.memory_budget)
         found = engine.run(potentials, parts, "soft", field=MeanField(0.0, 1))[1]
         values: dict[str, Tensor] = {}
@@ -1215,6 +1217,11 @@ def _topological(parents: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
         path.append(next(parent for parent in parents[path[-1]] if waiting[parent]))
     cycle = path[path.index(path[-1]) :][::-1]
     raise invalid("edges", "a graph without cycles", " → ".join(cycle), "take one of these edges out")
+
+
+def _mass(batch: Batch) -> Tensor:
+    """Weights of rows, ``[N]``."""
+    return torch.ones_like(batch.x[:, 0], dtype=torch.float64) if batch.weight is None else batch.weight
 
 
 def _unseen(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ else is missing of them. A `Part` is one such component with all of its rows.
 import functools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torchem.batch import values_known
 from torchem.errors import invalid
 from torchem.model import EStep, Reduction, Uniforms
+from torchem.models.pools import TOGETHER, Cases, Data, Pool, components, distinct, distinct_rows, pooled, summed
 from torchem.ops import eliminate, reduce
 from torchem.ops.dispatch import rows_per_piece
 from torchem.ops.eliminate import Order, Scope
@@ -26,8 +27,6 @@ from torchem.ops.eliminate import Order, Scope
 LIMIT = 1 << 20
 #: Configurations of a component up to which they are listed, rather than eliminated one node after the other.
 _LISTED = 64
-#: Configurations of observed nodes up to which tables that need no inference are looked up together.
-_TOGETHER = 4096
 #: What a mean field takes for the logarithm of zero on its way: it may set out from where nothing is possible.
 _BARRED = -1e4
 
@@ -54,44 +53,20 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(Cases):
     """Nodes that some rows leave open and that are tied to each other, with all tables that they stand in.
 
     Attributes:
         order: How to eliminate them.
         members: The tables.
-        rows: ``[n]`` numbers of the rows; None for all.
-        place: ``[n]`` which of the U cases each row is; None where each is its own.
-        size: U.
-        weight: ``[U]`` weight of the rows of each case.
         first: ``[U]`` a row of each case; None where each row is its own and all are there.
         fields: Where mean fields ended, by kind: of which replicas, and q of each node.
     """
 
     order: Order
     members: tuple[Member, ...]
-    rows: Tensor | None
-    place: Tensor | None
-    size: int
-    weight: Tensor
     first: Tensor | None
     fields: dict[Any, tuple[tuple[int, ...], list[Tensor]]] = field(default_factory=dict)
-
-    def spread(self, value: Tensor, lead: int, n: int) -> Tensor:
-        """What belongs to each case ``[*r, U, …]`` for each of ``n`` rows, zero for those of other parts."""
-        if self.place is not None:
-            value = value.index_select(lead, self.place)
-        if self.rows is None:
-            return value
-        shape = (*value.shape[:lead], n, *value.shape[lead + 1 :])
-        return value.new_zeros(shape).index_add(lead, self.rows, value)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """Weights ``[*r, N]`` of rows as those of the cases, ``[*r, U]``."""
-        weight = weight if self.rows is None else weight.index_select(-1, self.rows)
-        if self.place is None:
-            return weight
-        return weight.new_zeros(*weight.shape[:-1], self.size).index_add(-1, self.place, weight)
 
     def cut(self, start: int, stop: int) -> "Part":
         """Some of the cases, for the arithmetic alone."""
@@ -102,106 +77,62 @@ class Part:
         return replace(self, members=members, size=min(stop, self.size) - start, first=index[start:stop])
 
 
-def plan(
-    codes: Tensor,
-    sizes: Sequence[int],
-    scopes: Mapping[str, Scope],
-    rowwise: frozenset[str],
-    weight: Tensor | None,
-    *,
-    merge: bool,
-    limit: int | None,
-) -> list[Part]:
-    """The parts of a batch.
+def plan(data: Data, limit: int | None, budget: int | None = None, *, pool: bool = True) -> list[Part | Pool]:
+    """The parts of a batch: components that many rows have by themselves, those of few rows in pools.
 
     Args:
-        codes: ``[N, V]`` states of the nodes, −1 where one is not observed, and one more than the last where it need
-            not be known: tables are then zero.
-        sizes: States of each node.
-        scopes: Nodes of each table.
-        rowwise: Tables that differ from row to row.
-        weight: ``[N]`` weights of the rows.
-        merge: Whether rows may share their posterior, which draws may not.
+        data: What is observed, and how it is tied.
         limit: Most entries of a table on the way, if there is a limit.
+        budget: Bytes that a pool may take.
+        pool: Whether there may be pools, which know no mean field.
 
     Raises:
         InvalidArgument: If a part takes more than that.
     """
-    n = len(codes)
+    n = len(data.codes)
     if not n:
         return []
-    mass = torch.ones(n, dtype=torch.float64, device=codes.device) if weight is None else weight
-    patterns, pattern = _patterns(codes < 0)
-    found: dict[tuple[Scope, tuple[str, ...]], list[int]] = {}
-    for number, hidden in enumerate(patterns):
-        for key in _components(hidden, scopes):
-            found.setdefault(key, []).append(number)
-    groups: dict[tuple[int, ...], list[str]] = {}
-    parts = []
-    for (hidden, names), numbers in found.items():
-        if not hidden and not rowwise.intersection(names):
-            groups.setdefault(tuple(numbers), []).extend(names)
+    patterns, pattern = _patterns(data.codes < 0)
+    found = components(data, patterns, pattern)
+    small = found.small(LIMIT) & pool
+    parts: list[Part | Pool] = []
+    for number in (~small).nonzero()[:, 0].tolist():
+        rows = _rows(found.pattern[found.which == number], len(patterns), pattern)
+        parts.append(_part(data, *found.named(number, data.scopes), rows, limit))
+    return [*parts, *pooled(data, found, small, pattern, budget), *_observed(data, patterns, pattern)]
+
+
+def _observed(data: Data, patterns: Tensor, pattern: Tensor | None) -> Iterator[Part]:
+    """The parts with no open node: tables whose nodes were all observed, those of the same rows together."""
+    seen = torch.stack([~patterns[:, list(scope)].any(-1) for scope in data.scopes.values()])
+    masks, which = seen.unique(dim=0, return_inverse=True)
+    groups: list[list[str]] = [[] for _ in masks]
+    for name, number in zip(data.scopes, which.tolist(), strict=True):
+        groups[number].append(name)
+    for mask, names in zip(masks, groups, strict=True):
+        numbers = mask.nonzero()[:, 0]
+        if not len(numbers):
             continue
         rows = _rows(numbers, len(patterns), pattern)
-        parts.append(_part(hidden, names, rows, codes, sizes, scopes, rowwise, mass, merge, limit))
-    for numbers, names in groups.items():
-        rows = _rows(list(numbers), len(patterns), pattern)
-        parts += [
-            _part((), some, rows, codes, sizes, scopes, rowwise, mass, merge, limit)
-            for some in _together(names, scopes, sizes)
-        ]
-    return parts
+        alone = [name for name in names if name in data.rowwise]
+        common = [name for name in names if name not in data.rowwise]
+        for some in (*_together(common, data.scopes, data.sizes), *((name,) for name in alone)):
+            yield _part(data, (), some, rows, None)
 
 
-def blind(n: int, sizes: Sequence[int], scopes: Mapping[str, Scope], weight: Tensor, limit: int | None) -> list[Part]:
-    """The parts where no state can be looked at: all nodes are open, and tables of what was observed close them."""
-    found = []
-    for hidden, names in _components(tuple(range(len(sizes))), scopes):
-        members = tuple(_member(name, scopes[name], hidden, None, sizes) for name in names)
-        found.append(Part(check_order(hidden, scopes, sizes, limit), members, None, None, n, weight, None))
-    return found
+def blind(data: Data, limit: int | None) -> Part:
+    """All rows where no state can be looked at: all nodes are open, and tables of what was observed close them."""
+    hidden = tuple(range(len(data.sizes)))
+    members = tuple(_member(name, scope, hidden, None, data.sizes) for name, scope in data.scopes.items())
+    order = check_order(hidden, data.scopes, data.sizes, limit)
+    return Part(None, None, len(data.codes), data.weight, order, members, None)
 
 
-def _patterns(missing: Tensor) -> tuple[list[Scope], Tensor | None]:
-    """Which sets of nodes rows leave open, and the number of that of each row; None where there is one."""
+def _patterns(missing: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sets ``[P, V]`` of nodes that rows leave open, and the number of that of each row; None where there is one."""
     if bool((missing == missing[:1]).all()):
-        return [tuple(missing[0].nonzero()[:, 0].tolist())], None
-    if missing.shape[1] < 63:
-        bits = 1 << torch.arange(missing.shape[1], device=missing.device)
-        key, pattern = (missing * bits).sum(-1).unique(return_inverse=True)
-        rows = (key.unsqueeze(-1) & bits) != 0
-    else:
-        rows, pattern = missing.unique(dim=0, return_inverse=True)
-    return [tuple(v for v, out in enumerate(row) if out) for row in rows.tolist()], pattern
-
-
-def _components(hidden: Scope, scopes: Mapping[str, Scope]) -> list[tuple[Scope, tuple[str, ...]]]:
-    """Nodes that tables tie together, with these; and, with no node, each table that is observed as a whole."""
-    open_nodes, owner = set(hidden), {v: v for v in hidden}
-
-    def root(v: int) -> int:
-        while owner[v] != v:
-            owner[v] = owner[owner[v]]
-            v = owner[v]
-        return v
-
-    left: list[tuple[Scope, tuple[str, ...]]] = []
-    touching: list[tuple[str, int]] = []
-    for name, scope in scopes.items():
-        members = [v for v in scope if v in open_nodes]
-        if not members:
-            left.append(((), (name,)))
-            continue
-        touching.append((name, members[0]))
-        for v in members[1:]:
-            owner[root(v)] = root(members[0])
-    nodes: dict[int, list[int]] = {}
-    for v in hidden:
-        nodes.setdefault(root(v), []).append(v)
-    names: dict[int, list[str]] = {key: [] for key in nodes}
-    for name, v in touching:
-        names[root(v)].append(name)
-    return [*((tuple(nodes[key]), tuple(names[key])) for key in nodes), *left]
+        return missing[:1], None
+    return distinct_rows(missing)
 
 
 def _together(names: Sequence[str], scopes: Mapping[str, Scope], sizes: Sequence[int]) -> list[tuple[str, ...]]:
@@ -210,7 +141,7 @@ def _together(names: Sequence[str], scopes: Mapping[str, Scope], sizes: Sequence
     for name in names:
         scope = set(scopes[name])
         for nodes, group in groups:
-            if math.prod(sizes[v] for v in nodes | scope) <= _TOGETHER:
+            if math.prod(sizes[v] for v in nodes | scope) <= TOGETHER:
                 nodes |= scope
                 group.append(name)
                 break
@@ -219,7 +150,8 @@ def _together(names: Sequence[str], scopes: Mapping[str, Scope], sizes: Sequence
     return [tuple(group) for _, group in groups]
 
 
-def _rows(numbers: list[int], patterns: int, pattern: Tensor | None) -> Tensor | None:
+def _rows(numbers: Tensor, patterns: int, pattern: Tensor | None) -> Tensor | None:
+    """The rows of some patterns; None for all."""
     if pattern is None or len(numbers) == patterns:
         return None
     chosen = torch.zeros(patterns, dtype=torch.bool, device=pattern.device)
@@ -243,49 +175,22 @@ def check_order(hidden: Sequence[int], scopes: Mapping[str, Scope], sizes: Seque
     return found
 
 
-def _part(
-    hidden: Scope,
-    names: tuple[str, ...],
-    rows: Tensor | None,
-    codes: Tensor,
-    sizes: Sequence[int],
-    scopes: Mapping[str, Scope],
-    rowwise: frozenset[str],
-    mass: Tensor,
-    merge: bool,
-    limit: int | None,
-) -> Part:
-    around = sorted({v for name in names for v in scopes[name]} - set(hidden))
-    own = codes if rows is None else codes[rows]
+def _part(data: Data, hidden: Scope, names: tuple[str, ...], rows: Tensor | None, limit: int | None) -> Part:
+    around = sorted({v for name in names for v in data.scopes[name]} - set(hidden))
+    own = data.codes if rows is None else data.codes[rows]
     place: Tensor | None = None
     first, size = rows, len(own)
-    if merge and not rowwise.intersection(names):
-        place, size = _cases(own[:, around], [sizes[v] + 1 for v in around])
-        turn = torch.arange(len(own), device=codes.device)
-        first = torch.zeros(size, dtype=torch.long, device=codes.device).scatter_(0, place, turn)
+    if not data.apart(names):
+        place, size = distinct(own[:, around].unbind(-1), [data.sizes[v] + 1 for v in around], own[:, 0])
+        turn = torch.arange(len(own), device=own.device)
+        first = torch.zeros(size, dtype=torch.long, device=own.device).scatter_(0, place, turn)
         own = own[first]
         first = first if rows is None else rows[first]
         # Half the memory: one of these is kept for each row as long as the data are.
         place = place.to(torch.int32)
-    members = tuple(_member(name, scopes[name], hidden, own, sizes) for name in names)
-    order = check_order(hidden, {name: scopes[name] for name in names}, sizes, limit)
-    part = Part(order, members, rows, place, size, mass, first)
-    return replace(part, weight=part.merged(mass))
-
-
-def _cases(codes: Tensor, sizes: Sequence[int]) -> tuple[Tensor, int]:
-    """Which distinct row each row ``[n, F]`` is, and how many of these there are."""
-    key, most = torch.zeros(len(codes), dtype=torch.long, device=codes.device), 1
-    for column, size in zip(codes.unbind(-1), sizes, strict=True):
-        if most * size > 1 << 60:
-            key, most = key.unique(return_inverse=True)[1], len(codes)
-        key, most = key * size + column, most * size
-    if most > max(_TOGETHER, 4 * len(codes)):
-        values, place = key.unique(return_inverse=True)
-        return place, len(values)
-    present = torch.zeros(most, dtype=torch.bool, device=codes.device)
-    present[key] = True
-    return (present.cumsum(0) - 1)[key], int(present.sum())
+    members = tuple(_member(name, data.scopes[name], hidden, own, data.sizes) for name in names)
+    order = check_order(hidden, {name: data.scopes[name] for name in names}, data.sizes, limit)
+    return Part(rows, place, size, summed(data.weight, rows, place, size), order, members, first)
 
 
 def _member(name: str, scope: Scope, hidden: Scope, codes: Tensor | None, sizes: Sequence[int]) -> Member:
@@ -384,16 +289,20 @@ class Inference:
         """Number of replica axes."""
         return len(self.replicas)
 
-    def log_partition(self, potentials: Mapping[str, Tensor], parts: Sequence[Part], plus: Reduction) -> Tensor:
+    def log_partition(self, potentials: Mapping[str, Tensor], parts: Sequence[Part | Pool], plus: Reduction) -> Tensor:
         """log Σ exp Σ potentials of each row, ``[*r, N]``, by elimination: what all else is the gradient of."""
         total = self._blank(potentials)
         for part in parts:
+            if isinstance(part, Pool):
+                value = plus(part.joint(potentials, self.replicas, self._precision(part)), -1)
+                total = part.add(total, value.to(self.dtype), self.lead)
+                continue
             found = []
             for piece in self._pieces(part):
                 tables = [(m.hidden, table) for m, table in self._tables(potentials, piece) if table is not None]
                 found.append(self._wide(eliminate.log_sum(tables, part.order.variables, plus), piece))
             whole = found[0] if len(found) == 1 else torch.cat(found, self.lead)
-            total = total + part.spread(whole.to(self.dtype), self.lead, self.n)
+            total = part.add(total, whole.to(self.dtype), self.lead)
         return total
 
     def _blank(self, potentials: Mapping[str, Tensor]) -> Tensor:
@@ -416,23 +325,23 @@ class Inference:
         return math.prod(self.sizes[v] for v in order.variables)
 
     def _tables(self, potentials: Mapping[str, Tensor], part: Part) -> list[tuple[Member, Tensor | None]]:
-        """The tables of a part at what was observed; None for those that are only asked about.
-
-        Cases that rows share bear large weights: their sums are taken in float64, which costs little.
-        """
-        shared = part.place is not None
+        """The tables of a part at what was observed; None for those that are only asked about."""
         found: list[tuple[Member, Tensor | None]] = []
         for member in part.members:
             value = potentials.get(member.name)
             if value is not None:
-                value = _gathered(value.to(torch.float64) if shared else value, member, part, self.lead)
+                value = _gathered(value.to(self._precision(part)), member, part, self.lead)
             found.append((member, value))
         return found
+
+    def _precision(self, part: Cases) -> torch.dtype:
+        """Cases that rows share bear large weights: their sums are taken in float64, which costs little."""
+        return self.dtype if part.place is None else torch.float64
 
     def run(
         self,
         potentials: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[Part | Pool],
         kind: EStep,
         weight: Tensor | None = None,
         uniforms: Uniforms | None = None,
@@ -456,6 +365,9 @@ class Inference:
         found: dict[str, Tensor] = {}
         for part in parts:
             mass = part.weight if weight is None else part.merged(weight)
+            if isinstance(part, Pool):
+                log_z = part.add(log_z, self._list(part, potentials, kind, mass, uniforms, found), self.lead)
+                continue
             values: list[Tensor] = []
             per_row: dict[str, list[Tensor]] = {}
             for start, piece in self._numbered(part):
@@ -473,15 +385,43 @@ class Inference:
                 for (member, table), marginal in zip(tables, marginals, strict=True):
                     self._take(member, table is not None, marginal, own, potentials, found, per_row)
             whole = values[0] if len(values) == 1 else torch.cat(values, self.lead)
-            log_z = log_z + part.spread(whole.to(self.dtype), self.lead, self.n)
+            log_z = part.add(log_z, whole.to(self.dtype), self.lead)
             for name, pieces in per_row.items():
                 value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.lead)
-                value = part.spread(value, self.lead, self.n)
-                found[name] = value if name not in found else found[name] + value
+                found[name] = part.add(found.get(name, self._rows_of(value)), value, self.lead)
         for name in self.scopes:
             if name not in found:
                 found[name] = self._nothing(name, potentials.get(name), log_z)
         return log_z, found
+
+    def _rows_of(self, value: Tensor) -> Tensor:
+        """Zeros for all rows, for what a part knows of its cases, ``[*r, U, …]``."""
+        return value.new_zeros(*value.shape[: self.lead], self.n, *value.shape[self.lead + 1 :])
+
+    def _list(
+        self,
+        pool: Pool,
+        potentials: Mapping[str, Tensor],
+        kind: EStep,
+        mass: Tensor,
+        uniforms: Uniforms | None,
+        found: dict[str, Tensor],
+    ) -> Tensor:
+        """log Z of each case of a pool; its expectations are added to those found."""
+        lead = self.lead
+        value, share = _chosen(pool.joint(potentials, self.replicas, self._precision(pool)), kind, uniforms)
+        heavy = share * mass.unsqueeze(-1)
+        for name, cells in pool.tables.items():
+            given, shape = potentials.get(name), [self.sizes[v] for v in self.scopes[name]]
+            if given is None:
+                each = pool.each(name, share.to(self.dtype), math.prod(shape), lead).unflatten(-1, shape)
+                found[name] = pool.add(found.get(name, self._rows_of(each)), each, lead)
+                continue
+            rows = given.shape[lead]
+            counts = cells.counted(heavy, rows * math.prod(shape), lead).unflatten(lead, (rows, *shape))
+            counts = counts if rows == 1 else counts.to(self.dtype)
+            found[name] = counts if name not in found else found[name] + counts
+        return value.to(self.dtype)
 
     def _resumed(
         self, ended: tuple[tuple[int, ...], list[Tensor]] | None, keep: tuple[int, ...]
@@ -546,16 +486,7 @@ class Inference:
         shape = [self.sizes[v] for v in target]
         joint = self._wide(joint.expand(*joint.shape[: lead + 1], *shape), part)
         flat = joint.reshape(*joint.shape[: lead + 1], -1)
-        if kind == "hard":
-            best = reduce.first_max(flat.detach())
-            value = flat.gather(-1, best.unsqueeze(-1)).squeeze(-1)
-            share = torch.nn.functional.one_hot(best, flat.shape[-1]).to(flat.dtype)
-        else:
-            value, share = reduce.responsibilities(flat)
-            if kind == "sample":
-                assert uniforms is not None
-                drawn = reduce.draw(share, uniforms(value.shape).to(share))
-                share = torch.nn.functional.one_hot(drawn, flat.shape[-1]).to(flat.dtype)
+        value, share = _chosen(flat, kind, uniforms)
         share = share.reshape(*share.shape[:-1], *shape)
         return value, [_marginal(share, target, member.hidden, lead + 1) for member, _ in tables]
 
@@ -644,6 +575,20 @@ class Inference:
         total = eliminate.added([_averaged(table, scope, q, (), self.lead) for scope, table in tables])
         entropy = [torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0).sum(-1) for p in q.values()]
         return self._wide(total, part) - functools.reduce(operator.add, entropy)
+
+
+def _chosen(joint: Tensor, kind: EStep, uniforms: Uniforms | None) -> tuple[Tensor, Tensor]:
+    """log Z and the posterior of all configurations ``[…, C]``: the whole of it, its mode, or a draw."""
+    if kind == "hard":
+        best = reduce.first_max(joint.detach())
+        value = joint.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        return value, torch.nn.functional.one_hot(best, joint.shape[-1]).to(joint.dtype)
+    value, share = reduce.responsibilities(joint)
+    if kind == "sample":
+        assert uniforms is not None
+        drawn = reduce.draw(share, uniforms(value.shape).to(share))
+        share = torch.nn.functional.one_hot(drawn, joint.shape[-1]).to(joint.dtype)
+    return value, share
 
 
 def _marginal(share: Tensor, nodes: Scope, wanted: Scope, lead: int) -> Tensor:
