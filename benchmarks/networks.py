@@ -63,7 +63,7 @@ def _pgmpy(net: torchem.BayesianNetwork, x: Tensor) -> Callable[[int], list[Any]
 
 
 def tables(options: argparse.Namespace, sizes: tuple[int, int, int] | None = None) -> list[dict]:
-    """EM iterations of 20 binary nodes, 3 hidden, 1e5 rows; complete beside pgmpy, and with a tenth of entries missing."""
+    """EM iterations of 20 binary nodes, 3 hidden, 1e5 rows: complete, beside pgmpy, and a tenth missing."""
     n, nodes, hidden = sizes or (10_000 if options.quick else 100_000, 20, 3)
     net = network(nodes, hidden)
     generator = torch.Generator().manual_seed(1)
