@@ -398,6 +398,8 @@ def test_evidence_by_name_is_a_row() -> None:
         net.posterior("cancer", {"smoke": ["yes", "no"]}),
         net.posterior("cancer", [[1.0, *[torch.nan] * 3], [0.0, *[torch.nan] * 3]]),
     )
+    close(net.posterior("cough", {"smoke": 1, "tired": None}), net.posterior("cough", {"smoke": 1}))
+    assert net.most_likely({"smoke": 1}, nodes="cough").shape == (1, 1)
     # A hidden node may be known too.
     both = net.posterior(("cancer", "cough"), {"smoke": 1})
     close(net.posterior("cough", {"smoke": 1, "cancer": 0}), both[:, 0] / both[:, 0].sum(-1, keepdim=True))
@@ -698,6 +700,12 @@ def test_reads_bif(tmp_path: Any) -> None:
         ("(yes, \"true\")", "(yes, maybe)", "line 11: expected one of .*got 'maybe'"),
         ("(yes, \"true\")", "(yes)", "line 11: expected a state of each"),
         ("  default 0.1, 0.2, 0.7;", "", "none for"),
+        ("/* over\n   lines */", "/* over", "line 4: .*a comment without an end"),
+        ("discrete [ 3 ]", "discrete [ 0 ]", "line 6: .*at least one state"),
+        ("| out.side, \"light on\" )", "| out.side, out.side )", "line 10: expected 'bark' given different variables"),
+        (DOG, "network empty { }", "line 1: expected variables, got none"),
+        ("probability (out.side) {", "probability (out.side | bark) {", "line 8: expected 6 numbers, got 2"),
+        ("probability (out.side) { table", "probability (out.side | bark) { default", "without cycles"),
         ("| out.side )", "| outside )", "line 9: .*'outside'"),
         ("probability (out.side) { table 0.15 0.85; }", "", "none of 'out.side'"),
         ("variable bark", "node bark", "line 6: expected 'network' or 'variable' or 'probability', got 'node'"),
@@ -712,6 +720,27 @@ def test_bif_errors_name_the_line(tmp_path: Any, old: str, new: str, said: str) 
         BayesianNetwork.from_bif(path)
     with pytest.raises(InvalidFile, match="no-such"):
         BayesianNetwork.from_bif(tmp_path / "no-such.bif")
+
+
+def test_odd_files_and_names_are_read_back(tmp_path: Any) -> None:
+    path = tmp_path / "dog.bif"
+    path.write_bytes(b"\xef\xbb\xbf" + DOG.replace("\n", "\r\n").encode())
+    net = BayesianNetwork.from_bif(path, states={"bark": ["1", "2", "3"]})
+    assert (net.states["bark"], net.states["out.side"]) == (("1", "2", "3"), ("yes", "no"))
+    odd = {"a b": 2, "x;y": 3, "p/q": 2, "{": 2, "é": 1, "//c": 2, "network": 2}
+    names = {"x;y": ["<0.5", "(", "a\tb"], "é": [""], "//c": ["/*", "*/"]}
+    net = BayesianNetwork(odd, [("p/q", "x;y"), ("a b", "x;y"), ("{", "é"), ("//c", "network")], states=names).double()
+    for i, name in enumerate(net.tables):
+        net.tables[name] = table(*net.tables[name].shape, seed=i)
+    net.to_bif(path, "a name")
+    twin = BayesianNetwork.from_bif(path)
+    assert (twin.cardinalities, twin.parents) == (net.cardinalities, net.parents)
+    assert {name: twin.states[name] for name in names} == net.states
+    for name in net.tables:
+        close(twin.tables[name], net.tables[name], rtol=1e-15, atol=0.0)
+    for bad in ('"', "\n", "\r"):
+        with pytest.raises(InvalidArgument, match="without quotes and line ends"):
+            BayesianNetwork({f"a{bad}": 2}).to_bif(path)
 
 
 def test_saved_networks_come_back(tmp_path: Any) -> None:
@@ -749,6 +778,10 @@ AB = {"A": 2, "B": 3}
         (lambda: BayesianNetwork(AB, [("A", "X")]), "'X'"),
         (lambda: BayesianNetwork(AB, [("A", "B"), ("A", "B")]), "twice"),
         (lambda: BayesianNetwork(AB, ["AB", "B"]), "pairs"),
+        (lambda: BayesianNetwork(AB, None), "edges: expected pairs"),  # pyright: ignore[reportArgumentType]
+        (lambda: BayesianNetwork(AB, [1]), "edges: expected pairs"),  # pyright: ignore[reportArgumentType]
+        (lambda: BayesianNetwork(AB, [], 3), "hidden: expected names"),  # pyright: ignore[reportArgumentType]
+        (lambda: BayesianNetwork(AB, states={"A": 2}), "names of states"),  # pyright: ignore[reportArgumentType]
         (lambda: BayesianNetwork(AB, [], ("X",)), "hidden: .*'X'"),
         (lambda: BayesianNetwork(AB, [], ("A", "A")), "each node once"),
         (lambda: BayesianNetwork(AB, [], ("A", "B")), "at least one node that is observed"),

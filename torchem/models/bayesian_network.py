@@ -1,7 +1,7 @@
 """Bayesian networks: a directed graph of discrete nodes, any of them hidden, with continuous leaves."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import InvalidArgument, invalid, one_of, whole_number, wrong_type
+from torchem.errors import InvalidArgument, InvalidFile, invalid, one_of, whole_number, wrong_type
 from torchem.factor import Factor, Kernel, Moments
 from torchem.factors import Categorical
 from torchem.factors._tables import SMOOTH, apart
@@ -407,7 +407,7 @@ class BayesianNetwork(DiscreteModel):
     def batch(self, data: Any, **fields: Any) -> Batch:
         """Validate data: rows, or a mapping of what is known of some nodes and leaves by name.
 
-        A mapping holds one state, or one for each of N rows: numbers, or names if the network has any.
+        A mapping holds one state, or one for each of N rows: numbers, or names if the network has any; None is unknown.
         """
         if isinstance(data, Mapping):
             data, known = self._from_names(data)
@@ -421,6 +421,8 @@ class BayesianNetwork(DiscreteModel):
             if name not in self._number and name not in self._leaves:
                 known = [*self._number, *self._leaves]
                 raise invalid("evidence", f"names of nodes, {known}", repr(name), "correct it")
+            if value is None:
+                continue
             width = 1 if name in self._number else len(self._leaves[name].columns)
             columns[name] = self._numbers(name, value).to(torch.float64).reshape(-1, width)
         n = max((len(value) for value in columns.values()), default=1)
@@ -524,7 +526,7 @@ class BayesianNetwork(DiscreteModel):
             nodes: Whose states ``[N, len(nodes)]`` to return instead; where no node is hidden, those of all.
             **fields: ``labels``, ``inputs``, … as for `torchem.fit`.
         """
-        names = tuple(nodes) if nodes is not None else self.hidden or tuple(self.cardinalities)
+        names = self.hidden or tuple(self.cardinalities) if nodes is None else _names(nodes) or tuple(nodes)
         for name in names:
             _known_node("nodes", name, self.cardinalities)
         # All that is open has its part in the maximum.
@@ -908,15 +910,20 @@ class BayesianNetwork(DiscreteModel):
         Args:
             path: The file.
             hidden: Nodes that no column is given for.
-            **options: As for the class.
+            **options: As for the class; ``states=`` renames states.
 
         Raises:
-            InvalidFile: If it is not there, or cannot be understood; names the line.
+            InvalidFile: If it is not there, cannot be understood, or has a cycle; names the line or the cycle.
         """
         found = bif.read(Path(path))
         sizes = {name: len(own) for name, own in found.states.items()}
         edges = [(parent, child) for child, parents in found.parents.items() for parent in parents]
-        net = cls(sizes, edges, hidden, states=found.states, **options).double()
+        try:
+            _topological(found.parents)
+        except InvalidArgument as error:
+            raise InvalidFile(f"{path}: {error}") from error
+        states = {**found.states, **(options.pop("states", None) or {})}
+        net = cls(sizes, edges, hidden, states=states, **options).double()
         for name, table in found.tables.items():
             net.tables[name] = table
         return net
@@ -1134,8 +1141,10 @@ def _checked_sizes(cardinalities: Any) -> dict[str, int]:
 
 def _checked_edges(sizes: Mapping[str, int], edges: Any) -> tuple[tuple[str, str], ...]:
     found: list[tuple[str, str]] = []
+    if not isinstance(edges, Iterable) or isinstance(edges, str):
+        raise wrong_type("edges", "pairs (parent, child)", edges, 'give for example [("A", "B")]')
     for edge in edges:
-        if isinstance(edge, str) or len(edge) != 2:
+        if not isinstance(edge, Sequence) or isinstance(edge, str) or len(edge) != 2:
             raise invalid("edges", "pairs (parent, child)", repr(edge), 'give for example [("A", "B")]')
         for name in edge:
             _known_node("edges", name, sizes)
@@ -1147,7 +1156,10 @@ def _checked_edges(sizes: Mapping[str, int], edges: Any) -> tuple[tuple[str, str
 
 
 def _checked_hidden(sizes: Mapping[str, int], hidden: Any) -> tuple[str, ...]:
-    given = (hidden,) if isinstance(hidden, str) else tuple(hidden)
+    given = (hidden,) if isinstance(hidden, str) else hidden
+    if not isinstance(given, Iterable):
+        raise wrong_type("hidden", "names of nodes", hidden, 'give for example ("A",)')
+    given = tuple(given)
     for name in given:
         _known_node("hidden", name, sizes)
     if len(set(given)) < len(given):
@@ -1160,6 +1172,8 @@ def _checked_states(sizes: Mapping[str, int], states: Any) -> dict[str, tuple[st
     found = {}
     for name, own in (states or {}).items():
         _known_node("states", name, sizes)
+        if not isinstance(own, Sequence):
+            raise wrong_type(f"states[{name!r}]", "names of states", own, "give one for each")
         if len(own) != sizes[name] or len(set(own)) != len(own):
             raise invalid(f"states[{name!r}]", f"{sizes[name]} different names", list(own), "name each state once")
         found[name] = tuple(map(str, own))
