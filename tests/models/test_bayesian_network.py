@@ -177,11 +177,19 @@ def test_some_larger_graphs_equal_enumeration(n: int, step: int, start: int) -> 
         check_shape(edges, n, seed)
 
 
-@pytest.mark.parametrize("few", [0, 40])
-def test_components_of_many_rows_are_by_themselves(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With none in pools, and with some."""
+def taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have components taken each by itself, in pools, those of few rows in pools, or all of them in one elimination."""
+    few = {"apart": 0, "pooled": 1 << 20, "mixed": 40, "whole": 3}[way]
     monkeypatch.setattr(pools, "_FEW", {"cpu": few, "cuda": few})
-    for seed, edges in list(enumerate(shapes(4)))[few > 0 :: 8]:
+    if way == "whole":
+        monkeypatch.setattr(patterns, "_ELIMINATED", 0)
+        monkeypatch.setattr(patterns, "_LEAST", 0)
+
+
+@pytest.mark.parametrize("way", ["apart", "mixed", "whole"])
+def test_components_may_be_taken_in_any_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken(way, monkeypatch)
+    for seed, edges in list(enumerate(shapes(4)))[len(way) % 3 :: 8]:
         check_shape(edges, 4, seed)
 
 
@@ -454,11 +462,10 @@ def parity(n: int) -> BayesianNetwork:
     return net
 
 
-@pytest.mark.parametrize("few", [0, 1 << 20], ids=["apart", "pooled"])
-@pytest.mark.parametrize("listed", [0, 64], ids=["eliminated", "listed"])
-def test_draws_and_modes_are_joint(few: int, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("way", "listed"), [("apart", 0), ("apart", 64), ("pooled", 64), ("whole", 0), ("whole", 64)])
+def test_draws_and_modes_are_joint(way: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes that determine each other are never drawn one by one, nor maximised."""
-    monkeypatch.setattr(pools, "_FEW", {"cpu": few, "cuda": few})
+    taken(way, monkeypatch)
     monkeypatch.setattr(patterns, "_LISTED", listed)
     net = parity(7)
     names, whole = list(net.cardinalities), joint(net)
@@ -904,7 +911,7 @@ def test_the_fast_way_runs_where_cases_are_shared() -> None:
         close(value, reference[1][slot])
 
 
-def test_rare_components_are_together() -> None:
+def test_rare_components_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of sets of open nodes make a few pools: one for each number of configurations."""
     edges = [(a, b) for b in range(1, 12) for a in {b // 2, max(0, b - 2)} if a < b]
     net = BayesianNetwork({f"v{i}": 2 + (i == 4) for i in range(12)}, [(f"v{a}", f"v{b}") for a, b in edges]).double()
@@ -920,12 +927,19 @@ def test_rare_components_are_together() -> None:
     assert len(sets) > 200
     assert len({pool.configurations for pool in found}) == len(found) < 20
     close(net.log_prob(batch), plain(net, batch))
-    for kind, reference in (("soft", DiscreteModel.infer), ("hard", DiscreteModel.infer_hard)):
-        value, counts = getattr(net, {"soft": "infer", "hard": "infer_hard"}[kind])(potentials, batch)
-        wanted, expected = reference(net, potentials, batch)
+    for mine, reference in ((net.infer, DiscreteModel.infer), (net.infer_hard, DiscreteModel.infer_hard)):
+        (value, counts), (wanted, expected) = mine(potentials, batch), reference(net, potentials, batch)
         close(value, wanted)
         for slot in counts:
             close(counts[slot], expected[slot])
+    # In one elimination the same.
+    taken("whole", monkeypatch)
+    again = net.batch(x, weight=batch.weight)
+    whole = net._parts(again, *net._given(potentials, again), frozenset(), True, True)
+    assert sum(isinstance(part, patterns.Part) and len(part.closed) > 0 for part in whole) == 1
+    close(net.infer(potentials, again)[0], net.infer(potentials, batch)[0])
+    for slot, value in net.infer(potentials, again)[1].items():
+        close(value, net.infer(potentials, batch)[1][slot])
 
 
 def test_order_of_elimination_finds_the_width_of_known_graphs() -> None:
@@ -934,7 +948,7 @@ def test_order_of_elimination_finds_the_width_of_known_graphs() -> None:
     ring = [*chain, (9, 0)]
     assert eliminate.order(ring, [2] * 10, range(10)).width == 2
     clique = [tuple(range(6))]
-    assert eliminate.order(clique, [2] * 6, range(6)) == eliminate.Order((0, 1, 2, 3, 4, 5), 5, 64)
+    assert eliminate.order(clique, [2] * 6, range(6)) == eliminate.Order((0, 1, 2, 3, 4, 5), 5, 64, 126)
     # What is known cuts the ring.
     assert eliminate.order(ring, [2] * 10, range(9)).width == 1
 

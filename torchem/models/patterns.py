@@ -18,7 +18,19 @@ from torch import Tensor
 from torchem.batch import values_known
 from torchem.errors import invalid
 from torchem.model import EStep, Reduction, Uniforms
-from torchem.models.pools import TOGETHER, Cases, Data, Pool, components, distinct, distinct_rows, pooled, summed
+from torchem.models.pools import (
+    TOGETHER,
+    Cases,
+    Components,
+    Data,
+    Pool,
+    cases,
+    components,
+    distinct,
+    distinct_rows,
+    pooled,
+    summed,
+)
 from torchem.ops import eliminate, reduce
 from torchem.ops.dispatch import rows_per_piece
 from torchem.ops.eliminate import Order, Scope
@@ -27,6 +39,10 @@ from torchem.ops.eliminate import Order, Scope
 LIMIT = 1 << 20
 #: Configurations of a component up to which they are listed, rather than eliminated one node after the other.
 _LISTED = 64
+#: Cells of a list read in the time that elimination, there and back, takes for an entry of its tables.
+_ELIMINATED = 32
+#: Cells of the list of a component's configurations up to which no other way is looked for.
+_LEAST = 1 << 12
 #: What a mean field takes for the logarithm of zero on its way: it may set out from where nothing is possible.
 _BARRED = -1e4
 
@@ -41,7 +57,7 @@ class Member:
         known: How many of them were observed.
         hidden: The nodes of the others.
         code: ``[U]`` joint state of those observed; None where there are none.
-        extra: Whether one of these need not be known: each has then a state more, where the table is zero.
+        extra: Whether there are cases without the table: their state is one more than the last, where it is zero.
     """
 
     name: str
@@ -60,12 +76,14 @@ class Part(Cases):
         order: How to eliminate them.
         members: The tables.
         first: ``[U]`` a row of each case; None where each row is its own and all are there.
+        closed: Nodes that some cases know all the same: ``[U]`` their states, one more than the last where they do not.
         fields: Where mean fields ended, by kind: of which replicas, and q of each node.
     """
 
     order: Order
     members: tuple[Member, ...]
     first: Tensor | None
+    closed: Mapping[int, Tensor] = field(default_factory=dict)
     fields: dict[Any, tuple[tuple[int, ...], list[Tensor]]] = field(default_factory=dict)
 
     def cut(self, start: int, stop: int) -> "Part":
@@ -74,7 +92,9 @@ class Part(Cases):
             return self
         index = torch.arange(self.size, device=self.weight.device) if self.first is None else self.first
         members = tuple(replace(m, code=None if m.code is None else m.code[start:stop]) for m in self.members)
-        return replace(self, members=members, size=min(stop, self.size) - start, first=index[start:stop])
+        closed = {v: code[start:stop] for v, code in self.closed.items()}
+        size = min(stop, self.size) - start
+        return replace(self, members=members, size=size, first=index[start:stop], closed=closed)
 
 
 def plan(data: Data, limit: int | None, budget: int | None = None, *, pool: bool = True) -> list[Part | Pool]:
@@ -96,10 +116,62 @@ def plan(data: Data, limit: int | None, budget: int | None = None, *, pool: bool
     found = components(data, patterns, pattern)
     small = found.small(LIMIT) & pool
     parts: list[Part | Pool] = []
-    for number in (~small).nonzero()[:, 0].tolist():
+    together = _rare(data, found) if pool else small
+    for own, shared in found.classes(together, data):
+        if bool(own.any()):
+            parts.append(_whole(data, found, own, pattern, shared, limit))
+    small = small & ~together
+    for number in (~(small | together)).nonzero()[:, 0].tolist():
         rows = _rows(found.pattern[found.which == number], len(patterns), pattern)
         parts.append(_part(data, *found.named(number, data.scopes), rows, limit))
     return [*parts, *pooled(data, found, small, pattern, budget), *_observed(data, patterns, pattern)]
+
+
+def _rare(data: Data, found: Components) -> Tensor:
+    """``[S]`` the components that are cheapest in one elimination of all their nodes, row by row.
+
+    That costs as much as `_ELIMINATED` cells for each entry of its tables and each row, whatever the row leaves open;
+    the calls for a component of its own as much as ``found.few``; and a list all tables for each configuration.
+    """
+    nothing, listed = torch.zeros_like(found.rows, dtype=torch.bool), found.listed()
+    chosen = listed > _LEAST
+    if not bool(chosen.any()):
+        return nothing
+    order = _union(data, found, chosen)[0]
+    if order.cells > LIMIT:
+        return nothing
+    each = _ELIMINATED * order.work
+    chosen = chosen & (listed > each) & (found.rows * each <= found.few)
+    saved = torch.where(chosen, (found.rows * listed).clamp(max=found.few) - found.rows * each, 0.0).sum()
+    return chosen if float(saved) > found.few else nothing
+
+
+def _union(data: Data, found: Components, chosen: Tensor) -> tuple[Order, Scope, list[str]]:
+    """How to eliminate the nodes of some components ``[S]`` together; these, and their tables."""
+    hidden = tuple(found.nodes[chosen].any(0).nonzero()[:, 0].tolist())
+    names = [name for name, mine in zip(data.scopes, found.tables[chosen].any(0).tolist(), strict=True) if mine]
+    return eliminate.order([data.scopes[name] for name in names], data.sizes, hidden), hidden, names
+
+
+def _whole(
+    data: Data, found: Components, chosen: Tensor, pattern: Tensor | None, shared: bool, limit: int | None
+) -> Part:
+    """One part of all cases of some components ``[S]``: each closes the nodes that are not in its own."""
+    row, which, place, first = cases(data, found, chosen, pattern, shared)
+    _, hidden, names = _union(data, found, chosen)
+    row_of, own = row[first], which[first]
+    codes, around = data.codes[row_of], found.around[own]
+    present = dict(zip(data.scopes, found.tables[own].unbind(-1), strict=True))
+    members = tuple(_member(name, data.scopes[name], hidden, codes, data.sizes, present[name]) for name in names)
+    closed = {}
+    for v in hidden:
+        # In any one state, where no table of the case's asks for it.
+        state = torch.where(around[:, v] & (codes[:, v] < data.sizes[v]), codes[:, v], 0)
+        closed[v] = torch.where(found.nodes[own, v], data.sizes[v], state)
+    order = check_order(hidden, {name: data.scopes[name] for name in names}, data.sizes, limit)
+    rows, places = row.to(torch.int32), place.to(torch.int32) if shared else None
+    weight = summed(data.weight, rows, places, len(first))
+    return Part(rows, places, len(first), weight, order, members, row_of, closed)
 
 
 def _observed(data: Data, patterns: Tensor, pattern: Tensor | None) -> Iterator[Part]:
@@ -193,16 +265,27 @@ def _part(data: Data, hidden: Scope, names: tuple[str, ...], rows: Tensor | None
     return Part(rows, place, size, summed(data.weight, rows, place, size), order, members, first)
 
 
-def _member(name: str, scope: Scope, hidden: Scope, codes: Tensor | None, sizes: Sequence[int]) -> Member:
+def _member(
+    name: str,
+    scope: Scope,
+    hidden: Scope,
+    codes: Tensor | None,
+    sizes: Sequence[int],
+    present: Tensor | None = None,
+) -> Member:
     known = [i for i, v in enumerate(scope) if v not in hidden]
     rest = [i for i, v in enumerate(scope) if v in hidden]
     code: Tensor | None = None
     extra = False
-    if known and codes is not None:
-        extra = any(bool((codes[:, scope[i]] == sizes[scope[i]]).any()) for i in known)
+    if codes is not None and (known or present is not None):
+        axes = range(len(scope)) if present is not None else known
+        absent = torch.stack([codes[:, scope[i]] == sizes[scope[i]] for i in axes]).any(0)
+        absent = absent if present is None else absent | ~present
+        extra = bool(absent.any())
         code = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
         for i in known:
-            code = code * (sizes[scope[i]] + extra) + codes[:, scope[i]]
+            code = code * sizes[scope[i]] + codes[:, scope[i]]
+        code = torch.where(absent, math.prod(sizes[scope[i]] for i in known), code)
     return Member(name, (*known, *rest), len(known), tuple(scope[i] for i in rest), code, extra)
 
 
@@ -216,9 +299,9 @@ def _gathered(value: Tensor, member: Member, part: Part, lead: int) -> Tensor:
         value = value.index_select(lead, part.first)
     value = value.permute(*range(lead + 1), *(lead + 1 + axis for axis in member.axes))
     rest = value.shape[lead + 1 + member.known :]
-    if member.extra:
-        value = torch.nn.functional.pad(value, (0, 0) * len(rest) + (0, 1) * member.known)
     value = value.reshape(*value.shape[: lead + 1], -1, *rest)
+    if member.extra:
+        value = torch.nn.functional.pad(value, (0, 0) * len(rest) + (0, 1))
     if member.code is None:
         return value.squeeze(lead + 1)
     if shared:
@@ -229,8 +312,8 @@ def _gathered(value: Tensor, member: Member, part: Part, lead: int) -> Tensor:
 
 def _scattered(value: Tensor, member: Member, sizes: Sequence[int], lead: int, total: bool) -> Tensor:
     """Expectations ``[*r, U, *hidden]`` as those of the table, ``[*r, U, *scope]``, or their ``total``, U = 1."""
-    known, rest = [size + member.extra for size in sizes[: member.known]], value.shape[lead + 1 :]
-    wide = math.prod(known)
+    known, rest = sizes[: member.known], value.shape[lead + 1 :]
+    wide = math.prod(known) + member.extra
     if total and member.code is not None:
         value = value.new_zeros(*value.shape[:lead], wide, *rest).index_add(lead, member.code, value).unsqueeze(lead)
     elif total:
@@ -241,9 +324,7 @@ def _scattered(value: Tensor, member: Member, sizes: Sequence[int], lead: int, t
         value = blank.scatter(lead + 1, index, value.unsqueeze(lead + 1))
     else:
         value = value.unsqueeze(lead + 1)
-    value = value.reshape(*value.shape[: lead + 1], *known, *rest)
-    if member.extra:
-        value = value[(..., *(slice(size - 1) for size in known), *(slice(None) for _ in rest))]
+    value = value.narrow(lead + 1, 0, wide - member.extra).reshape(*value.shape[: lead + 1], *known, *rest)
     back = sorted(range(len(member.axes)), key=member.axes.__getitem__)
     return value.permute(*range(lead + 1), *(lead + 1 + i for i in back))
 
@@ -299,7 +380,7 @@ class Inference:
                 continue
             found = []
             for piece in self._pieces(part):
-                tables = [(m.hidden, table) for m, table in self._tables(potentials, piece) if table is not None]
+                tables = self._given(piece, self._tables(potentials, piece))
                 found.append(self._wide(eliminate.log_sum(tables, part.order.variables, plus), piece))
             whole = found[0] if len(found) == 1 else torch.cat(found, self.lead)
             total = part.add(total, whole.to(self.dtype), self.lead)
@@ -332,6 +413,17 @@ class Inference:
             if value is not None:
                 value = _gathered(value.to(self._precision(part)), member, part, self.lead)
             found.append((member, value))
+        return found
+
+    def _given(self, part: Part, tables: list[tuple[Member, Tensor | None]]) -> list[tuple[Scope, Tensor]]:
+        """The tables of a part that are not only asked about, and what cases know of nodes that others leave open."""
+        found = [(member.hidden, table) for member, table in tables if table is not None]
+        for v, code in part.closed.items():
+            size = self.sizes[v]
+            state = torch.arange(size, device=code.device)
+            possible = (code.unsqueeze(-1) == state) | (code == size).unsqueeze(-1)
+            blank = torch.zeros(possible.shape, dtype=self._precision(part), device=code.device)
+            found.append(((v,), torch.where(possible, blank, -torch.inf)[(None,) * self.lead]))
         return found
 
     def _precision(self, part: Cases) -> torch.dtype:
@@ -473,7 +565,7 @@ class Inference:
     ) -> tuple[Tensor, list[Tensor]]:
         """log Z of each case, and the posterior of each table's open nodes, one where nothing is open."""
         lead, variables = self.lead, part.order.variables
-        given = [(member.hidden, table) for member, table in tables if table is not None]
+        given = self._given(part, tables)
         if not variables:
             nothing = torch.zeros(*self.replicas, part.size, dtype=self.dtype, device=part.weight.device)
             value = eliminate.added([nothing, *(table for _, table in given)])
@@ -503,9 +595,11 @@ class Inference:
             shape = (*leading, *(self.sizes[v] for v in member.hidden))
             full.append(first.new_zeros(shape) if table is None else table.expand(shape))
 
+        closed = self._given(part, [])
+
         def total(*values: Tensor) -> Tensor:
             pairs = [(member.hidden, value) for (member, _), value in zip(tables, values, strict=True)]
-            return eliminate.log_sum(pairs, part.order.variables, plus)
+            return eliminate.log_sum([*pairs, *closed], part.order.variables, plus)
 
         value, pull, *_ = torch.func.vjp(total, *full)
         return value, list(pull(torch.where(value == -torch.inf, 0.0, 1.0).to(value)))
@@ -528,7 +622,7 @@ class Inference:
         Source: C. M. Bishop (2006), equation 10.9.
         """
         lead, variables = self.lead, part.order.variables
-        given = [(member.hidden, table) for member, table in tables if table is not None]
+        given = self._given(part, tables)
         if not variables:
             value, ones = self._solve(part, tables, kind, uniforms)
             return value, ones, []

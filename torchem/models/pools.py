@@ -21,7 +21,7 @@ from torchem.ops.eliminate import Scope
 
 #: Rows whose cases are found together: what that takes is a few numbers for each.
 _ROOM = 1 << 21
-#: Cells read and written in the time that the calls for a component of its own take.
+#: See `Components.few`.
 _FEW = {"cpu": 1 << 20, "cuda": 1 << 26}
 #: Configurations of observed nodes up to which they are marked, rather than sorted.
 TOGETHER = 4096
@@ -140,11 +140,24 @@ class Components:
     configurations: Tensor
     rows: Tensor
 
+    @property
+    def few(self) -> int:
+        """Cells read and written in the time that the calls for a component of its own take."""
+        return _FEW.get(self.nodes.device.type, _FEW["cuda"])
+
+    def listed(self) -> Tensor:
+        """``[S]`` cells that the list of a component's configurations reads for a row."""
+        return self.configurations * self.tables.sum(-1)
+
     def small(self, limit: int) -> Tensor:
         """``[S]`` whether a component is cheaper in a pool than by itself."""
-        few = _FEW.get(self.nodes.device.type, _FEW["cuda"])
-        cost = self.configurations * self.tables.sum(-1)
-        return (self.configurations <= limit) & (self.rows * cost <= few)
+        return (self.configurations <= limit) & (self.rows * self.listed() <= self.few)
+
+    def classes(self, chosen: Tensor, data: Data) -> list[tuple[Tensor, bool]]:
+        """The chosen components ``[S]`` that rows may share, and those that they may not."""
+        differ = torch.tensor([data.apart([name]) for name in data.scopes], device=chosen.device)
+        apart = (self.tables & differ).any(-1)
+        return [(chosen & ~apart, True), (chosen & apart, False)]
 
     def named(self, number: int, scopes: Mapping[str, Scope]) -> tuple[Scope, tuple[str, ...]]:
         """The nodes of a component and the names of its tables."""
@@ -235,19 +248,21 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def pooled(data: Data, found: Components, chosen: Tensor, pattern: Tensor | None, budget: int | None) -> Iterator[Pool]:
     """Pools, each within the budget, of the chosen components ``[S]`` of all rows."""
-    differ = torch.tensor([data.apart([name]) for name in data.scopes], device=chosen.device)
-    apart = (found.tables & differ).any(-1)
-    for own, shared in ((chosen & ~apart, True), (chosen & apart, False)):
+    for own, shared in found.classes(chosen, data):
         bunch = torch.where(own, (torch.where(own, found.rows, 0).cumsum(0) - 1) // _ROOM, -1)
         for number in bunch[own].unique().tolist():
-            row, which = found.owners(bunch == number, pattern, len(data.codes))
-            yield from _pools(data, found, row, which, shared, budget)
+            yield from _pools(data, found, *cases(data, found, bunch == number, pattern, shared), shared, budget)
 
 
-def _pools(
-    data: Data, found: Components, row: Tensor, which: Tensor, shared: bool, budget: int | None
-) -> Iterator[Pool]:
-    """The pools of some rows, each with one of its components; whether those that agree around it ``shared`` it."""
+def cases(
+    data: Data, found: Components, wanted: Tensor, pattern: Tensor | None, shared: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of some components ``[S]``: those rows, whose components, which cases; and the first row of each case.
+
+    Cases are in the order of their components, and rows in that of their cases. Those that agree around a component are
+    one, if it is to be ``shared``.
+    """
+    row, which = found.owners(wanted, pattern, len(data.codes))
     if shared:
         around = found.around.mT
         columns = (torch.where(own[which], data.codes[:, v][row], 0) for v, own in enumerate(around))
@@ -255,12 +270,25 @@ def _pools(
         place, size = distinct(itertools.chain([which], columns), sizes, row)
     else:
         place, size = which, len(row)
-    # Cases are in the order of their components then, which is that of their numbers of configurations.
     order = place.argsort(stable=True)
     row, which, place = row[order], which[order], place[order]
     if not shared:
         place = torch.arange(size, device=row.device)
-    first = torch.nn.functional.pad(place.diff().nonzero()[:, 0] + 1, (1, 0))
+    return row, which, place, torch.nn.functional.pad(place.diff().nonzero()[:, 0] + 1, (1, 0))
+
+
+def _pools(
+    data: Data,
+    found: Components,
+    row: Tensor,
+    which: Tensor,
+    place: Tensor,
+    first: Tensor,
+    shared: bool,
+    budget: int | None,
+) -> Iterator[Pool]:
+    """The pools of some cases; one has those of as many configurations, which come in order."""
+    size = len(first)
     lists, counts = found.configurations[which[first]].unique_consecutive(return_counts=True)
     start = 0
     for configurations, count in zip(lists.to(torch.long).tolist(), counts.tolist(), strict=True):
