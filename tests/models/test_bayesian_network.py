@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import torchem
@@ -20,7 +23,7 @@ from torchem.batch import Batch
 from torchem.errors import ConvergenceWarning, InvalidArgument, InvalidFile, InvalidType, SymmetryWarning
 from torchem.factors import Categorical, Categoricals, Gaussian, LinearGaussian, Poisson, SoftmaxRegression
 from torchem.model import DiscreteModel
-from torchem.models import patterns, pools
+from torchem.models import elimination, patterns, pools
 from torchem.ops import eliminate
 
 NAMES = "ABCDEF"
@@ -191,6 +194,28 @@ def test_components_may_be_taken_in_any_way(way: str, monkeypatch: pytest.Monkey
     taken(way, monkeypatch)
     for seed, edges in list(enumerate(shapes(4)))[len(way) % 3 :: 8]:
         check_shape(edges, 4, seed)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 20), way=st.sampled_from(["apart", "pooled", "mixed", "whole"]))
+def test_any_network_equals_enumeration(seed: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of up to four states, zeros, rows without a weight, any part of them missing, pieces of any size."""
+    chance = random.Random(seed)
+    n = chance.randint(1, 6)
+    sizes, order = [chance.choice([1, 2, 2, 3, 4]) for _ in range(n)], chance.sample(range(n), n)
+    edges = [(order[a], order[b]) for a, b in itertools.combinations(range(n), 2) if chance.random() < 0.5]
+    hidden = [NAMES[i] for i in range(1, n) if chance.random() < 0.3]
+    with monkeypatch.context() as patch:
+        taken(way, patch)
+        patch.setattr(elimination, "_LISTED", chance.choice([0, 64]))
+        net = random_net(sizes, edges, seed, zeros=chance.choice([0.0, 0.4]), hidden=hidden)
+        net.memory_budget = chance.choice([None, 1])
+        x, weight = holes(net, 10, seed, chance.choice([0.2, 0.5, 0.9])), torch.ones(10, dtype=torch.float64)
+        weight[::4] = 0.0
+        check_against_enumeration(net, x, weight)
+        possible = net.log_prob(x) > -torch.inf
+        draws = net.impute(x[possible], draws=2, generator=rng(seed)).flatten(0, 1)
+        assert bool(net.log_prob(draws).isfinite().all())
 
 
 @pytest.mark.slow
@@ -466,7 +491,7 @@ def parity(n: int) -> BayesianNetwork:
 def test_draws_and_modes_are_joint(way: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes that determine each other are never drawn one by one, nor maximised."""
     taken(way, monkeypatch)
-    monkeypatch.setattr(patterns, "_LISTED", listed)
+    monkeypatch.setattr(elimination, "_LISTED", listed)
     net = parity(7)
     names, whole = list(net.cardinalities), joint(net)
     x = net.sample(60, generator=rng(0))
