@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import torchem
@@ -20,6 +23,7 @@ from torchem.batch import Batch
 from torchem.errors import ConvergenceWarning, InvalidArgument, InvalidFile, InvalidType, SymmetryWarning
 from torchem.factors import Categorical, Categoricals, Gaussian, LinearGaussian, Poisson, SoftmaxRegression
 from torchem.model import DiscreteModel
+from torchem.models import elimination, patterns, pools
 from torchem.ops import eliminate
 
 NAMES = "ABCDEF"
@@ -174,6 +178,44 @@ def test_every_small_graph_equals_enumeration(n: int) -> None:
 def test_some_larger_graphs_equal_enumeration(n: int, step: int, start: int) -> None:
     for seed, edges in list(enumerate(shapes(n)))[start::step]:
         check_shape(edges, n, seed)
+
+
+def taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have components taken each by itself, in pools, those of few rows in pools, or all of them in one elimination."""
+    few = {"apart": 0, "pooled": 1 << 20, "mixed": 40, "whole": 3}[way]
+    monkeypatch.setattr(pools, "_FEW", {"cpu": few, "cuda": few})
+    if way == "whole":
+        monkeypatch.setattr(patterns, "_ELIMINATED", 0)
+        monkeypatch.setattr(patterns, "_LEAST", 0)
+
+
+@pytest.mark.parametrize("way", ["apart", "mixed", "whole"])
+def test_components_may_be_taken_in_any_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken(way, monkeypatch)
+    for seed, edges in list(enumerate(shapes(4)))[len(way) % 3 :: 8]:
+        check_shape(edges, 4, seed)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 20), way=st.sampled_from(["apart", "pooled", "mixed", "whole"]))
+def test_any_network_equals_enumeration(seed: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of up to four states, zeros, rows without a weight, any part of them missing, pieces of any size."""
+    chance = random.Random(seed)
+    n = chance.randint(1, 6)
+    sizes, order = [chance.choice([1, 2, 2, 3, 4]) for _ in range(n)], chance.sample(range(n), n)
+    edges = [(order[a], order[b]) for a, b in itertools.combinations(range(n), 2) if chance.random() < 0.5]
+    hidden = [NAMES[i] for i in range(1, n) if chance.random() < 0.3]
+    with monkeypatch.context() as patch:
+        taken(way, patch)
+        patch.setattr(elimination, "_LISTED", chance.choice([0, 64]))
+        net = random_net(sizes, edges, seed, zeros=chance.choice([0.0, 0.4]), hidden=hidden)
+        net.memory_budget = chance.choice([None, 1])
+        x, weight = holes(net, 10, seed, chance.choice([0.2, 0.5, 0.9])), torch.ones(10, dtype=torch.float64)
+        weight[::4] = 0.0
+        check_against_enumeration(net, x, weight)
+        possible = net.log_prob(x) > -torch.inf
+        draws = net.impute(x[possible], draws=2, generator=rng(seed)).flatten(0, 1)
+        assert bool(net.log_prob(draws).isfinite().all())
 
 
 @pytest.mark.slow
@@ -389,6 +431,8 @@ def test_evidence_by_name_is_a_row() -> None:
         net.posterior("cancer", {"smoke": ["yes", "no"]}),
         net.posterior("cancer", [[1.0, *[torch.nan] * 3], [0.0, *[torch.nan] * 3]]),
     )
+    close(net.posterior("cough", {"smoke": 1, "tired": None}), net.posterior("cough", {"smoke": 1}))
+    assert net.most_likely({"smoke": 1}, nodes="cough").shape == (1, 1)
     # A hidden node may be known too.
     both = net.posterior(("cancer", "cough"), {"smoke": 1})
     close(net.posterior("cough", {"smoke": 1, "cancer": 0}), both[:, 0] / both[:, 0].sum(-1, keepdim=True))
@@ -430,6 +474,44 @@ def test_imputed_draws_follow_the_posterior() -> None:
     gone = x[:, 1].isnan()
     close(many[:, gone, 1].mean(0), center[gone, 1].detach(), atol=0.12, rtol=0.0)
     close(many[:, gone, 1].var(0), spread[gone, 1].detach(), atol=0.0, rtol=0.15)
+
+
+def parity(n: int) -> BayesianNetwork:
+    """Each node the exclusive or of the two before, the last one with some noise; one in the middle hidden."""
+    edges = [(f"v{i}", f"v{j}") for j in range(2, n) for i in (j - 2, j - 1)]
+    net = BayesianNetwork({f"v{i}": 2 for i in range(n)}, edges, ("v3",)).double()
+    exact = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
+    for j in range(2, n):
+        net.tables[f"v{j}"] = exact if j < n - 1 else 0.8 * exact + 0.1
+    net.tables["v0"], net.tables["v1"] = [0.3, 0.7], [0.6, 0.4]
+    return net
+
+
+@pytest.mark.parametrize(("way", "listed"), [("apart", 0), ("apart", 64), ("pooled", 64), ("whole", 0), ("whole", 64)])
+def test_draws_and_modes_are_joint(way: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that determine each other are never drawn one by one, nor maximised."""
+    taken(way, monkeypatch)
+    monkeypatch.setattr(elimination, "_LISTED", listed)
+    net = parity(7)
+    names, whole = list(net.cardinalities), joint(net)
+    x = net.sample(60, generator=rng(0))
+    x = x.masked_fill(torch.rand(x.shape, generator=rng(1)) < 0.5, torch.nan)
+    filled = net.impute(x, draws=3, generator=rng(2))
+    assert bool(net.log_prob(filled.flatten(0, 1)).isfinite().all())
+    for row, best in zip(x.tolist(), net.most_likely(x, nodes=names).tolist(), strict=True):
+        known = consistent(net, row, whole)
+        close(known[tuple(best)], known.max(), rtol=1e-12)
+    generator = rng(3)
+    stats = net.e_step(net.batch(x), "sample", uniforms=lambda s: torch.rand(s, generator=generator).double())
+    for name in names:
+        assert float(stats[net.conditionals.slot(name)]["counts"][net.tables[name] == 0].sum()) == 0
+    row = torch.tensor([[torch.nan, 1.0, torch.nan, torch.nan, torch.nan, 0.0]])
+    draws = net.impute(row, draws=4000, generator=rng(4))[:, 0].long()
+    found = torch.zeros(2, 2, 2, dtype=torch.float64)
+    found.index_put_((draws[:, 0], draws[:, 3], draws[:, 5]), torch.ones(4000).double(), accumulate=True)
+    truth = marginal(consistent(net, row[0].tolist(), whole), [0, 4, 6])[..., 0]
+    share = found[..., 0] / 4000
+    close(share, truth, atol=0.03, rtol=0.0)
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------
@@ -689,6 +771,12 @@ def test_reads_bif(tmp_path: Any) -> None:
         ("(yes, \"true\")", "(yes, maybe)", "line 11: expected one of .*got 'maybe'"),
         ("(yes, \"true\")", "(yes)", "line 11: expected a state of each"),
         ("  default 0.1, 0.2, 0.7;", "", "none for"),
+        ("/* over\n   lines */", "/* over", "line 4: .*a comment without an end"),
+        ("discrete [ 3 ]", "discrete [ 0 ]", "line 6: .*at least one state"),
+        ("| out.side, \"light on\" )", "| out.side, out.side )", "line 10: expected 'bark' given different variables"),
+        (DOG, "network empty { }", "line 1: expected variables, got none"),
+        ("probability (out.side) {", "probability (out.side | bark) {", "line 8: expected 6 numbers, got 2"),
+        ("probability (out.side) { table", "probability (out.side | bark) { default", "without cycles"),
         ("| out.side )", "| outside )", "line 9: .*'outside'"),
         ("probability (out.side) { table 0.15 0.85; }", "", "none of 'out.side'"),
         ("variable bark", "node bark", "line 6: expected 'network' or 'variable' or 'probability', got 'node'"),
@@ -703,6 +791,27 @@ def test_bif_errors_name_the_line(tmp_path: Any, old: str, new: str, said: str) 
         BayesianNetwork.from_bif(path)
     with pytest.raises(InvalidFile, match="no-such"):
         BayesianNetwork.from_bif(tmp_path / "no-such.bif")
+
+
+def test_odd_files_and_names_are_read_back(tmp_path: Any) -> None:
+    path = tmp_path / "dog.bif"
+    path.write_bytes(b"\xef\xbb\xbf" + DOG.replace("\n", "\r\n").encode())
+    net = BayesianNetwork.from_bif(path, states={"bark": ["1", "2", "3"]})
+    assert (net.states["bark"], net.states["out.side"]) == (("1", "2", "3"), ("yes", "no"))
+    odd = {"a b": 2, "x;y": 3, "p/q": 2, "{": 2, "é": 1, "//c": 2, "network": 2}
+    names = {"x;y": ["<0.5", "(", "a\tb"], "é": [""], "//c": ["/*", "*/"]}
+    net = BayesianNetwork(odd, [("p/q", "x;y"), ("a b", "x;y"), ("{", "é"), ("//c", "network")], states=names).double()
+    for i, name in enumerate(net.tables):
+        net.tables[name] = table(*net.tables[name].shape, seed=i)
+    net.to_bif(path, "a name")
+    twin = BayesianNetwork.from_bif(path)
+    assert (twin.cardinalities, twin.parents) == (net.cardinalities, net.parents)
+    assert {name: twin.states[name] for name in names} == net.states
+    for name in net.tables:
+        close(twin.tables[name], net.tables[name], rtol=1e-15, atol=0.0)
+    for bad in ('"', "\n", "\r"):
+        with pytest.raises(InvalidArgument, match="without quotes and line ends"):
+            BayesianNetwork({f"a{bad}": 2}).to_bif(path)
 
 
 def test_saved_networks_come_back(tmp_path: Any) -> None:
@@ -740,6 +849,10 @@ AB = {"A": 2, "B": 3}
         (lambda: BayesianNetwork(AB, [("A", "X")]), "'X'"),
         (lambda: BayesianNetwork(AB, [("A", "B"), ("A", "B")]), "twice"),
         (lambda: BayesianNetwork(AB, ["AB", "B"]), "pairs"),
+        (lambda: BayesianNetwork(AB, None), "edges: expected pairs"),  # pyright: ignore[reportArgumentType]
+        (lambda: BayesianNetwork(AB, [1]), "edges: expected pairs"),  # pyright: ignore[reportArgumentType]
+        (lambda: BayesianNetwork(AB, [], 3), "hidden: expected names"),  # pyright: ignore[reportArgumentType]
+        (lambda: BayesianNetwork(AB, states={"A": 2}), "names of states"),  # pyright: ignore[reportArgumentType]
         (lambda: BayesianNetwork(AB, [], ("X",)), "hidden: .*'X'"),
         (lambda: BayesianNetwork(AB, [], ("A", "A")), "each node once"),
         (lambda: BayesianNetwork(AB, [], ("A", "B")), "at least one node that is observed"),
@@ -823,13 +936,44 @@ def test_the_fast_way_runs_where_cases_are_shared() -> None:
         close(value, reference[1][slot])
 
 
+def test_rare_components_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of sets of open nodes make a few pools: one for each number of configurations."""
+    edges = [(a, b) for b in range(1, 12) for a in {b // 2, max(0, b - 2)} if a < b]
+    net = BayesianNetwork({f"v{i}": 2 + (i == 4) for i in range(12)}, [(f"v{a}", f"v{b}") for a, b in edges]).double()
+    for i, name in enumerate(net.tables):
+        net.tables[name] = table(*net.tables[name].shape, seed=i)
+    x = net.sample(600, generator=rng(0))
+    x = x.masked_fill(torch.rand(x.shape, generator=rng(1)) < 0.3, torch.nan)
+    batch = net.batch(x, weight=torch.rand(600, generator=rng(2), dtype=torch.float64))
+    potentials = {slot: kernel.log_potential(batch) for slot, kernel in net._kernels().items()}
+    parts = net._parts(batch, *net._given(potentials, batch), frozenset(), True, True)
+    found = [part for part in parts if isinstance(part, pools.Pool)]
+    sets = {tuple(row) for row in (x.isnan()).tolist()}
+    assert len(sets) > 200
+    assert len({pool.configurations for pool in found}) == len(found) < 20
+    close(net.log_prob(batch), plain(net, batch))
+    for mine, reference in ((net.infer, DiscreteModel.infer), (net.infer_hard, DiscreteModel.infer_hard)):
+        (value, counts), (wanted, expected) = mine(potentials, batch), reference(net, potentials, batch)
+        close(value, wanted)
+        for slot in counts:
+            close(counts[slot], expected[slot])
+    # In one elimination the same.
+    taken("whole", monkeypatch)
+    again = net.batch(x, weight=batch.weight)
+    whole = net._parts(again, *net._given(potentials, again), frozenset(), True, True)
+    assert sum(isinstance(part, patterns.Part) and len(part.closed) > 0 for part in whole) == 1
+    close(net.infer(potentials, again)[0], net.infer(potentials, batch)[0])
+    for slot, value in net.infer(potentials, again)[1].items():
+        close(value, net.infer(potentials, batch)[1][slot])
+
+
 def test_order_of_elimination_finds_the_width_of_known_graphs() -> None:
     chain = [(i, i + 1) for i in range(9)]
     assert eliminate.order(chain, [2] * 10, range(10)).width == 1
     ring = [*chain, (9, 0)]
     assert eliminate.order(ring, [2] * 10, range(10)).width == 2
     clique = [tuple(range(6))]
-    assert eliminate.order(clique, [2] * 6, range(6)) == eliminate.Order((0, 1, 2, 3, 4, 5), 5, 64)
+    assert eliminate.order(clique, [2] * 6, range(6)) == eliminate.Order((0, 1, 2, 3, 4, 5), 5, 64, 126)
     # What is known cuts the ring.
     assert eliminate.order(ring, [2] * 10, range(9)).width == 1
 

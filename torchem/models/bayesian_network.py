@@ -1,26 +1,42 @@
 """Bayesian networks: a directed graph of discrete nodes, any of them hidden, with continuous leaves."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import InvalidArgument, invalid, one_of, whole_number, wrong_type
+from torchem.errors import InvalidArgument, InvalidFile, invalid, one_of, whole_number
 from torchem.factor import Factor, Kernel, Moments
 from torchem.factors import Categorical
 from torchem.factors._tables import SMOOTH, apart
 from torchem.model import DiscreteModel, EStep, Reduction, Uniforms, weighted
 from torchem.models import bif
-from torchem.models.frames import FramesPass
+from torchem.models.elimination import Inference, MeanField
 from torchem.models.imputation import Gaps, How, at_once, checked_draws, complete, impute
-from torchem.models.patterns import LIMIT, Inference, MeanField, Part, blind, plan
+from torchem.models.nodes import (
+    Columns,
+    Conditionals,
+    Leaf,
+    LeafPass,
+    Tables,
+    checked_edges,
+    checked_hidden,
+    checked_leaves,
+    checked_sizes,
+    checked_states,
+    known_node,
+    names_of,
+    topological,
+)
+from torchem.models.patterns import LIMIT, Part, blind, plan
+from torchem.models.pools import Data, Pool
 from torchem.ops import reduce
 from torchem.ops.eliminate import Scope
 from torchem.stats import Stats
@@ -87,10 +103,10 @@ class BayesianNetwork(DiscreteModel):
         max_sweeps: int = 100,
     ):
         super().__init__()
-        self.cardinalities = _checked_sizes(cardinalities)
-        self.edges = _checked_edges(self.cardinalities, edges)
-        self.hidden = _checked_hidden(self.cardinalities, hidden)
-        self.states = _checked_states(self.cardinalities, states)
+        self.cardinalities = checked_sizes(cardinalities)
+        self.edges = checked_edges(self.cardinalities, edges)
+        self.hidden = checked_hidden(self.cardinalities, hidden)
+        self.states = checked_states(self.cardinalities, states)
         one_of("inference", inference, ("exact", "mean_field"))
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
             raise invalid("tolerance", "a finite number of at least 0", repr(tolerance), "the default is 1e-9 nats")
@@ -100,11 +116,11 @@ class BayesianNetwork(DiscreteModel):
         names = tuple(self.cardinalities)
         self._number = {name: v for v, name in enumerate(names)}
         self.parents = {name: tuple(a for a, b in self.edges if b == name) for name in names}
-        self.topological = _topological(self.parents)
+        self.topological = topological(self.parents)
         given, owned = dict(leaves or {}), dict(conditionals or {})
         for name in owned:
-            _known_node("conditionals", name, self.cardinalities)
-        self._leaves = _checked_leaves(self.cardinalities, given, len(names) - len(self.hidden))
+            known_node("conditionals", name, self.cardinalities)
+        self._leaves = checked_leaves(self.cardinalities, given, len(names) - len(self.hidden))
         shapes = {name: tuple(self.cardinalities[p] for p in (*self.parents[name], name)) for name in names}
         self.conditionals = Conditionals([*names, *self._leaves], shapes)
         for name in names:
@@ -150,7 +166,7 @@ class BayesianNetwork(DiscreteModel):
             >>> net.tables["B"].tolist()[0]
             [1.0, 0.0]
         """
-        return Tables(self)
+        return Tables(self.conditionals, tuple(self.cardinalities))
 
     @property
     def leaves(self) -> dict[str, tuple[tuple[str, ...], Factor]]:
@@ -205,7 +221,8 @@ class BayesianNetwork(DiscreteModel):
         """Refuse hidden nodes that exact inference cannot sum over, before there are data."""
         blank = torch.zeros(1, len(self._sizes), dtype=torch.long)
         blank[:, list(self._latent)] = -1
-        plan(self._eased(blank, self._tied), self._sizes, self._scopes, frozenset(), None, merge=True, limit=LIMIT)
+        codes = self._eased(blank, self._tied)
+        plan(Data(codes, self._sizes, self._scopes, frozenset(), torch.ones(1), True), LIMIT, pool=False)
 
     @property
     def exact(self) -> bool:
@@ -243,19 +260,20 @@ class BayesianNetwork(DiscreteModel):
     def _parts(
         self, batch: Batch, tables: dict[str, Tensor], scopes: dict[str, Scope], kept: frozenset[int], merge: bool,
         exact: bool,
-    ) -> list[Part]:  # fmt: skip
+    ) -> list[Part | Pool]:  # fmt: skip
         """The parts of a batch, without nodes that are needless unless they are ``kept``."""
         rowwise = frozenset(name for name, value in tables.items() if value.shape[len(self.replicas)] != 1)
         limit = LIMIT if exact else None
 
-        def find() -> list[Part]:
+        def find() -> list[Part | Pool]:
             codes = self._eased(self._codes(batch.x), kept)
-            return plan(codes, self._sizes, scopes, rowwise, batch.weight, merge=merge, limit=limit)
+            data = Data(codes, self._sizes, scopes, rowwise, _mass(batch), merge)
+            return plan(data, limit, self.memory_budget, pool=exact)
 
         # What is asked about once need not be remembered.
         if any(name not in tables for name in scopes):
             return find()
-        key = ("network", tuple(scopes.items()), rowwise, self._sizes, kept, merge, limit)
+        key = ("network", tuple(scopes.items()), rowwise, self._sizes, kept, merge, limit, self.memory_budget)
         return batch.remember(key, find)
 
     def _needless(self, codes: Tensor, kept: frozenset[int]) -> list[Tensor]:
@@ -281,7 +299,7 @@ class BayesianNetwork(DiscreteModel):
 
     def _blind(
         self, batch: Batch, tables: dict[str, Tensor], scopes: dict[str, Scope], kept: frozenset[int], exact: bool
-    ) -> tuple[list[Part], dict[str, Tensor]]:
+    ) -> tuple[list[Part | Pool], dict[str, Tensor]]:
         """The parts where states cannot be looked at, and for each table the rows ``[N]`` that need it.
 
         All nodes are open; tables of what was observed join the others, and those of needless nodes are made even.
@@ -297,9 +315,8 @@ class BayesianNetwork(DiscreteModel):
             blank = torch.zeros(possible.shape, dtype=self.dtype, device=state.device)
             tables[f"state.{v}"] = torch.where(possible, blank, -torch.inf)[(None,) * lead]
             scopes[f"state.{v}"] = (v,)
-        mass = torch.ones_like(batch.x[:, 0], dtype=torch.float64) if batch.weight is None else batch.weight
-        parts = blind(len(batch), self._sizes, scopes, mass, LIMIT if exact else None)
-        return parts, {name: ~spare[v] for name, v in self._owner.items()}
+        data = Data(codes, self._sizes, scopes, frozenset(), _mass(batch), True)
+        return [blind(data, LIMIT if exact else None)], {name: ~spare[v] for name, v in self._owner.items()}
 
     def _kept(self, batch: Batch) -> frozenset[int]:
         """Nodes that something other than a node may depend on: a leaf, or a label."""
@@ -405,7 +422,7 @@ class BayesianNetwork(DiscreteModel):
     def batch(self, data: Any, **fields: Any) -> Batch:
         """Validate data: rows, or a mapping of what is known of some nodes and leaves by name.
 
-        A mapping holds one state, or one for each of N rows: numbers, or names if the network has any.
+        A mapping holds one state, or one for each of N rows: numbers, or names if the network has any; None is unknown.
         """
         if isinstance(data, Mapping):
             data, known = self._from_names(data)
@@ -419,6 +436,8 @@ class BayesianNetwork(DiscreteModel):
             if name not in self._number and name not in self._leaves:
                 known = [*self._number, *self._leaves]
                 raise invalid("evidence", f"names of nodes, {known}", repr(name), "correct it")
+            if value is None:
+                continue
             width = 1 if name in self._number else len(self._leaves[name].columns)
             columns[name] = self._numbers(name, value).to(torch.float64).reshape(-1, width)
         n = max((len(value) for value in columns.values()), default=1)
@@ -484,7 +503,7 @@ class BayesianNetwork(DiscreteModel):
             >>> net.posterior(("A", "B")).shape
             torch.Size([1, 2, 3])
         """
-        names = _names(query)
+        names = names_of(query)
         if names is None:
             if evidence is not None:
                 raise invalid("query", "names of nodes", type(query).__name__, "give the query first, then evidence")
@@ -494,7 +513,7 @@ class BayesianNetwork(DiscreteModel):
         for name in names:
             if name in self._leaves:
                 raise invalid("query", "discrete nodes", f"the leaf {name}", "use impute for continuous columns")
-            _known_node("query", name, self.cardinalities)
+            known_node("query", name, self.cardinalities)
             if isinstance(evidence, Mapping) and name in evidence:
                 raise invalid("query", "nodes that the evidence leaves open", repr(name), "leave it out of one of both")
         if len(set(names)) < len(names) or not names:
@@ -522,9 +541,9 @@ class BayesianNetwork(DiscreteModel):
             nodes: Whose states ``[N, len(nodes)]`` to return instead; where no node is hidden, those of all.
             **fields: ``labels``, ``inputs``, … as for `torchem.fit`.
         """
-        names = tuple(nodes) if nodes is not None else self.hidden or tuple(self.cardinalities)
+        names = self.hidden or tuple(self.cardinalities) if nodes is None else names_of(nodes) or tuple(nodes)
         for name in names:
-            _known_node("nodes", name, self.cardinalities)
+            known_node("nodes", name, self.cardinalities)
         # All that is open has its part in the maximum.
         place = [self._number[name] for name in names]
         every = tuple(range(len(self._sizes)))
@@ -742,7 +761,7 @@ class BayesianNetwork(DiscreteModel):
                     *self.replicas, 1, *(self._sizes[v] for v in scope)
                 )
         rowwise = frozenset(name for name, value in potentials.items() if value.shape[lead] != 1)
-        parts = plan(codes, self._sizes, scopes, rowwise, batch.weight, merge=True, limit=None)
+        parts = plan(Data(codes, self._sizes, scopes, rowwise, _mass(batch), True), None, self.memory_budget)
         engine = Inference(scopes, self._sizes, self.replicas, len(batch), torch.float64, self.memory_budget)
         found = engine.run(potentials, parts, "soft", field=MeanField(0.0, 1))[1]
         values: dict[str, Tensor] = {}
@@ -880,7 +899,7 @@ class BayesianNetwork(DiscreteModel):
         for module in self.modules():
             if isinstance(module, Factor):
                 leaf = owners.get(module)
-                module.prepare(moments if leaf is None else _Columns(moments, leaf.columns))
+                module.prepare(moments if leaf is None else Columns(moments, leaf.columns))
 
     def row_size(self) -> int:
         leaves = sum(self.conditionals[name].row_size() for name in self._leaves)
@@ -906,15 +925,20 @@ class BayesianNetwork(DiscreteModel):
         Args:
             path: The file.
             hidden: Nodes that no column is given for.
-            **options: As for the class.
+            **options: As for the class; ``states=`` renames states.
 
         Raises:
-            InvalidFile: If it is not there, or cannot be understood; names the line.
+            InvalidFile: If it is not there, cannot be understood, or has a cycle; names the line or the cycle.
         """
         found = bif.read(Path(path))
         sizes = {name: len(own) for name, own in found.states.items()}
         edges = [(parent, child) for child, parents in found.parents.items() for parent in parents]
-        net = cls(sizes, edges, hidden, states=found.states, **options).double()
+        try:
+            topological(found.parents)
+        except InvalidArgument as error:
+            raise InvalidFile(f"{path}: {error}") from error
+        states = {**found.states, **(options.pop("states", None) or {})}
+        net = cls(sizes, edges, hidden, states=states, **options).double()
         for name, table in found.tables.items():
             net.tables[name] = table
         return net
@@ -974,247 +998,12 @@ class BayesianNetwork(DiscreteModel):
         return found
 
 
-# ---- parts of a network ---------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """A continuous leaf.
-
-    Attributes:
-        parents: Names of its discrete parents.
-        columns: Its columns in the data.
-    """
-
-    parents: tuple[str, ...]
-    columns: list[int]
-
-    def frames(self, batch: Batch) -> Batch:
-        """What its factor reads, each row as a sequence of one frame."""
-        fields = ("u", "offset", "trials")
-        known = {name: value.unsqueeze(1) for name in fields if (value := getattr(batch, name)) is not None}
-        return Batch(batch.x[:, self.columns[0] : self.columns[-1] + 1].unsqueeze(1), **known)
-
-
-class LeafPass(FramesPass):
-    """A leaf's pass over the rows, those in which it is missing left out."""
-
-    def __init__(self, factor: Factor, columns: list[int], score: bool = False):
-        super().__init__(factor, score)
-        self.leaf = Leaf((), columns)
-
-    def log_potential(self, batch: Batch) -> Tensor:
-        return super().log_potential(self.leaf.frames(batch)).squeeze(-2)
-
-    def collect(self, batch: Batch, expected: Tensor) -> None:
-        super().collect(batch, expected.unsqueeze(-2))
-
-
-class _Columns:
-    """Moments of some columns."""
-
-    def __init__(self, moments: Moments, columns: list[int]):
-        self.mean, self.variance = moments.mean[columns], moments.variance[columns]
-        self.low, self.high = moments.low[columns], moments.high[columns]
-        self.inputs = getattr(moments, "inputs", None)
-
-
-class Conditionals(nn.Module):
-    """The factors of a network by the names of their nodes; assignable.
-
-    Args:
-        names: Of nodes and leaves, in order.
-        shapes: States of the parents and of the node, for nodes.
-    """
-
-    def __init__(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]):
-        super().__init__()
-        self._keys: dict[str, str] = {}
-        self._shapes = dict(shapes)
-        for name in names:
-            # A module's name has no dot, and must not hide an attribute.
-            key = name.replace(".", "_") or "_"
-            while hasattr(self, key) or key in self._keys.values():
-                key += "_"
-            self._keys[name] = key
-        self._names = {f"conditionals.{key}": name for name, key in self._keys.items()}
-
-    def slot(self, name: str) -> str:
-        """The slot of a node."""
-        return f"conditionals.{self._keys[name]}"
-
-    def name(self, slot: str) -> str:
-        """The node of a slot."""
-        return self._names[slot]
-
-    def __getitem__(self, name: str) -> Any:
-        _known_node("conditionals", name, self._keys)
-        return getattr(self, self._keys[name])
-
-    def __setitem__(self, name: str, factor: Factor) -> None:
-        _known_node("conditionals", name, self._keys)
-        if not isinstance(factor, Factor):
-            raise wrong_type(f"conditionals[{name!r}]", "a torchem factor", factor, "pass for example Categorical(2)")
-        shape = self._shapes.get(name)
-        own = getattr(factor, "shape", None)
-        if shape is not None and own is not None and tuple(own) != shape:
-            raise invalid(f"conditionals[{name!r}]", f"shape {list(shape)}", list(own), "parents first, then the node")
-        setattr(self, self._keys[name], factor)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Names and factors in order."""
-        return ((name, self[name]) for name in self._keys)
-
-
-class Tables:
-    """The tables of a network by node, readable and assignable."""
-
-    def __init__(self, network: BayesianNetwork):
-        self._network = network
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._factor(name).probs
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._factor(name).assign_probs(value, f"tables[{name!r}]")
-
-    def _factor(self, name: str) -> Any:
-        _known_node("tables", name, self._network.cardinalities)
-        factor = self._network.conditionals[name]
-        if not isinstance(factor.unwrapped, Categorical):
-            got = type(factor.unwrapped).__name__
-            raise invalid(f"tables[{name!r}]", "a table", f"a {got}", "read conditionals instead")
-        return factor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._network.cardinalities)
-
-    def __len__(self) -> int:
-        return len(self._network.cardinalities)
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{name}: {list(self[name].shape)}" for name in self)
-
-
-# ---- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _known_node(argument: str, name: Any, known: Any) -> None:
-    if name not in known:
-        raise invalid(argument, f"one of {list(known)}", repr(name), "correct the name")
-
-
-def _names(query: Any) -> tuple[str, ...] | None:
-    """The nodes that a query names; None if it is not one."""
-    if isinstance(query, str):
-        return (query,)
-    if isinstance(query, (tuple, list)) and len(query) and all(isinstance(name, str) for name in query):
-        return tuple(query)
-    return None
-
-
-def _checked_sizes(cardinalities: Any) -> dict[str, int]:
-    if not isinstance(cardinalities, Mapping) or not cardinalities:
-        raise wrong_type("cardinalities", "states of each node by name", cardinalities, 'give for example {"A": 2}')
-    for name, size in cardinalities.items():
-        if not isinstance(name, str) or not name:
-            raise invalid("cardinalities", "names of nodes", repr(name), "use text")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise invalid(f"cardinalities[{name!r}]", "a positive whole number", repr(size), "give at least 1")
-    return dict(cardinalities)
-
-
-def _checked_edges(sizes: Mapping[str, int], edges: Any) -> tuple[tuple[str, str], ...]:
-    found: list[tuple[str, str]] = []
-    for edge in edges:
-        if isinstance(edge, str) or len(edge) != 2:
-            raise invalid("edges", "pairs (parent, child)", repr(edge), 'give for example [("A", "B")]')
-        for name in edge:
-            _known_node("edges", name, sizes)
-        pair = (edge[0], edge[1])
-        if pair in found:
-            raise invalid("edges", "each edge once", f"{pair[0]} → {pair[1]} twice", "leave one out")
-        found.append(pair)
-    return tuple(found)
-
-
-def _checked_hidden(sizes: Mapping[str, int], hidden: Any) -> tuple[str, ...]:
-    given = (hidden,) if isinstance(hidden, str) else tuple(hidden)
-    for name in given:
-        _known_node("hidden", name, sizes)
-    if len(set(given)) < len(given):
-        raise invalid("hidden", "each node once", given, "leave one out")
-    # In the order of the nodes, which labels and states of hidden nodes have too.
-    return tuple(name for name in sizes if name in given)
-
-
-def _checked_states(sizes: Mapping[str, int], states: Any) -> dict[str, tuple[str, ...]]:
-    found = {}
-    for name, own in (states or {}).items():
-        _known_node("states", name, sizes)
-        if len(own) != sizes[name] or len(set(own)) != len(own):
-            raise invalid(f"states[{name!r}]", f"{sizes[name]} different names", list(own), "name each state once")
-        found[name] = tuple(map(str, own))
-    return found
-
-
-def _checked_leaves(sizes: Mapping[str, int], leaves: Mapping[str, Any], first: int) -> dict[str, Leaf]:
-    """Leaves, whose columns are those from the ``first`` on."""
-    found = {}
-    for name, given in leaves.items():
-        if name in sizes or not isinstance(name, str) or not name:
-            raise invalid("leaves", "names of their own", repr(name), "rename the leaf")
-        if isinstance(given, Factor) or len(given) != 2 or not isinstance(given[1], Factor):
-            raise invalid(f"leaves[{name!r}]", "(parents, factor)", repr(given), "give its parents and a factor")
-        parents = (given[0],) if isinstance(given[0], str) else tuple(given[0])
-        for parent in parents:
-            _known_node(f"leaves[{name!r}]", parent, sizes)
-        if len(set(parents)) < len(parents):
-            raise invalid(f"leaves[{name!r}]", "each parent once", parents, "leave one out")
-        cells, own = math.prod(sizes[parent] for parent in parents), given[1].n_components
-        if own != cells:
-            raise invalid(
-                f"leaves[{name!r}]", f"a factor of {cells} components, one per joint state of {list(parents)}", own,
-                "build it with as many",
-            )  # fmt: skip
-        width = given[1].n_features or 1
-        found[name] = Leaf(parents, list(range(first, first + width)))
-        first += width
-    return found
-
-
-def _topological(parents: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """Nodes, each after its parents.
-
-    Raises:
-        InvalidArgument: If there is a cycle; it is named.
-    """
-    waiting = {name: len(own) for name, own in parents.items()}
-    children: dict[str, list[str]] = {name: [] for name in parents}
-    for name, own in parents.items():
-        for parent in own:
-            children[parent].append(name)
-    done = [name for name, count in waiting.items() if not count]
-    for name in done:
-        for child in children[name]:
-            waiting[child] -= 1
-            if not waiting[child]:
-                done.append(child)
-    left = [name for name in parents if waiting[name]]
-    if not left:
-        return tuple(done)
-    # From any of those left one goes up for ever among them, and comes round.
-    path = [left[0]]
-    while path[-1] not in path[:-1]:
-        path.append(next(parent for parent in parents[path[-1]] if waiting[parent]))
-    cycle = path[path.index(path[-1]) :][::-1]
-    raise invalid("edges", "a graph without cycles", " → ".join(cycle), "take one of these edges out")
+def _mass(batch: Batch) -> Tensor:
+    """Weights of rows, ``[N]``."""
+    return torch.ones_like(batch.x[:, 0], dtype=torch.float64) if batch.weight is None else batch.weight
 
 
 def _unseen(x: Tensor) -> bool:

@@ -44,7 +44,7 @@ def read(path: Path) -> Network:
         InvalidFile: If it is not there, or cannot be understood; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidFile(describe(str(path), "a file in BIF", reason, "check the path")) from error
@@ -81,7 +81,7 @@ def write(path: Path, network: Network) -> None:
 def _quoted(name: str) -> str:
     if _WORD.fullmatch(name):
         return name
-    if '"' in name or "\n" in name:
+    if not {'"', "\n", "\r"}.isdisjoint(name):
         raise invalid("to_bif", "names without quotes and line ends", repr(name), "rename it")
     return f'"{name}"'
 
@@ -104,6 +104,8 @@ class _Reader:
             line += text.count("\n", end, match.start())
             self._between(text[end : match.start()], line)
             token = match.group()
+            if token.startswith("/*") and not token.endswith("*/"):
+                raise self.wrong("'*/'", "a comment without an end", line)
             if not token.startswith(("//", "/*")):
                 yield token, line
             line += token.count("\n")
@@ -206,10 +208,14 @@ class _Reader:
             for name in (node, *given):
                 if name not in states:
                     raise self.wrong("names of variables", repr(name), line)
+            if len({node, *given}) <= len(given):
+                raise self.wrong(f"{node!r} given different variables", str(list(given)), line)
             if node in tables:
                 raise self.wrong("one block for each variable", f"a second one of {node!r}", line)
             self.at = start
             parents[node], tables[node] = given, self._table(node, given, states)
+        if not states:
+            raise self.wrong("variables", "none", self.tokens[-1][1])
         for node in states:
             if node not in tables:
                 raise self.wrong("a probability block for each variable", f"none of {node!r}", self.tokens[-1][1])
@@ -232,6 +238,8 @@ class _Reader:
             self.take("discrete")
             self.take("[")
             size = self.number()
+            if size < 1:
+                raise self.wrong("at least one state", f"{size:g}")
             self.take("]")
             self.take("{")
             found = self.listed("}")

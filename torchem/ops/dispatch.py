@@ -186,6 +186,16 @@ def compiled_chain(device: torch.device) -> ModuleType | None:
 
 
 @cache
+def _numba_cells() -> ModuleType | None:
+    return import_module("torchem.ops.numba_.cells") if _numba_chain() else None
+
+
+def compiled_cells(device: torch.device) -> ModuleType | None:
+    """The compiled sums over cells of tables on a device, where there are any."""
+    return _numba_cells() if device.type == "cpu" else None
+
+
+@cache
 def _numba_semi_markov() -> ModuleType | None:
     return import_module("torchem.ops.numba_.semi_markov") if _numba_chain() else None
 

@@ -21,11 +21,13 @@ class Order:
         variables: The variables in turn.
         width: Variables of the largest clique less one: the tree-width, if the order is a best one.
         cells: Entries of the largest table on the way.
+        work: Entries of all of them.
     """
 
     variables: Scope
     width: int
     cells: int
+    work: int
 
 
 def order(scopes: Iterable[Collection[int]], sizes: Sequence[int], variables: Iterable[int]) -> Order:
@@ -37,7 +39,7 @@ def order(scopes: Iterable[Collection[int]], sizes: Sequence[int], variables: It
 
     Example:
         >>> order([(0, 1), (1, 2), (2, 3)], [2, 2, 2, 2], range(4))
-        Order(variables=(0, 1, 2, 3), width=1, cells=4)
+        Order(variables=(0, 1, 2, 3), width=1, cells=4, work=14)
     """
     left = set(variables)
     near: dict[int, set[int]] = {v: set() for v in left}
@@ -46,7 +48,7 @@ def order(scopes: Iterable[Collection[int]], sizes: Sequence[int], variables: It
         for v in members:
             near[v] |= members - {v}
     found: list[int] = []
-    width, cells = 0, 1
+    width, cells, work = 0, 1, 0
 
     def cost(v: int) -> tuple[int, int, int]:
         fill = sum(b not in near[a] for a, b in itertools.combinations(near[v], 2))
@@ -57,7 +59,8 @@ def order(scopes: Iterable[Collection[int]], sizes: Sequence[int], variables: It
         best = min(costs.values())[-1]
         around = near.pop(best)
         del costs[best]
-        width, cells = max(width, len(around)), max(cells, sizes[best] * math.prod(sizes[a] for a in around))
+        clique = sizes[best] * math.prod(sizes[a] for a in around)
+        width, cells, work = max(width, len(around)), max(cells, clique), work + clique
         for a in around:
             near[a] |= around
             near[a] -= {a, best}
@@ -67,7 +70,7 @@ def order(scopes: Iterable[Collection[int]], sizes: Sequence[int], variables: It
             changed |= near[a]
         costs |= {v: cost(v) for v in changed}
         found.append(best)
-    return Order(tuple(found), width, cells)
+    return Order(tuple(found), width, cells, work)
 
 
 def aligned(table: Tensor, scope: Scope, target: Scope) -> Tensor:
