@@ -158,7 +158,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("factor analysis", "labels"): "labels",
     ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",
-    ("mixture of directions", "missing entries"): "whole",
     ("Laplace mixture", "`em_map`"): "function of statistics",
     ("state space", "labels"): "labels",
     ("variational state space", "labels"): "labels",

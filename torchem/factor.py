@@ -436,6 +436,13 @@ class Factor(nn.Module, ABC):
                 f"{type(self.unwrapped).__name__} does not tell what the other columns say of them: leave them out",
             )  # fmt: skip
 
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        """Values ``[*r, n, D]`` filled in for missing entries of ``rows``, moved to where observations lie.
+
+        A mean need not be an observation: that of directions is no unit vector. By default ``value`` itself.
+        """
+        return value
+
     def outcomes(self) -> list[Tensor | None]:
         """For each column the values among which the most probable one is; None for columns that are continuous.
 
@@ -777,7 +784,7 @@ class ExponentialFamily(Factor):
         return kernel.stats()
 
     def kernel(self) -> Kernel:
-        return _FamilyKernel(self)
+        return FamilyPass(self)
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
         eta, normalizer = self.natural()
@@ -785,7 +792,7 @@ class ExponentialFamily(Factor):
         return inner - (stats["count"] * normalizer.to(torch.float64)).sum(-1)
 
 
-class _FamilyKernel(Kernel):
+class FamilyPass(Kernel):
     """One product of features and natural parameters for all components and replicas."""
 
     def __init__(self, family: ExponentialFamily):

@@ -189,6 +189,12 @@ class Product(Composite):
             parts.append(factor.complete(batch.with_x(_take(batch.x, columns)), own, generator))
         return torch.cat(parts, -1)[..., self._order()]
 
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        parts = []
+        for factor, columns in zip(self._factors(), self.columns, strict=True):
+            parts.append(factor.placed(rows.with_x(_take(rows.x, columns)), _take(value, columns)))
+        return torch.cat(parts, -1)[..., self._order()]
+
     def outcomes(self) -> list[Tensor | None]:
         found = [value for factor in self._factors() for value in factor.outcomes()]
         return [found[i] for i in self._order()]
