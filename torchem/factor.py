@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries
 from torchem.errors import invalid, one_of
 from torchem.ops.dispatch import rows_per_piece
 from torchem.ops.reduce import plus
@@ -430,10 +430,10 @@ class Factor(nn.Module, ABC):
 
     def _check_whole(self, x: Tensor) -> None:
         missing = x.isnan()
-        if not self.independent and values_known() and bool((missing.any(-1) & ~missing.all(-1)).any()):
-            raise invalid(
-                "data", "rows that are whole, or missing in all columns", "some with single missing entries",
-                f"{type(self.unwrapped).__name__} does not tell what the other columns say of them: leave them out",
+        if not self.independent:
+            refuse_entries(
+                Batch(x), missing & ~missing.all(-1, keepdim=True), "rows that are whole, or missing in all columns",
+                f"{type(self.unwrapped).__name__} does not tell what the other columns say of it: leave that row out",
             )  # fmt: skip
 
     def placed(self, rows: Batch, value: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
-from torchem.errors import invalid
+from torchem.batch import Batch, entry_place, values_known
+from torchem.errors import invalid, invalid_entry
 
 
 def with_lags(batch: Batch, lags: int, dtype: torch.dtype) -> Batch:
@@ -46,10 +46,9 @@ def check_complete(batch: Batch) -> None:
     later = seen.flip(-1).cummax(-1).values.flip(-1)
     bad = some & later
     if bool(bad.any()):
-        sequence, frame = (int(i) for i in bad.nonzero()[0])
-        raise invalid(
-            "data", "sequences without missing entries for an autoregression, but for frames at the end",
-            f"NaN in sequence {sequence}, frame {frame}", "cut the sequence there, or impute it",
+        raise invalid_entry(
+            "sequences without missing entries for an autoregression, but for frames at the end", "NaN",
+            entry_place(bad.nonzero()[0].tolist(), 3), "cut the sequence there, or impute it",
         )  # fmt: skip
 
 

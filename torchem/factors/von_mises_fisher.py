@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import invalid
+from torchem.batch import Batch, as_tensor, entry_place, values_known
+from torchem.errors import invalid, invalid_entry
 from torchem.factor import ExponentialFamily, Factor, FamilyPass, Kernel
 from torchem.factors._directions import LEAST, assign_concentrations, check_sizes, movable, selected
 from torchem.ops import directional
@@ -110,14 +110,14 @@ class VonMisesFisher(ExponentialFamily):
         super().check(batch)
         if not values_known():
             return
-        x = batch.x.detach().to(torch.float64).reshape(-1, self._d)
+        x = batch.x.detach().to(torch.float64)
         length, partly = x.nan_to_num(nan=0.0).norm(dim=-1), x.isnan().any(-1)
         if bool((bad := torch.where(partly, length - 1, (length - 1).abs()) > _UNIT).any()):
-            row = int(bad.nonzero()[0])
+            index = tuple(bad.nonzero()[0].tolist())
             kind = "unit vectors in rows, and at most of length one where entries are missing"
-            raise invalid(
-                "data", kind if bool(partly[row]) else "unit vectors in rows",
-                f"length {float(length[row]):.6g} in row {row}", "normalise: x / x.norm(dim=-1, keepdim=True)",
+            raise invalid_entry(
+                kind if bool(partly[index]) else "unit vectors in rows", f"length {float(length[index]):.6g}",
+                entry_place(index, x.dim()), "normalise: x / x.norm(dim=-1, keepdim=True)",
             )  # fmt: skip
 
     # ---- the family -------------------------------------------------------------------------------------------
