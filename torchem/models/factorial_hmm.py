@@ -158,11 +158,6 @@ class FactorialHMM(LatentModel):
         """Whether q is the posterior itself."""
         return self.q == "exact"
 
-    @property
-    def handles_missing(self) -> bool:
-        """True: entries of a frame and whole frames."""
-        return True
-
     # ---- views ------------------------------------------------------------------------------------------------
 
     @property

@@ -37,7 +37,7 @@ class Stationary(Factor):
 
     Where derivatives are followed, steps of Newton's method θ′ = θ − H⁻¹ g come last. Near the maximum they change its
     value no more than rounding does, and they give it its derivative −H⁻¹ ∂g/∂S: that of θ itself cancels, for
-    dθ′ = dθ − H⁻¹ (H dθ + ∂g/∂S dS) where g = 0.
+    dθ′ = dθ − H⁻¹ (H dθ + ∂g/∂S dS) where g = 0. H has a row for each of the K² cells.
 
     Args:
         transition: The table of the same model.
