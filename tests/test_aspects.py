@@ -156,10 +156,8 @@ ASPECTS: dict[str, Callable[[str], None]] = {
 #: All that is refused, with a word of the sentence that says why.
 REFUSED: dict[tuple[str, str], str] = {
     ("factor analysis", "labels"): "labels",
-    ("factorial HMM", "missing entries"): "whole",
     ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",
-    ("mixture of directions", "missing entries"): "whole",
     ("Laplace mixture", "`em_map`"): "function of statistics",
     ("state space", "labels"): "labels",
     ("variational state space", "labels"): "labels",

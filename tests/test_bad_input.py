@@ -457,3 +457,101 @@ def test_names_of_ones_own_are_free() -> None:
     model.note, model.threshold, model.columns = "a", 0.5, ["x"]
     model.component = Gaussian(2, 1)
     model.helper = torch.nn.Linear(1, 1)
+
+
+# ---- entries that a family gives no probability to ----------------------------------------------------------------
+
+#: A family of one column, an entry that it cannot have, and words of what it may be.
+DOMAINS: dict[str, tuple[Callable[[int], Any], float, str]] = {
+    "Poisson": (lambda k: Poisson(k, 1), -1.0, "counts"),
+    "NegativeBinomial": (lambda k: factors.NegativeBinomial(k, 1), 0.5, "counts"),
+    "Bernoulli": (lambda k: factors.Bernoulli(k, 1), 2.0, "zeros and ones"),
+    "Categorical": (lambda k: Categorical(k, 3), 3.0, "from 0 to 2"),
+    "Categoricals": (lambda k: factors.Categoricals(k, [3]), -1.0, "from 0 to 2"),
+    "Exponential": (lambda k: factors.Exponential(k, 1), -0.25, "at least zero"),
+    "Gamma": (lambda k: factors.Gamma(k, 1), 0.0, "above zero"),
+    "VonMises": (lambda k: factors.VonMises(k, 1), 90.0, "radians"),
+    "ZeroInflated": (lambda k: factors.ZeroInflated(Poisson(k, 1)), 0.5, "counts"),
+    "Truncated": (lambda k: factors.Truncated(Poisson(k, 1), low=1), 0.0, "within the limits"),
+    "Censored": (lambda k: factors.Censored(factors.Exponential(k, 1), high=9.0), -1.0, "at least zero"),
+    "Mixture": (lambda k: factors.Mixture(Categorical(k, 2), Poisson(2 * k, 1)), -1.0, "counts"),
+    "FromDistribution": (
+        lambda k: torchem.Gradient(
+            factors.FromDistribution(torch.distributions.Gamma, k, 1), torch.optim.Adam, steps=2, lr=1e-2
+        ),
+        -3.0,
+        "support of Gamma",
+    ),
+    "PoissonDuration": (lambda k: factors.PoissonDuration(k, 9), 0.0, "from 1 to 9"),
+}
+
+
+@pytest.mark.parametrize("family", DOMAINS)
+def test_a_bad_entry_is_named_by_its_place(family: str) -> None:
+    """In a table, beside columns of other families, and in sequences of very different lengths."""
+    build, bad, kind = DOMAINS[family]
+    rows = torch.ones(14, 1)
+    rows[12] = bad
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(torchem.Mixture(Categorical(2), build(2)), rows)
+    told(error, "data", kind, f"got {bad:g} at row 12, column 0")
+    wide = torch.cat([torch.zeros(14, 3), rows], -1)
+    product = factors.Product([Gaussian(2, 2), build(2), factors.Bernoulli(2, 1)], [[0, 2], [3], [1]])
+    with pytest.raises(InvalidArgument) as error:
+        torchem.Mixture(Categorical(2), product).log_prob(wide)
+    told(error, "data", kind, f"{bad:g} at row 12, column 3 (read by ")
+    # The second of two long ones: long sequences make a batch of their own.
+    sequences = [torch.ones(n, 1) for n in (3, 40_000, 2, 40_000)]
+    sequences[3][7] = bad
+    hmm = torchem.HMM(Categorical(2), Categorical(2, 2), build(2))
+    for use in (lambda: torchem.fit(hmm, sequences), lambda: hmm.batch(sequences[2:])):
+        with pytest.raises(InvalidArgument) as error:
+            use()
+        at = 1 if use.__code__.co_names[-1] == "batch" else 3
+        told(error, "data", kind, f"got {bad:g} at sequence {at}, frame 7, column 0")
+
+
+def test_a_bad_row_is_named_too() -> None:
+    model = torchem.Mixture(Categorical(2), factors.Product([Poisson(2, 1), factors.VonMisesFisher(2, 2)]))
+    data = torch.tensor([[1.0, 0.0, 1.0], [2.0, 1.0, 0.0], [0.0, 3.0, 4.0]])
+    with pytest.raises(InvalidArgument) as error:
+        model.log_prob(data)
+    told(error, "data", "unit vectors", "length 5 at row 2 (columns [1, 2], read by VonMisesFisher)")
+    parts = torchem.Mixture(Categorical(2), factors.Product([Poisson(2, 1), factors.Multinomial(2, 2)]))
+    with pytest.raises(InvalidArgument) as error:
+        parts.log_prob(torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, -3.0]]))
+    told(error, "data", "counts", "-3 at row 1, column 2 (columns [1, 2], read by Multinomial)")
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (str(again), again.index) == (str(error.value), {"row": 1, "column": 2})
+
+
+def test_bad_labels_trials_and_covariates_are_named_by_their_row() -> None:
+    mixture = torchem.Mixture(Categorical(2), factors.BinomialRegression(2, 1, 1))
+    data, u = torch.ones(6, 1), torch.ones(6, 1)
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("labels", {"labels": [0, 1, -1, 0, 2, 1]}, "got 2 at row 4"),
+        ("trials", {"trials": [1, 1, 1, -2, 1, 1]}, "got -2 at row 3"),
+        ("trials", {"trials": [1, 1, 1, 1.5, 1, 1]}, "got 1.5 at row 3"),
+        ("inputs", {"inputs": torch.where(torch.arange(6) == 2, math.nan, 1.0)}, "NaN or infinity at row 2, column 0"),
+        ("offset", {"offset": [0.0, 0.0, 0.0, 0.0, 0.0, math.inf]}, "got inf at row 5"),
+        ("weights", {"weights": [1.0, -1.0, 1.0, 1.0, 1.0, 1.0]}, "-1.0 at row 1"),
+    ]
+    for argument, given, words in cases:
+        with pytest.raises(InvalidArgument) as error:
+            torchem.fit(mixture, data, **{"inputs": u, **given})
+        told(error, argument, words)
+
+
+def test_a_category_never_seen_and_collinear_regressors_have_a_policy() -> None:
+    """Neither is an error: such a category has probability zero, what nothing tells of coefficients keeps its value."""
+    model = torchem.Mixture(Categorical(2), Categorical(2, 4)).double()
+    torchem.fit(model, torch.tensor([0, 1, 1, 3, 3, 3, 0, 1]), seed=0, max_iter=5, progress=False)
+    assert float(model.component.probs[:, 2].detach().max()) < 1e-300  # pyright: ignore
+    assert bool(model.log_prob(torch.tensor([2])) < -600)
+    line = torchem.Mixture(Categorical(1), factors.LinearGaussian(1, 3, 1)).double()
+    u = torch.randn(30, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = 1 + 2 * u
+    torchem.fit(line, y, inputs=torch.cat([torch.ones_like(u), u, 3 * u], -1), seed=0, max_iter=3, progress=False)
+    weight = line.component.weight[0, 0].detach()  # pyright: ignore
+    assert weight[[0, 2]].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert float(weight[1]) == pytest.approx(2.0)

@@ -1,5 +1,6 @@
 """A batch of observations: what every model and factor reads, validated once, where it is built."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchem.errors import InvalidType, describe, invalid, wrong_type
+from torchem.errors import InvalidType, describe, invalid, invalid_entry, wrong_type
 
 #: Says where an observation lies, from its number.
 Place = Callable[[int], str]
@@ -507,6 +508,38 @@ def check_weight(weight: Tensor | None, size: int, unit: str) -> Tensor | None:
         if size and not bool((weight > 0).any()):
             raise invalid("weights", "at least one positive weight", "all zero", f"weight the {unit}s that count")
     return weight.to(torch.float64)
+
+
+def refuse_entries(batch: Batch, bad: Tensor, expected: str, remedy: str) -> None:
+    """Refuse data with entries that a family gives no probability to, and name the first of them.
+
+    Args:
+        batch: Rows ``[N, D]`` or sequences ``[N, T, D]``.
+        bad: ``[*n, D]`` Boolean, True where an entry is not of the family's domain; missing ones are of any.
+        expected: What entries may be.
+        remedy: What to do.
+
+    Raises:
+        InvalidEntry: If any is.
+
+    Example:
+        >>> batch = Batch(torch.tensor([[1.0, 2.0], [0.0, -1.0]]))
+        >>> try:
+        ...     refuse_entries(batch, batch.x < 0, "numbers of at least zero", "correct it")
+        ... except ValueError as error:
+        ...     print(error)
+        data: expected numbers of at least zero, got -1 at row 1, column 1; correct it.
+    """
+    if values_known() and bool(bad.any()):
+        index = bad.nonzero()[0].tolist()
+        value = float(batch.x[tuple(index)].detach())
+        raise invalid_entry(expected, "NaN" if math.isnan(value) else f"{value:g}", entry_place(index), remedy)
+
+
+def entry_place(index: Sequence[int], axes: int | None = None) -> dict[str, int]:
+    """Names for the place of an entry, row or frame of data with 2 or 3 axes; as many as the index has numbers."""
+    names = ("row", "column") if (axes or len(index)) < 3 else ("sequence", "frame", "column")
+    return dict(zip(names, index, strict=False))
 
 
 # ---- labels -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torchem import distributed
 from torchem.batch import Batch, concatenate
 from torchem.errors import invalid, wrong_type
 from torchem.model import LatentModel
-from torchem.sequences import as_buckets
+from torchem.sequences import as_buckets, numbered
 
 #: Rows read at a time where only moments are taken.
 _SURVEY = 1 << 13
@@ -136,7 +136,7 @@ class Source:
                 "n_states": self.model.labelled if fields.get("labels") is None else self.model.takes_labels(),
                 "whole": self.model.whole,
             }
-            found = [(number, self.model.check(batch)) for number, batch in as_buckets(data, **fields)]
+            found = [(number, self._checked(number, batch)) for number, batch in as_buckets(data, **fields)]
         else:
             found = [(None, self.model.batch(data, **fields))]
         numbers = [number for number, _ in found if number is not None]
@@ -147,6 +147,10 @@ class Source:
             raise invalid("batch_size", f"at most {size} (the observations)", self.batch_size, "leave it out")
         whole = self.batch_size or max(1, size)
         self._pieces = [_trimmed(piece) for batch in self.held for piece in batch.split(whole)]
+
+    def _checked(self, numbers: Tensor | None, batch: Batch) -> Batch:
+        with numbered(numbers):
+            return self.model.check(batch)
 
     def original(self, position: int) -> int:
         """Number, in the user's data, of the row or sequence that a pass comes to at ``position``."""

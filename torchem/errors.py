@@ -5,7 +5,7 @@ Every message names the argument, says what was expected, what came instead, and
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -15,6 +15,23 @@ class TorchemError(Exception):
 
 class InvalidArgument(TorchemError, ValueError):
     """An argument has a value that cannot be used."""
+
+
+class InvalidEntry(InvalidArgument):
+    """An entry of the data has a value that the model gives no probability to, or cannot do without.
+
+    Attributes:
+        said: What was expected, what came, what to do, and what is said beside its place.
+        index: Names and numbers of its place, as ``{"row": 3, "column": 1}``.
+    """
+
+    said: tuple[str, str, str, str]
+    index: dict[str, int]
+
+    def moved(self, note: str = "", **index: int) -> "InvalidEntry":
+        """The same of another place, as whoever gave the data counts, with a note beside it."""
+        expected, got, remedy, before = self.said
+        return invalid_entry(expected, got, {**self.index, **index}, remedy, note + before)
 
 
 class InvalidType(TorchemError, TypeError):
@@ -49,6 +66,19 @@ def describe(argument: str, expected: str, got: object, remedy: str) -> str:
 def invalid(argument: str, expected: str, got: object, remedy: str) -> InvalidArgument:
     """An `InvalidArgument` in the form of the house, to be raised by the caller."""
     return InvalidArgument(describe(argument, expected, got, remedy))
+
+
+def invalid_entry(expected: str, got: object, index: Mapping[str, int], remedy: str, note: str = "") -> InvalidEntry:
+    """An `InvalidEntry` that names its place, to be raised by the caller.
+
+    Example:
+        >>> print(invalid_entry("counts", -1, {"row": 12, "column": 3}, "correct it"))
+        data: expected counts, got -1 at row 12, column 3; correct it.
+    """
+    place = ", ".join(f"{name} {number}" for name, number in index.items())
+    error = InvalidEntry(describe("data", expected, f"{got} at {place}{note}", remedy))
+    error.said, error.index = (expected, str(got), remedy, note), dict(index)
+    return error
 
 
 def wrong_type(argument: str, expected: str, got: object, remedy: str) -> InvalidType:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries
 from torchem.errors import invalid, one_of
 from torchem.ops.dispatch import rows_per_piece
 from torchem.ops.reduce import plus
@@ -442,11 +442,18 @@ class Factor(nn.Module, ABC):
 
     def _check_whole(self, x: Tensor) -> None:
         missing = x.isnan()
-        if not self.independent and values_known() and bool((missing.any(-1) & ~missing.all(-1)).any()):
-            raise invalid(
-                "data", "rows that are whole, or missing in all columns", "some with single missing entries",
-                f"{type(self.unwrapped).__name__} does not tell what the other columns say of them: leave them out",
+        if not self.independent:
+            refuse_entries(
+                Batch(x), missing & ~missing.all(-1, keepdim=True), "rows that are whole, or missing in all columns",
+                f"{type(self.unwrapped).__name__} does not tell what the other columns say of it: leave that row out",
             )  # fmt: skip
+
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        """Values ``[*r, n, D]`` filled in for missing entries of ``rows``, moved to where observations lie.
+
+        A mean need not be an observation: that of directions is no unit vector. By default ``value`` itself.
+        """
+        return value
 
     def outcomes(self) -> list[Tensor | None]:
         """For each column the values among which the most probable one is; None for columns that are continuous.
@@ -789,7 +796,7 @@ class ExponentialFamily(Factor):
         return kernel.stats()
 
     def kernel(self) -> Kernel:
-        return _FamilyKernel(self)
+        return FamilyPass(self)
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
         eta, normalizer = self.natural()
@@ -797,7 +804,7 @@ class ExponentialFamily(Factor):
         return inner - (stats["count"] * normalizer.to(torch.float64)).sum(-1)
 
 
-class _FamilyKernel(Kernel):
+class FamilyPass(Kernel):
     """One product of features and natural parameters for all components and replicas."""
 
     def __init__(self, family: ExponentialFamily):

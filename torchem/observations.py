@@ -16,7 +16,7 @@ from torchem.batch import Batch
 from torchem.errors import InvalidFile, invalid
 from torchem.images import CHANNELS, read_image, to_pixels
 from torchem.model import LatentModel
-from torchem.sequences import as_buckets
+from torchem.sequences import as_buckets, numbered
 from torchem.tables import SequenceTable, read_columns, read_sequences
 
 
@@ -272,7 +272,9 @@ def by_frame(model: Any, data: Observations, function: Callable[[Batch], torch.T
     values = torch.from_numpy(data.values)
     inputs = None if data.inputs is None else torch.from_numpy(data.inputs)
     for numbers, batch in as_buckets(values, lengths=lengths, u=inputs, allow_missing=model.handles_missing):
-        found = function(model.check(batch)).cpu().numpy()
+        with numbered(numbers):
+            batch = model.check(batch)
+        found = function(batch).cpu().numpy()
         for row, i in zip(found, range(len(found)) if numbers is None else numbers.tolist(), strict=True):
             out = np.empty((len(values), *row.shape[1:]), row.dtype) if out is None else out
             out[starts[i] : starts[i] + lengths[i]] = row[: lengths[i]]

@@ -1,6 +1,8 @@
 """Where sequences enter: padded, concatenated or a list, validated once and brought into one form, ``[N, T, D]``."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +24,7 @@ from torchem.batch import (
     silenced,
     values_known,
 )
-from torchem.errors import invalid
+from torchem.errors import InvalidEntry, invalid
 
 #: Bytes of padding that nobody minds.
 _PADDING = 8 << 20
@@ -112,6 +114,21 @@ def as_buckets(data: Any, **fields: Any) -> list[tuple[Tensor | None, Batch]]:
     """
     frames = _read(data, **fields)
     return [(numbers, frames.padded(numbers)) for numbers in frames.groups()]
+
+
+@contextmanager
+def numbered(numbers: Tensor | None) -> Iterator[None]:
+    """Where checks name a sequence of one of several batches: the number that it has in all data.
+
+    Args:
+        numbers: Those of the sequences of the batch; None where it holds all in their order.
+    """
+    try:
+        yield
+    except InvalidEntry as error:
+        if numbers is None or "sequence" not in error.index:
+            raise
+        raise error.moved(sequence=int(numbers[error.index["sequence"]])) from error
 
 
 # ---- frames before padding ----------------------------------------------------------------------------------------

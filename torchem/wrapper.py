@@ -115,6 +115,10 @@ class Wrapper(Factor):
         """As `Factor.complete`, at the wrapped factor's parameters."""
         return self.factor.complete(batch, z, generator)
 
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        """As `Factor.placed`, of the wrapped factor."""
+        return self.factor.placed(rows, value)
+
     def outcomes(self) -> list[Tensor | None]:
         return self.factor.outcomes()
 

@@ -1,6 +1,7 @@
 """Autoregressions as emissions: what of a sequence they read, and hidden Markov models over them."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def sequences(n: int = 3, length: int = 7, d: int = 2) -> Tensor:
     return torch.arange(1.0, n * length * d + 1, dtype=torch.float64).reshape(n, length, d)
 
 
-def switching(n: int = 1, length: int = 400, lags: int = 2) -> torchem.HMM:
+def switching(lags: int = 2) -> torchem.HMM:
     """Two regimes that only their dynamics tell apart."""
     emission = Autoregressive.gaussian(2, 1, lags)
     model = torchem.HMM(Categorical(2), Categorical(2, 2), emission).double()
@@ -266,3 +267,46 @@ def test_fit_finds_the_regimes_from_its_own_start() -> None:
     result = torchem.fit(model, x, restarts=4, seed=0, max_iter=200, progress=False)
     own = float(truth.log_prob(Batch(x)).sum().detach())
     assert float(result.bound) > own - 1
+
+
+def test_entries_that_nothing_reads_are_exact() -> None:
+    """Of the last frame that was seen: its density is that of the columns observed, by the joint normal one.
+
+    So are those of given frames that no frame follows; what a later frame reads is refused by its place.
+    """
+    emission = Autoregressive.gaussian(2, 2, 2)
+    model = torchem.HMM(Categorical(2), Categorical(2, 2), emission).double()
+    emission.weight = 0.2 * cases.randn(2, 2, 5, seed=1)
+    emission.covariances = [[[1.0, 0.6], [0.6, 1.0]], [[0.5, -0.2], [-0.2, 0.4]]]
+    x = model.sample(3, 8, generator=cases.rng(0)).detach()
+    holed = x.clone()
+    holed[0, 7, 1] = holed[1, 5, 0] = torch.nan
+    holed[1, 6:] = holed[2, 2:] = holed[2, 1, 0] = torch.nan
+    batch = model.batch(holed)
+    close(model.log_prob(batch)[2], torch.zeros(()))
+    for row, end, column in ((0, 8, 1), (1, 6, 0)):
+        # Over a grid of the missing entry the complete density integrates to the marginal one.
+        grid = torch.linspace(-30, 30, 4001, dtype=torch.float64)
+        many = x[row : row + 1, :end].repeat(4001, 1, 1)
+        many[:, end - 1, column] = grid
+        mass = torch.trapezoid(model.log_prob(many).detach().exp(), grid)
+        close(model.log_prob(batch)[row], mass.log(), rtol=1e-7)
+    result = torchem.fit(model, holed, init=None, max_iter=6, tol=0.0, progress=False)
+    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(result.history))
+    # The mean of what the grid says.
+    many = x[:1].repeat(4001, 1, 1)
+    many[:, 7, 1] = grid = torch.linspace(-30, 30, 4001, dtype=torch.float64)
+    share = model.log_prob(many).detach().softmax(0)
+    close(model.impute(holed[:1])[0, 7, 1], share @ grid, rtol=1e-7)
+    with pytest.raises(InvalidArgument, match="cut them off"):
+        model.impute(holed[1:2])
+    for frame in (0, 4, 6):
+        bad = x.clone()
+        bad[1, frame, 0] = torch.nan
+        with pytest.raises(InvalidArgument, match=f"frame follows, got NaN at sequence 1, frame {frame}; cut"):
+            model.log_prob(bad)
+    # A gap longer than the order does not end it.
+    bad = x.clone()
+    bad[0, 3:6] = torch.nan
+    with pytest.raises(InvalidArgument, match="sequence 0, frame 3"):
+        model.log_prob(bad)

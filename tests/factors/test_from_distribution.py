@@ -178,7 +178,7 @@ def test_files_name_torch_s_laws_and_take_others_ready(tmp_path) -> None:
         (lambda: FromDistribution(laws.Laplace, 2, 1, loc=0.0, scale=1.0), "^given: "),
         (
             lambda: FromDistribution(laws.Gamma, 2, 1).check(Batch(torch.tensor([[1.0], [-2.0]]))),
-            "support of Gamma.*got -2 in row 1, column 0",
+            "support of Gamma.*got -2 at row 1, column 0",
         ),
     ],
 )

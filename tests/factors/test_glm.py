@@ -356,8 +356,10 @@ def test_bad_data() -> None:
         refused(model, [[0.0], [1.0], [1.0], [1.0]], "inputs: expected finite", inputs=u * torch.nan)
         refused(model, [[0.0], [1.0], [1.0], [1.0]], r"offset: expected \[4\]", offset=[1.0])
         refused(model, [[0.0], [1.0], [1.0], [1.0]], "offset: expected finite", offset=[1.0, torch.inf, 0.0, 0.0])
-    refused(odds, [[0.0], [2.0], [1.0], [1.0]], "successes as trials, got 2 of 1")
-    refused(odds, [[0.0], [2.0], [1.0], [1.0]], "successes as trials, got 2 of 1", trials=[3, 1, 1, 1])
+    refused(odds, [[0.0], [2.0], [1.0], [1.0]], r"successes as trials \(1\), got 2 at row 1, column 0")
+    refused(
+        odds, [[0.0], [2.0], [1.0], [1.0]], r"successes as trials \(1\), got 2 at row 1, column 0", trials=[3, 1, 1, 1]
+    )
     refused(odds, [[0.0], [1.0], [1.0], [1.0]], "trials: expected whole", trials=[3, 1.5, 1, 1])
 
 

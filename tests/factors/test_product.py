@@ -145,7 +145,7 @@ def test_partly_missing_columns_of_such_a_factor_are_refused() -> None:
     x[2, :2] = torch.nan
     model.log_prob(x)
     x[3, 1] = torch.nan
-    with pytest.raises(InvalidArgument, match=r"NaN at \[3\].*columns \[0, 1\], read by Normals"):
+    with pytest.raises(InvalidArgument, match=r"NaN at row 3, column 1 \(columns \[0, 1\], read by Normals"):
         model.log_prob(x)
 
 
@@ -344,7 +344,7 @@ def test_one_factor_twice_is_refused() -> None:
 
 def test_bad_data_name_the_columns() -> None:
     model = torchem.Mixture(Categorical(2), Product([Poisson(2, 1), Categorical(2, 3)]))
-    with pytest.raises(InvalidArgument, match=r"whole numbers from 0 to 2.*\(column 1, read by Categorical\)"):
+    with pytest.raises(InvalidArgument, match=r"got 3 at row 0, column 1 \(read by Categorical\)"):
         model.log_prob([[0.0, 3.0]])
     with pytest.raises(InvalidArgument, match="2 features, got 3"):
         model.log_prob([[0.0, 1.0, 2.0]])

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats as scipy_stats
@@ -189,11 +190,136 @@ def test_files_and_pruning(tmp_path) -> None:
         (lambda: VonMises(1, 1, concentration_cap=0.5), "concentration_cap: "),
         (lambda: setattr(VonMisesFisher(1, 2), "directions", [[0.0, 0.0]]), "directions: .* not zero"),
         (lambda: setattr(VonMisesFisher(1, 2), "concentrations", [1e9]), "concentrations: .* raise concentration_cap"),
-        (lambda: VonMisesFisher(1, 2).check(Batch(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))), "length 1.41421 in row 1"),
-        (lambda: VonMisesFisher(1, 2).check(Batch(torch.tensor([[1.0, torch.nan]]))), "part of row 0"),
+        (lambda: VonMisesFisher(1, 2).check(Batch(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))), "length 1.41421 at row 1"),
+        (lambda: VonMisesFisher(1, 2).check(Batch(torch.tensor([[1.1, torch.nan]]))), "at most of .*1.1 at row 0"),
         (lambda: VonMises(1, 1).check(Batch(torch.tensor([[0.1], [90.0]]))), "radians.*got 90.*deg2rad"),
     ],
 )
 def test_bad_input(act, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
         act()
+
+
+# ---- missing entries of directions --------------------------------------------------------------------------------
+
+
+def sphere(d: int, n: int) -> tuple[Tensor, Tensor]:
+    """Points of the unit sphere in m ≤ 3 dimensions and their weights, exact to rounding for smooth functions.
+
+    Gauss–Legendre in the third coordinate (Archimedes: its law is even), even angles about it.
+    """
+    if d == 1:
+        return torch.tensor([[-1.0], [1.0]]).double(), torch.ones(2).double()
+    angle = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
+    circle = torch.stack([angle.cos(), angle.sin()], -1)
+    if d == 2:
+        return circle, torch.full((n,), 2 * math.pi / n, dtype=torch.float64)
+    height, weight = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(n))
+    across = (1 - height.square()).sqrt()
+    points = torch.cat([across[:, None, None] * circle, height[:, None, None].expand(n, n, 1)], -1)
+    return points.flatten(0, 1), (weight[:, None] * 2 * math.pi / n).expand(n, n).flatten()
+
+
+@pytest.mark.parametrize(("d", "m"), [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3), (7, 3)])
+def test_a_direction_with_holes_has_the_integral_of_its_density(d: int, m: int) -> None:
+    """Density, mean and covariance by quadrature over what is missing; of no share of the mean as well."""
+    v = directions(4, d, seed=d)
+    with torch.no_grad():
+        v.direction[3, :m] = 0.0
+        v.log_concentration[2] = 4.0
+        x = unit(randn(6, d, seed=m))
+        x[5] = torch.eye(d)[d - 1]
+        x[:5] = unit(x[:5])
+        part, weight = sphere(m, 200)
+        left = (1 - x[:, m:].square().sum(-1)).clamp(min=0.0).sqrt()
+        holed = x.clone()
+        holed[:, :m] = torch.nan
+        batch = Batch(holed)
+        points = torch.cat([left[:, None, None] * part, x[:, None, m:].expand(-1, len(part), -1)], -1)
+        # dS = ρ^{m−2} dx_o dσ, from ρ dρ = −|x_o| d|x_o|.
+        density = v.log_prob(Batch(points[:5].flatten(0, 1))).unflatten(0, (5, -1)).exp() * weight[:, None]
+        mass = density.sum(1)
+        close(v.log_prob(batch)[:5], mass.log() + (m - 2) * left[:5].log().unsqueeze(-1), rtol=1e-9)
+        law = density / mass.unsqueeze(1)
+        mean = (law.unsqueeze(-1) * points[:5].unsqueeze(2)).sum(1)
+        gap = points[:5].unsqueeze(2) - mean.unsqueeze(1)
+        spread = (law[..., None, None] * gap.unsqueeze(-1) * gap.unsqueeze(-2)).sum(1)
+        found, variance = v.conditional(batch)
+        close(found[:5], mean, rtol=1e-9, atol=1e-10)
+        covariance = v.conditional_covariance(batch)
+        close(covariance[:5], spread, rtol=1e-8, atol=1e-9)
+        close(variance, covariance.diagonal(dim1=-2, dim2=-1))
+        # The E-step's features are those expectations.
+        expected = soft(6, 4)
+        stats = v.stats(batch, expected)["features"]
+        close(stats[:, :-1], torch.einsum("nk,nkd->kd", expected, found), rtol=1e-10)
+        close(stats[:, -1], expected.sum(0))
+        # Nothing is left to what is missing.
+        assert bool(v.log_prob(batch).isfinite().all())
+        close(found[5], x[5].expand(4, d), rtol=0, atol=1e-7)
+
+
+def test_one_missing_entry_is_a_sign() -> None:
+    """m = 1: p(x_o) = C e^{κ μ_o x_o} 2 cosh(s) / ρ, and E x_m = ρ tanh(s) sgn(μ_m)."""
+    v = directions(2, 3, seed=4)
+    x = unit(randn(5, 3, seed=3))
+    holed = x.clone()
+    holed[:, 1] = torch.nan
+    kappa, mean, rho = v.concentrations.detach(), v.directions.detach(), x[:, 1].abs()
+    s = kappa * rho[:, None] * mean[:, 1].abs()
+    constant = kappa.log() - math.log(4 * math.pi) - kappa.sinh().log()  # D = 3
+    truth = constant + kappa * (x[:, [0, 2]] @ mean[:, [0, 2]].mT) + (2 * s.cosh()).log() - rho.log()[:, None]
+    close(v.log_prob(Batch(holed)), truth, rtol=1e-10)
+    close(v.conditional(Batch(holed))[0][..., 1], rho[:, None] * s.tanh() * mean[:, 1].sign(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("kappa", [1e-6, 3.0, 1e5])
+def test_derivatives_are_finite_at_the_edges(kappa: float) -> None:
+    """A mean without a share in what is missing, entries that leave nothing, concentrations at both ends."""
+    v = VonMisesFisher(2, 3).double()
+    v.concentrations = [kappa, 1.0]
+    nan = torch.nan
+    x = torch.tensor([[1.0, nan, nan], [nan, 1.0, 0.0], [0.6, 0.8, nan], [0.6, nan, 0.1], [nan, nan, nan]]).double()
+    x.requires_grad_()
+    value = v.log_prob(Batch(x))
+    assert bool(value.isfinite().all())
+    for part in torch.autograd.grad(value.sum(), [x, *v.parameters()]):
+        assert bool(part[~part.isnan()].isfinite().all())
+        assert bool((part.isnan() <= x.isnan()).all() if part.shape == x.shape else part.isfinite().all())
+    small = copy.deepcopy(v).float()
+    close(small.log_prob(Batch(x.detach().float()))[2:], value[2:], rtol=1e-3, atol=1e-3 * max(1.0, kappa**0.5))
+    close(torch.func.vmap(lambda row: v.log_prob(Batch(row.unsqueeze(0)))[0])(x.detach()), value, rtol=1e-10)
+
+
+def test_a_mixture_of_directions_learns_from_what_is_left() -> None:
+    """The objective never falls, the truth comes back, and what is filled in are unit vectors."""
+    truth = VonMisesFisher(2, 3).double()
+    truth.directions, truth.concentrations = [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]], [30.0, 8.0]
+    x = truth.sample(torch.arange(2000) % 2, generator=rng(0)).double()
+    holed = torch.where(torch.rand(x.shape, generator=rng(1)) < 0.25, torch.nan, x)
+    model = torchem.Mixture(Categorical(2), VonMisesFisher(2, 3)).double()
+    result = torchem.fit(model, holed, restarts=2, seed=0, tol=1e-6, max_iter=100, progress=False)
+    assert all(b >= a - 1e-8 for h in result.histories for a, b in itertools.pairwise(h))
+    order = model.component.concentrations.argsort(descending=True)
+    close((model.component.directions[order] * truth.directions).sum(-1), torch.ones(2), rtol=0, atol=2e-3)
+    close(model.component.concentrations[order], truth.concentrations, rtol=0.12)
+    value, spread = model.impute(holed, variance=True)
+    close(value.norm(dim=-1), torch.ones(2000), rtol=1e-6)
+    assert torch.equal(value[~holed.isnan()], x[~holed.isnan()])
+    few = holed[:30]
+    drawn = model.impute(few, draws=3000, generator=rng(2))
+    close(drawn.norm(dim=-1), torch.ones(3000, 30), rtol=1e-6)
+    mean = model.impute(few, "mean")
+    gap = (drawn.mean(0) - mean) / (spread[:30] / 3000).sqrt().clamp(min=1e-12)
+    assert float(gap[few.isnan()].abs().max()) < 5
+    law = model.condition(few[:, 2:], columns=[2])
+    assert bool(law.mean.isfinite().all())
+    assert law.covariance_matrix.shape == (30, 2, 2)
+
+
+def test_entries_that_are_too_long_are_named() -> None:
+    model = torchem.Mixture(Categorical(2), directions(2, 3))
+    x = unit(randn(6, 3))
+    x[4] = torch.tensor([0.9, 0.9, torch.nan])
+    with pytest.raises(InvalidArgument, match=r"data: .*at most of length one.*got length 1.27279 at row 4; normalise"):
+        model.log_prob(x)

@@ -48,15 +48,32 @@ def hard_data(model: FactorialHMM) -> Batch:
     return Batch(x, lengths=torch.tensor([4, 3, 4, 1, 2]), weight=torch.tensor([1.0, 2.0, 0.0, 0.5, 1.5]).double())
 
 
+def holed_data(model: FactorialHMM) -> Batch:
+    """As `hard_data`, with entries missing from frames: the same one throughout a sequence, and many patterns."""
+    batch = hard_data(model)
+    x = batch.x.clone()
+    d = x.shape[-1]
+    x[0, :, -1] = torch.nan
+    for t in range(3):
+        x[2, t, t % d] = torch.nan
+        x[1, t, : 1 + t % (d - 1)] = torch.nan
+    return replace(batch, x=x)
+
+
 def densities(model: FactorialHMM, x: Tensor) -> list[tuple[tuple[tuple[int, ...], ...], Tensor]]:
     """Every configuration of one sequence ``[T, D]``, as a path for each chain, with log p(x, z)."""
-    cov = model.covariance
-    cov = (cov if cov.dim() == 2 else torch.diag(cov.expand(x.shape[-1]))).detach()
+    cov = dense(model)
     frame: dict[tuple[int, ...], list[float]] = {}
     for z in itertools.product(*map(range, model.n_states)):
         mean = torch.stack([model.contributions[m][k] for m, k in enumerate(z)]).sum(0).detach()
-        law = torch.distributions.MultivariateNormal(mean, cov, validate_args=False)
-        frame[z] = law.log_prob(x).nan_to_num(0.0).tolist()
+        frame[z] = []
+        for row in x:
+            o = ~row.isnan()
+            if not bool(o.any()):
+                frame[z].append(0.0)
+                continue
+            law = torch.distributions.MultivariateNormal(mean[o], cov[o][:, o])
+            frame[z].append(float(law.log_prob(row[o])))
     first = [p.detach().log().tolist() for p in model.initial_probs]
     step = [p.detach().log().tolist() for p in model.transition_matrices]
     found = []
@@ -66,6 +83,11 @@ def densities(model: FactorialHMM, x: Tensor) -> list[tuple[tuple[tuple[int, ...
             value += first[m][path[0]] + sum(step[m][a][b] for a, b in itertools.pairwise(path))
         found.append((paths, torch.tensor(value, dtype=torch.float64)))
     return found
+
+
+def dense(model: FactorialHMM) -> Tensor:
+    cov = model.covariance.detach()
+    return cov if cov.dim() == 2 else torch.diag(cov.expand(model.emission.n_outputs))
 
 
 def replicated(model: FactorialHMM, r: int) -> FactorialHMM:
@@ -83,7 +105,8 @@ def moments(model: FactorialHMM, x: Tensor, share: list[tuple[tuple[tuple[int, .
     s, d = sum(model.n_states), x.shape[-1]
     first = [torch.zeros(k).double() for k in model.n_states]
     steps = [torch.zeros(k, k).double() for k in model.n_states]
-    ux, uu = torch.zeros(s, d).double(), torch.zeros(s, s).double()
+    ux, uu, xx = torch.zeros(s, d).double(), torch.zeros(s, s).double(), torch.zeros(d, d).double()
+    weight, cov = torch.cat([part.detach() for part in model.contributions]), dense(model)
     starts = [sum(model.n_states[:m]) for m in range(len(model.n_states))]
     for paths, p in share:
         for m, path in enumerate(paths):
@@ -91,14 +114,21 @@ def moments(model: FactorialHMM, x: Tensor, share: list[tuple[tuple[tuple[int, .
             for a, b in itertools.pairwise(path):
                 steps[m][a, b] += p
         for t, frame in enumerate(x):
-            if bool(frame.isnan().any()):
+            o, h = (~frame.isnan()).nonzero()[:, 0], frame.isnan().nonzero()[:, 0]
+            if not len(o):
                 continue
             u = torch.zeros(s).double()
             for m, path in enumerate(paths):
                 u[starts[m] + path[t]] = 1.0
-            ux += p * u[:, None] * frame
+            # What is missing, given the states and the rest of the frame.
+            gain = cov[h][:, o] @ torch.linalg.inv(cov[o][:, o])
+            full, mean = frame.clone(), u @ weight
+            full[h] = mean[h] + gain @ (frame[o] - mean[o])
+            xx += p * full[:, None] * full
+            xx[h[:, None], h] += p * (cov[h][:, h] - gain @ cov[o][:, h])
+            ux += p * u[:, None] * full
             uu += p * u[:, None] * u
-    return {"first": first, "steps": steps, "ux": ux, "uu": uu}
+    return {"first": first, "steps": steps, "ux": ux, "uu": uu, "xx": xx}
 
 
 # ---- exact inference ----------------------------------------------------------------------------------------------
@@ -107,16 +137,18 @@ def moments(model: FactorialHMM, x: Tensor, share: list[tuple[tuple[tuple[int, .
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(2,), (2, 3), (2, 1, 2)])
 def test_log_prob_equals_the_list_of_all_paths(kind, sizes) -> None:
-    model = model_of(sizes, kind=kind, q="exact")
-    batch = hard_data(model)
+    d = 3 if sizes == (2, 3) else 2
+    model = model_of(sizes, d, kind=kind, q="exact")
+    batch = holed_data(model) if d == 3 else hard_data(model)
     truth = torch.stack([torch.stack([v for _, v in densities(model, x)]).logsumexp(0) for x in sequences(batch)])
     close(model.log_prob(batch), truth, rtol=1e-10)
     close(model.elbo(batch), truth, rtol=1e-10)
 
 
-def test_exact_statistics_equal_the_list_of_all_paths() -> None:
-    model = model_of(q="exact")
-    batch = hard_data(model)
+@pytest.mark.parametrize("holes", [False, True])
+def test_exact_statistics_equal_the_list_of_all_paths(holes: bool) -> None:
+    model = model_of((2, 2) if holes else (2, 3), 3, q="exact")
+    batch = holed_data(model) if holes else hard_data(model)
     assert batch.weight is not None
     stats = model.e_step(batch)
     wanted = []
@@ -127,7 +159,7 @@ def test_exact_statistics_equal_the_list_of_all_paths() -> None:
     for m in range(2):
         close(stats[f"initials.{m}"]["counts"], torch.stack([part["first"][m] for part in wanted]).sum(0))
         close(stats[f"transitions.{m}"]["counts"], torch.stack([part["steps"][m] for part in wanted]).sum(0))
-    for name in ("ux", "uu"):
+    for name in ("ux", "uu", "xx"):
         close(stats["emission"][name][0], torch.stack([part[name] for part in wanted]).sum(0))
     close(stats["emission"]["count"], torch.tensor([float(4 + 2 * 2 + 0.5)]))
     assert float(stats["count"]) == 4 + 2 * 3 + 0.5 + 1.5 * 2
@@ -213,11 +245,13 @@ def path_laws(model: FactorialHMM, batch: Batch, beta: float = 1.0) -> list[dict
 
 
 @pytest.mark.parametrize("q", VARIATIONAL)
-@pytest.mark.parametrize("sizes", [(2, 3), (2, 2, 2)])
-def test_the_bound_is_that_of_the_enumerated_posterior(q, sizes) -> None:
+@pytest.mark.parametrize(("sizes", "holes"), [((2, 3), True), ((2, 2, 2), False)])
+def test_the_bound_is_that_of_the_enumerated_posterior(q, sizes, holes: bool) -> None:
     """E_q[log p(x, z)] + H(q), and all expectations, summed over every configuration of two frames."""
-    model = model_of(sizes, q=q)
+    model = model_of(sizes, 3, q=q)
     batch = data_of(model, 1, 2)
+    if holes:
+        batch.x[0, 0, 1] = batch.x[0, 1, :2] = torch.nan
     laws = path_laws(model, batch)
     elbo, entropy, law = torch.zeros(()).double(), torch.zeros(()).double(), []
     for paths, value in densities(model, batch.x[0]):
@@ -228,10 +262,11 @@ def test_the_bound_is_that_of_the_enumerated_posterior(q, sizes) -> None:
     close(model.bound(stats), elbo, rtol=1e-10)
     close(model.elbo(batch)[0], elbo, rtol=1e-10)
     close(stats["log_likelihood"], elbo, rtol=1e-10)
-    close(stats["entropy"], entropy, rtol=1e-9)
     truth = moments(model, batch.x[0], law)
-    close(stats["emission"]["ux"][0], truth["ux"])
-    close(stats["emission"]["uu"][0], truth["uu"])
+    for name in ("ux", "uu", "xx"):
+        close(stats["emission"][name][0], truth[name])
+    # The entropy of what is missing belongs to the statistics, as inner latents do.
+    assert holes or torch.allclose(stats["entropy"], entropy, rtol=1e-9)
     for m in range(len(sizes)):
         close(stats[f"initials.{m}"]["counts"], truth["first"][m])
     if q == "mean_field":
@@ -273,7 +308,7 @@ def test_the_bound_never_falls(q, kind, sweeps: int) -> None:
         truth = model_of((2, 2, 3), kind=kind, seed=seed)
         model = model_of((2, 2, 3), kind=kind, seed=seed + 100, q=q, max_sweeps=sweeps)
         x = truth.sample(6, 12, generator=rng(seed))
-        x[0, 3:5] = torch.nan
+        x[0, 3:5] = x[1:3, ::3, 0] = x[4, :, 1] = torch.nan
         batch = Batch(x, lengths=torch.tensor([12, 12, 7, 1, 5, 9]), weight=torch.tensor([1, 2, 0, 0.5, 1, 1.0]))
         values = []
         with torch.no_grad():
@@ -571,13 +606,147 @@ def test_forbidden_steps_stay_forbidden(q) -> None:
     assert bool((path.diff(dim=1) >= 0).all() and (path.diff(dim=1) <= 1).all() and (path[:, 0] == 0).all())
 
 
+# ---- missing entries ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_frames_without_a_hole_are_as_they_were_and_a_column_without_an_entry_is_none(q) -> None:
+    """Also in a batch beside others that have some."""
+    model = model_of(d=3, q=q)
+    whole, batch = hard_data(model), holed_data(model)
+    with torch.no_grad():
+        assert model._problem(whole).law is None
+        assert model._problem(batch).law is not None
+        close(model.elbo(batch)[[3, 4]], model.elbo(whole)[[3, 4]], rtol=1e-12)
+        # A column that is missing throughout is one that the model does not have.
+        x = data_of(model, 3, 5).x
+        few = FactorialHMM.gaussian(model.n_states, 2, q=q).double()
+        few.contributions = [part[:, :2].detach() for part in model.contributions]
+        few.covariance = model.covariance.detach()[:2, :2]
+        for old, new in zip((*model.initials, *model.transitions), (*few.initials, *few.transitions), strict=True):
+            new.probs = old.probs.detach()
+        less = x.clone()
+        less[..., 2] = torch.nan
+        close(model.elbo(less), few.elbo(x[..., :2]), rtol=1e-9)
+        for a, b in zip(model.posterior(less), few.posterior(x[..., :2]), strict=True):
+            close(a, b)
+        assert torch.equal(model.most_likely(less), few.most_likely(x[..., :2]))
+        close(model.surprise(Batch(less[0])), few.surprise(Batch(x[0, :, :2])))
+
+
+def test_one_chain_with_holes_is_a_hidden_markov_model() -> None:
+    """Its regression completes what is missing in the same way."""
+    model = model_of((3,), 3, q="structured", kind="tied")
+    emission = LinearGaussian(3, 1, 3, "tied").double()
+    emission.weight = model.contributions[0].detach().unsqueeze(-1)
+    emission.covariances = model.covariance.detach()
+    one = HMM(copy.deepcopy(model.initials[0]), copy.deepcopy(model.transitions[0]), emission).double()
+    batch = holed_data(model)
+    twin = replace(batch, u=torch.ones(5, 4, 1).double())
+    for _ in range(3):
+        mine, truth = model.e_step(batch), one.e_step(twin)
+        close(mine["log_likelihood"], truth["log_likelihood"], rtol=1e-10)
+        close(mine["emission"]["ux"][0], truth["emission"]["ux"].squeeze(-2), rtol=1e-9)
+        close(mine["emission"]["xx"].flatten(), truth["emission"]["xx"].flatten(), rtol=1e-9)
+        model.m_step(mine)
+        one.m_step(truth)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completed_moments_under_every_form_of_the_posterior(kind) -> None:
+    """A mean field that is one-hot is a path, and its moments are those of the path."""
+    model = model_of((2, 2), 3, kind=kind, q="mean_field")
+    batch = data_of(model, 1, 2)
+    batch.x[0, 0, 0] = batch.x[0, 1, 1:] = torch.nan
+    stats, laws = model.e_step(batch), path_laws(model, batch)
+    pairs = itertools.product(itertools.product(range(2), repeat=2), repeat=2)
+    law = [(paths, (laws[0][paths[0]] * laws[1][paths[1]]).detach()) for paths in pairs]
+    truth = moments(model, batch.x[0], law)
+    close(stats["emission"]["ux"][0], truth["ux"])
+    found, xx = stats["emission"]["xx"], truth["xx"]
+    wanted = {"diag": xx.diagonal(), "spherical": xx.trace()}.get(kind, xx)
+    close(found.reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_entries_are_filled_by_their_law_under_q(q) -> None:
+    """Mean and variance of what is missing by enumeration of the chains, and of many draws."""
+    model = model_of((2, 2), 3, q=q)
+    x = data_of(model, 1, 2).x
+    x[0, 0, 0] = x[0, 1, 1:] = torch.nan
+    batch, weight, cov = Batch(x), torch.cat([part.detach() for part in model.contributions]), dense(model)
+    if q == "exact":
+        values = torch.stack([v for _, v in densities(model, x[0])])
+        law = [(paths, p) for (paths, _), p in zip(densities(model, x[0]), values.softmax(0), strict=True)]
+    else:
+        laws = path_laws(model, batch)
+        pairs = itertools.product(itertools.product(range(2), repeat=2), repeat=2)
+        law = [(paths, laws[0][paths[0]].detach() * laws[1][paths[1]].detach()) for paths in pairs]
+    first, second = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    for paths, p in law:
+        for t, frame in enumerate(x[0]):
+            h, o = frame.isnan().nonzero()[:, 0], (~frame.isnan()).nonzero()[:, 0]
+            mean = weight[paths[0][t]] + weight[2 + paths[1][t]]
+            gain = cov[h][:, o] @ torch.linalg.inv(cov[o][:, o])
+            filled = mean[h] + gain @ (frame[o] - mean[o])
+            first[t, h] += p * filled
+            second[t, h] += p * (filled.square() + (cov[h][:, h] - gain @ cov[o][:, h]).diagonal())
+    value, variance = model.impute(x, variance=True)
+    holes = x[0].isnan()
+    close(value[0][holes], first[holes], rtol=1e-9)
+    close(variance[0][holes], (second - first.square())[holes], rtol=1e-8)
+    assert torch.equal(value[0][~holes], x[0][~holes])
+    assert not bool(variance[0][~holes].any())
+    drawn = model.impute(x, draws=4000, generator=rng(0))[:, 0]
+    close(drawn.mean(0)[holes], first[holes], rtol=0, atol=0.1)
+    close(drawn.var(0)[holes], (second - first.square())[holes], rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("q", FORMS)
+def test_what_is_missing_may_be_hidden_from_python(q) -> None:
+    """Under vmap over sequences patterns cannot be looked at; derivatives are finite, and those of the plain call."""
+    model = model_of(d=3, q=q, max_sweeps=20)
+    x = holed_data(model).x
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def each(params, row):
+        own = torch.func.functional_call(model, params, (row.unsqueeze(0),), {})
+        return own[0]
+
+    mapped = torch.func.vmap(each, (None, 0))(params, x)
+    close(mapped, model.log_prob(x), rtol=1e-9)
+    slopes = torch.func.vmap(torch.func.grad(each), (None, 0))(params, x)
+    plain = torch.autograd.grad(model.log_prob(x).sum(), list(model.parameters()))
+    for (name, own), whole in zip(slopes.items(), plain, strict=True):
+        assert bool(own.isfinite().all()), name
+        close(own.sum(0), whole, rtol=1e-8)
+
+
+def test_columns_of_any_size_and_a_fit_from_few_entries() -> None:
+    """A third of all entries missing, so that hardly a frame is whole; in units that differ by twelve orders."""
+    truth = told_apart()
+    x = truth.sample(8, 30, generator=rng(0))
+    x[torch.rand(x.shape, generator=rng(1)) < 0.35] = torch.nan
+    unit = torch.tensor([1e-6, 1.0, 1e6], dtype=torch.float64)
+    for q in FORMS:
+        values = []
+        for scale in (torch.ones(3).double(), unit):
+            model = FactorialHMM.gaussian([2, 3], 3, q=q).double()
+            result = torchem.fit(model, x * scale, seed=0, restarts=2, max_iter=8, tol=0.0, progress=False)
+            assert all(b >= a - 1e-6 for a, b in itertools.pairwise(result.history))
+            values.append(result.bound + float((~x.isnan()).sum((0, 1)).double() @ scale.log()))
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    small = FactorialHMM.gaussian([2, 3], 3)
+    assert torchem.fit(small, x.float(), seed=0, max_iter=4, tol=0.0, progress=False).status == "max_iter"
+
+
 # ---- invariances --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("q", FORMS)
 def test_how_data_are_cut_does_not_matter(q) -> None:
     model = model_of(q=q)
-    batch = hard_data(model)
+    batch = holed_data(model)
     whole = model.e_step(batch)
     parts = [model.e_step(batch[i : i + 1]) for i in range(5)]
     close_stats(whole, parts[0] + parts[1] + parts[2] + parts[3] + parts[4], rtol=1e-8)
@@ -594,7 +763,7 @@ def test_how_data_are_cut_does_not_matter(q) -> None:
 @pytest.mark.parametrize("q", FORMS)
 def test_weights_order_and_padding(q) -> None:
     model = model_of(q=q)
-    batch = hard_data(model)
+    batch = holed_data(model)
     assert batch.weight is not None
     stats = model.e_step(batch)
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -612,7 +781,7 @@ def test_replicas_are_models_of_their_own(q) -> None:
     many = replicated(models[0], 3)
     for name, value in many.named_parameters():
         value.data = torch.stack([m.get_parameter(name).data for m in models])
-    batch = hard_data(models[0])
+    batch = holed_data(models[0])
     close(many.elbo(batch), torch.stack([m.elbo(batch) for m in models]))
     close(many.log_prob(batch), torch.stack([m.log_prob(batch) for m in models]))
     for a, *b in zip(many.posterior(batch), *(m.posterior(batch) for m in models), strict=True):
@@ -663,7 +832,7 @@ def test_constants_that_chains_exchange_change_nothing(q) -> None:
 @pytest.mark.parametrize("q", FORMS)
 def test_the_pure_map_is_the_step(q) -> None:
     model = model_of(q=q, max_sweeps=4)
-    batch = hard_data(model)
+    batch = holed_data(model)
     before, params = state(model), {k: v.detach() for k, v in model.named_parameters()}
     new = torchem.em_map(model)(params, batch)
     unchanged(model, before)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
-from torchem.errors import invalid
+from torchem.batch import Batch, refuse_entries, values_known
 
 #: log x! of small counts, for which float32 is exact enough.
 _LOG_FACTORIALS = (torch.arange(256, dtype=torch.float64) + 1).lgamma()
@@ -14,17 +13,13 @@ def check_counts(batch: Batch) -> None:
     """Refuse entries that are no counts; NaN is missing.
 
     Raises:
-        InvalidArgument: For one that is negative or not whole.
+        InvalidEntry: For one that is negative or not whole.
     """
     x = batch.x.detach()
-    if not values_known():
-        return
     bad = (x < 0) | ((x != x.round()) & ~x.isnan()) if x.is_floating_point() else x < 0
-    if bool(bad.any()):
-        raise invalid(
-            "data", "counts: whole numbers of at least zero", f"{x[bad][0].item():g}",
-            "correct that entry, or set it to NaN if it is missing",
-        )  # fmt: skip
+    refuse_entries(
+        batch, bad, "counts: whole numbers of at least zero", "correct that entry, or set it to NaN if it is missing"
+    )
 
 
 def with_factorials(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import Factor
 from torchem.stats import Stats
@@ -104,16 +104,12 @@ class Durations(Factor):
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
-        if batch.x.numel() == 0 or not values_known():
-            return
         x = batch.x.detach()
-        x = x[~x.isnan()] if x.is_floating_point() else x
-        wrong = (x < 1) | (x > self.max_duration) | (x != x.round() if x.is_floating_point() else False)
-        if bool(wrong.any()):
-            raise invalid(
-                "data", f"whole numbers from 1 to {self.max_duration}", f"{float(x[wrong][0]):g}",
-                "count frames, or raise max_duration",
-            )  # fmt: skip
+        bad = (x < 1) | (x > self.max_duration)
+        bad = bad | (x != x.round()) & ~x.isnan() if x.is_floating_point() else bad
+        refuse_entries(
+            batch, bad, f"whole numbers from 1 to {self.max_duration}", "count frames, or raise max_duration"
+        )
 
     def _place(self, batch: Batch) -> Tensor:
         """``[*n]``: d − 1, D for what is missing and D + 1 for what is impossible."""

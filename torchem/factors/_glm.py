@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
-from torchem.errors import invalid
+from torchem.batch import Batch
 from torchem.factor import Moments
 from torchem.factors._coefficients import Coefficients
+from torchem.factors._counts import check_counts
 from torchem.ops.least_squares import NormalEquations
 from torchem.stats import Stats
 
@@ -111,14 +111,7 @@ class GeneralizedLinear(Coefficients):
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
-        x = batch.x.detach()
-        if values_known():
-            bad = (x < 0) | ((x != x.round()) & ~x.isnan()) if x.is_floating_point() else x < 0
-            if bool(bad.any()):
-                raise invalid(
-                    "data", "counts: whole numbers of at least zero", f"{x[bad][0].item():g}",
-                    "correct that entry, or set it to NaN if it is missing",
-                )  # fmt: skip
+        check_counts(batch)
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariates ``[n, M]``, entries ``[D, n]``, offsets and trials ``[n]``, all in float64."""

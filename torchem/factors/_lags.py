@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
-from torchem.errors import invalid
+from torchem.batch import Batch, entry_place, values_known
+from torchem.errors import invalid, invalid_entry
 
 
 def with_lags(batch: Batch, lags: int, dtype: torch.dtype) -> Batch:
@@ -23,33 +23,35 @@ def with_lags(batch: Batch, lags: int, dtype: torch.dtype) -> Batch:
     return replace(batch, x=torch.where(given, torch.nan, x), u=torch.cat(past, -1))
 
 
-def check_complete(batch: Batch) -> None:
+def check_complete(batch: Batch, lags: int) -> None:
     """Refuse sequences with missing entries among the lags of frames that were observed.
 
-    Missing frames at the end of a sequence are exact: no frame that was seen depends on them, and their densities are
-    one. One before would have to be integrated out under each path of states by itself: what the frames up to t say of
-    it is a mixture with a part for every path, K times as many with each frame. No recursion over states sums that.
+    Entries that are missing where no observed frame follows are exact: no density that counts depends on them, and they
+    are left out of their own. One before would have to be integrated out under each path of states by itself: what the
+    frames up to t say of it is a mixture with a part for every path, K times as many with each frame. No recursion over
+    states sums that, and a gap of more than L frames does not end it: the first frame after it has lags in the gap.
 
     Raises:
-        InvalidArgument: If a frame with a missing entry has a frame after it that was observed, even in part, or only
-            some of its entries are missing.
+        InvalidEntry: If a frame with a missing entry has a frame after it, beyond the first L, that was observed, even
+            in part.
     """
     x = batch.x
     if x.dim() < 3 or not x.is_floating_point() or not values_known():
         return
     missing = x.isnan()
     mask = batch.frames_mask()
-    some, seen = missing.any(-1), ~missing.all(-1)
+    # The first frames are given: they have no density of their own.
+    scored = ~missing.all(-1) & (torch.arange(x.shape[1], device=x.device) >= lags)
+    some = missing.any(-1)
     if mask is not None:
-        some, seen = some & mask, seen & mask
-    # Whether anything was seen at this frame or after it.
-    later = seen.flip(-1).cummax(-1).values.flip(-1)
-    bad = some & later
+        some, scored = some & mask, scored & mask
+    # Whether anything counts after this frame; what that reads is among its lags, or among those of one before it.
+    later = scored.flip(-1).cummax(-1).values.flip(-1)
+    bad = some[:, :-1] & later[:, 1:]
     if bool(bad.any()):
-        sequence, frame = (int(i) for i in bad.nonzero()[0])
-        raise invalid(
-            "data", "sequences without missing entries for an autoregression, but for frames at the end",
-            f"NaN in sequence {sequence}, frame {frame}", "cut the sequence there, or impute it",
+        raise invalid_entry(
+            "sequences without missing entries for an autoregression, but where no observed frame follows", "NaN",
+            entry_place(bad.nonzero()[0].tolist(), 3), "cut the sequence there, or impute it",
         )  # fmt: skip
 
 

@@ -241,6 +241,14 @@ class Table(Factor, Conjugate):
         return int((free.sum(-1) - 1).clamp(min=0).sum())
 
 
+def domain(x: Tensor, categories: int) -> tuple[str, str]:
+    """What a column of categories may be, and what to do about one that is something else."""
+    low, high = (float(value) for value in x.nan_to_num(nan=1.0).aminmax())
+    shifted = low >= 1 and high == categories
+    remedy = "subtract 1: codes count from 0" if shifted else "recode the categories, NaN where one is missing"
+    return f"whole numbers from 0 to {categories - 1}", remedy
+
+
 def apart(counts: Tensor) -> Tensor:
     """Counts ``[*r, K, M]`` with the log-ratios of each row to all rows together scaled up where they are small.
 

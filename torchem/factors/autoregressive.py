@@ -24,7 +24,8 @@ class Autoregressive(Composite):
 
     `context` puts a column of ones, the lags and the sequence's own covariates together, in this order; as rows,
     ``batch.u`` is that. The first L frames of each sequence are given: they are marked as missing, and the likelihood
-    is conditional on them. A sequence of no more than L frames says nothing. The regression's views (``weight``,
+    is conditional on them. A sequence of no more than L frames says nothing. Entries may be missing where no observed
+    frame follows. The regression's views (``weight``,
     ``covariances``) are the factor's own.
 
     Args:
@@ -136,6 +137,11 @@ class Autoregressive(Composite):
         return self.regression.n_features
 
     @property
+    def handles_missing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the regression does: entries may be missing where no observed frame follows."""
+        return self.regression.handles_missing
+
+    @property
     def lags(self) -> int:
         """L, how many frames before the present one the density depends on."""
         return self._lags
@@ -160,7 +166,7 @@ class Autoregressive(Composite):
             got = f"{width} columns" if width else "none"
             raise invalid("inputs", f"covariates [N, T, {self.n_inputs}] beside the lags", got, "pass inputs=u to fit")
         Factor.check(self, batch)
-        check_complete(batch)
+        check_complete(batch, self.lags)
 
     def context(self, batch: Batch) -> Batch:
         lagged = with_lags(batch, self.lags, self.dtype)

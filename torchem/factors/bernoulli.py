@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import Factor
 from torchem.factors._columns import Columns
@@ -72,11 +72,8 @@ class Bernoulli(Columns):
     def check(self, batch: Batch) -> None:
         super().check(batch)
         x = batch.x.detach()
-        if not values_known():
-            return
         bad = ~((x == 0) | (x == 1) | x.isnan())
-        if bool(bad.any()):
-            raise invalid("data", "zeros and ones", f"{x[bad][0].item():g}", "recode the columns, NaN where missing")
+        refuse_entries(batch, bad, "zeros and ones", "recode the columns, NaN where missing")
 
     # ---- the family -------------------------------------------------------------------------------------------
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
-from torchem.errors import invalid
+from torchem.batch import Batch, refuse_entries, values_known
 from torchem.factor import Factor
 from torchem.factors._glm import Expansion, GeneralizedLinear
 
@@ -55,8 +54,9 @@ class BinomialRegression(GeneralizedLinear):
         trials = torch.ones(()) if batch.trials is None else batch.trials.unsqueeze(-1)
         beyond = batch.x.detach() > trials.to(batch.x.device)
         if bool(beyond.any()):
-            got = f"{batch.x[beyond][0].item():g} of {trials.expand_as(batch.x)[beyond][0].item():g}"
-            raise invalid("data", "at most as many successes as trials", got, "correct it, or pass trials to fit")
+            most = f"{trials.expand_as(batch.x)[beyond][0].item():g}"
+            expected = f"at most as many successes as trials ({most})"
+            refuse_entries(batch, beyond, expected, "correct it, or pass trials to fit")
 
     def expand(self, eta: Tensor, y: Tensor, trials: Tensor) -> Expansion:
         flat = eta.abs() < _FLAT

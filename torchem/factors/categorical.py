@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
+from torchem.batch import Batch, refuse_entries, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor, Kernel, Prior, StreamedPass
-from torchem.factors._tables import SMOOTH, Table, apart
+from torchem.factors._tables import SMOOTH, Table, apart, domain
 from torchem.stats import Stats
 
 
@@ -62,20 +62,11 @@ class Categorical(Table):
             raise invalid(
                 "data", "one column of categories", f"{batch.x.shape[-1]} columns", "use one factor per column"
             )
-        if batch.x.numel() == 0 or not values_known():
-            return
-        categories = self.shape[-1]
-        x = batch.x.detach()
-        if x.is_floating_point():
-            x = x[~x.isnan()]
-            if not len(x):
-                return
-        low, high = float(x.amin()), float(x.amax())
-        if low < 0 or high >= categories or (x.is_floating_point() and bool((x != x.round()).any())):
-            raise invalid(
-                "data", f"whole numbers from 0 to {categories - 1}", f"values from {low:g} to {high:g}",
-                "recode the categories",
-            )  # fmt: skip
+        x, categories = batch.x.detach(), self.shape[-1]
+        bad = (x < 0) | (x >= categories)
+        bad = bad | (x != x.round()) & ~x.isnan() if x.is_floating_point() else bad
+        if values_known() and bool(bad.any()):
+            refuse_entries(batch, bad, *domain(x, categories))
 
     def log_prob(self, batch: Batch) -> Tensor:
         return self._looked_up(self.log_probs(), batch)

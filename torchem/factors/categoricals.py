@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries, values_known
 from torchem.errors import invalid
 from torchem.factor import Factor, Kernel, Prior, outside
-from torchem.factors._tables import SMOOTH, Table, apart
+from torchem.factors._tables import SMOOTH, Table, apart, domain
 from torchem.ops.dispatch import compiled_mixture
 from torchem.ops.missing import any_missing
 from torchem.ops.reduce import watched
@@ -117,22 +117,15 @@ class Categoricals(Table):
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
-        if not values_known() or not batch.x.numel():
-            return
-        x = batch.x.detach().reshape(-1, self.n_features)
+        x = batch.x.detach()
         sizes = torch.tensor(self.sizes, device=x.device)
         good = (x >= 0) & (x < sizes)
         if x.is_floating_point():
             good = good & (x == x.round()) | x.isnan()
-        if bool(good.all()):
+        if not values_known() or bool(good.all()):
             return
-        row, column = (~good).nonzero()[0].tolist()
-        size, own = self.sizes[column], x[:, column]
-        shifted = float(own.nan_to_num(nan=1.0).min()) >= 1 and float(own.nan_to_num(nan=1.0).max()) == size
-        raise invalid(
-            "data", f"whole numbers from 0 to {size - 1} in column {column}", f"{x[row, column].item():g} in row {row}",
-            "subtract 1: codes count from 0" if shifted else "recode the categories, NaN where one is missing",
-        )  # fmt: skip
+        column = int((~good).nonzero()[0, -1])
+        refuse_entries(batch, ~good, *domain(x[..., column], self.sizes[column]))
 
     # ---- the distribution -------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
+from torchem.batch import Batch, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import Factor, Moments
 from torchem.factors._rates import Rates
@@ -54,12 +54,8 @@ class Exponential(Rates):
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
-        x = batch.x.detach()
-        if values_known() and bool((bad := x < 0).any()):
-            raise invalid(
-                "data", "numbers of at least zero", f"{x[bad][0].item():g}",
-                "correct that entry, or set it to NaN if it is missing",
-            )  # fmt: skip
+        remedy = "correct that entry, or set it to NaN if it is missing"
+        refuse_entries(batch, batch.x.detach() < 0, "numbers of at least zero", remedy)
 
     # ---- the family -------------------------------------------------------------------------------------------
 

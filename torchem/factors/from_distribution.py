@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints, transform_to
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries, values_known
 from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor
 from torchem.factors._climbed import Climbed
@@ -176,12 +176,8 @@ class FromDistribution(Climbed):
         with torch.no_grad():
             support: Any = self._built(self.arguments()).support
             bad = ~(support.check(x).any(1) | x[:, 0].isnan())
-        if bool(bad.any()):
-            row, column = bad.nonzero()[0].tolist()
-            raise invalid(
-                "data", f"values in the support of {self._law.__name__}, {support}",
-                f"{float(x[row, 0, column]):g} in row {row}, column {column}", "correct it, or set it to NaN",
-            )  # fmt: skip
+        kind = f"values in the support of {self._law.__name__}, {support}"
+        refuse_entries(batch, bad.reshape(batch.x.shape), kind, "correct it, or set it to NaN")
 
     def log_prob(self, batch: Batch) -> Tensor:
         law = self._built(self.arguments())

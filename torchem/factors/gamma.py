@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
+from torchem.batch import Batch, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import ExponentialFamily, Factor
 from torchem.factors._cells import EMPTY, SMOOTH, Grid
@@ -77,12 +77,8 @@ class Gamma(Grid, ExponentialFamily):
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
-        x = batch.x.detach()
-        if values_known() and bool((bad := x <= 0).any()):
-            raise invalid(
-                "data", "numbers above zero", f"{x[bad][0].item():g}",
-                "set it to NaN if it is missing, or wrap the factor in ZeroInflated if zeros are real",
-            )  # fmt: skip
+        remedy = "set it to NaN if it is missing, or wrap the factor in ZeroInflated if zeros are real"
+        refuse_entries(batch, batch.x.detach() <= 0, "numbers above zero", remedy)
 
     # ---- the family -------------------------------------------------------------------------------------------
 

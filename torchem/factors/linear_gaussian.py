@@ -172,19 +172,24 @@ class LinearGaussian(Coefficients, Conjugate):
         kernel.collect(batch, expected)
         return kernel.stats()
 
-    def latent_stats(self, x: Tensor, weight: Tensor, ux: Tensor, uu: Tensor) -> Stats:
+    def latent_stats(self, x: Tensor, weight: Tensor, ux: Tensor, uu: Tensor, spread: Tensor | None = None) -> Stats:
         """Statistics where the covariates are latent too, and only their posterior moments are known.
 
         Args:
-            x: ``[F, D]`` observations.
+            x: ``[F, D]`` observations; ``[*r, F, D]`` where they were completed by expectations.
             weight: ``[*r, F]`` weight of each, of the only component.
-            ux: ``[*r, M, D]`` Σ weight E[u] xᵀ.
+            ux: ``[*r, M, D]`` Σ weight E[u xᵀ].
             uu: ``[*r, M, M]`` Σ weight E[u uᵀ].
+            spread: ``[*r, D, D]`` Σ weight Cov(x), of what was missing.
 
         Source: Z. Ghahramani, M. I. Jordan (1997), appendix A.
         """
         x, mass = x.to(torch.float64), weight.to(torch.float64).unsqueeze(-2)
+        x = x if x.dim() == 2 else x.unsqueeze(-3)
         second = self.structure.second(x, mass.unsqueeze(-1) * x)
+        if spread is not None:
+            spread = spread.to(torch.float64).unsqueeze(-3)
+            second = second + self.structure.second(torch.eye(self.n_outputs).to(spread).expand_as(spread), spread)
         ux, uu = (value.to(torch.float64).unsqueeze(-3) for value in (ux, uu))
         return self._moments(mass.sum(-1), second, ux, uu)
 

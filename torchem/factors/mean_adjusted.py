@@ -137,7 +137,7 @@ class MeanAdjustedAutoregression(Factor):
             lag_columns(batch, self.order)
         elif batch.u is not None:
             raise invalid("inputs", "none (the regressors are lags)", f"{batch.u.shape[-1]} columns", "leave them out")
-        check_complete(batch)
+        check_complete(batch, self.order)
 
     def context(self, batch: Batch) -> Batch:
         return with_lags(batch, self.order, self.dtype)

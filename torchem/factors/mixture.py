@@ -189,6 +189,9 @@ class Mixture(Composite):
         value = self.component.log_prob(batch.with_x(self.cast(batch.x)))
         return reduce.responsibilities(self._joint(batch, value, score=True))[1]
 
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        return self.component.placed(rows, value)
+
     def outcomes(self) -> list[Tensor | None]:
         return self.component.outcomes()
 

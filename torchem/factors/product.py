@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch, values_known
-from torchem.errors import InvalidArgument, invalid, wrong_type
+from torchem.batch import Batch, refuse_entries
+from torchem.errors import InvalidArgument, InvalidEntry, invalid, wrong_type
 from torchem.factor import Factor, Kernel, Moments
 from torchem.factors._composite import Composite, reads_sequences
 from torchem.ops import reduce
@@ -112,6 +112,10 @@ class Product(Composite):
                     _check_whole(x)
                     x = _filled(x)[0]
                 factor.check(batch.with_x(x))
+            except InvalidEntry as error:
+                own = {"column": columns[error.index["column"]]} if "column" in error.index else {}
+                which = f"columns {columns}, " if len(columns) > 1 else ""
+                raise error.moved(f" ({which}read by {type(factor).__name__})", **own) from error
             except InvalidArgument as error:
                 where = f"columns {columns}" if len(columns) > 1 else f"column {columns[0]}"
                 raise InvalidArgument(f"{error} ({where}, read by {type(factor).__name__})") from error
@@ -187,6 +191,12 @@ class Product(Composite):
         for factor, columns in zip(self._factors(), self.columns, strict=True):
             own = z.div(self._k ** (self.memory - factor.memory), rounding_mode="floor")
             parts.append(factor.complete(batch.with_x(_take(batch.x, columns)), own, generator))
+        return torch.cat(parts, -1)[..., self._order()]
+
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        parts = []
+        for factor, columns in zip(self._factors(), self.columns, strict=True):
+            parts.append(factor.placed(rows.with_x(_take(rows.x, columns)), _take(value, columns)))
         return torch.cat(parts, -1)[..., self._order()]
 
     def outcomes(self) -> list[Tensor | None]:
@@ -356,9 +366,7 @@ def _filled(x: Tensor) -> tuple[Tensor, Tensor]:
 def _check_whole(x: Tensor) -> None:
     """Refuse rows of which only some entries are missing."""
     missing = x.isnan()
-    partly = missing.any(-1) & ~missing.all(-1)
-    if values_known() and bool(partly.any()):
-        raise invalid(
-            "data", "these columns whole, or missing together", f"NaN at {partly.nonzero()[0].tolist()}",
-            "set all of them to NaN there, or use a family that handles single missing entries",
-        )  # fmt: skip
+    refuse_entries(
+        Batch(x), missing & ~missing.all(-1, keepdim=True), "these columns whole, or missing together",
+        "set all of them to NaN there, or use a family that handles single missing entries",
+    )  # fmt: skip

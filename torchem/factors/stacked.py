@@ -158,6 +158,11 @@ class Stacked(Composite):
             found.append(torch.cat(known).unique() if len(known) == len(column) else None)
         return found
 
+    def placed(self, rows: Batch, value: Tensor) -> Tensor:
+        for factor in self.parts().values():
+            value = factor.placed(rows, value)
+        return value
+
     @property
     def nominal(self) -> list[bool]:
         return [any(column) for column in zip(*(f.nominal for f in self.parts().values()), strict=True)]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, values_known
+from torchem.batch import Batch, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import Factor, Kernel
 from torchem.factors._around import marked, mass
@@ -54,11 +54,8 @@ class Truncated(Bounded):
     def check(self, batch: Batch) -> None:
         super().check(batch)
         self.factor.check(batch)
-        x = self.entries(batch).detach()
-        if values_known() and bool((bad := self._outside(x)).any()):
-            raise invalid(
-                "data", "numbers within the limits", f"{x[bad][0].item():g}", "drop that row, or set the entry to NaN"
-            )
+        bad = self._outside(self.entries(batch).detach())
+        refuse_entries(batch, bad, "numbers within the limits", "drop that row, or set the entry to NaN")
 
     def _outside(self, x: Tensor) -> Tensor:
         low, high = self.limits().to(x.dtype)

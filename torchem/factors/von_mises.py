@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchem.batch import Batch, as_tensor, values_known
+from torchem.batch import Batch, as_tensor, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import ExponentialFamily, Factor
 from torchem.factors._directions import LEAST, assign_concentrations, check_sizes, movable, selected
@@ -97,13 +97,9 @@ class VonMises(ExponentialFamily):
 
     def check(self, batch: Batch) -> None:
         super().check(batch)
-        x = batch.x.detach()
-        if values_known() and bool((bad := x.abs() > 2 * math.pi + 1e-3).any()):
-            place = bad.nonzero()[0].tolist()
-            raise invalid(
-                "data", "angles in radians, from −2π to 2π", f"{x[bad][0].item():g} at {place}",
-                "convert degrees (torch.deg2rad), and wrap what was unwrapped: torch.remainder(x, 2 * torch.pi)",
-            )  # fmt: skip
+        remedy = "convert degrees (torch.deg2rad), and wrap what was unwrapped: torch.remainder(x, 2 * torch.pi)"
+        bad = batch.x.detach().abs() > 2 * math.pi + 1e-3
+        refuse_entries(batch, bad, "angles in radians, from −2π to 2π", remedy)
 
     # ---- the family -------------------------------------------------------------------------------------------
 

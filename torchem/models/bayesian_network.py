@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor, values_known
-from torchem.errors import InvalidArgument, InvalidFile, invalid, one_of, whole_number
+from torchem.errors import (
+    InvalidArgument,
+    InvalidEntry,
+    InvalidFile,
+    invalid,
+    invalid_entry,
+    one_of,
+    whole_number,
+)
 from torchem.factor import Factor, Kernel, Moments
 from torchem.factors import Categorical
 from torchem.factors._tables import SMOOTH, apart
@@ -863,6 +871,9 @@ class BayesianNetwork(DiscreteModel):
             factor = self.conditionals[name]
             try:
                 factor.check(leaf.frames(batch).rows())
+            except InvalidEntry as error:
+                own = {"column": leaf.columns[error.index["column"]]} if "column" in error.index else {}
+                raise error.moved(f" (read by leaf {name})", **own) from error
             except InvalidArgument as error:
                 raise InvalidArgument(f"{error} (leaf {name}, columns {leaf.columns})") from error
         return batch
@@ -876,9 +887,9 @@ class BayesianNetwork(DiscreteModel):
                 bad = (bad | (value != value.round())) & ~value.isnan()
             if bool(bad.any()):
                 row = int(bad.nonzero()[0])
-                raise invalid(
-                    "data", f"states of {nodes[v]} from 0 to {size - 1}, NaN where not observed",
-                    f"{float(value[row]):g} at row {row}, column {column}", "recode the column",
+                raise invalid_entry(
+                    f"states of {nodes[v]} from 0 to {size - 1}, NaN where not observed", f"{float(value[row]):g}",
+                    {"row": row, "column": column}, "recode the column",
                 )  # fmt: skip
 
     def replicate(self, replicas: int) -> "BayesianNetwork":

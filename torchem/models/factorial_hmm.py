@@ -18,8 +18,9 @@ from torchem.factors import Categorical, LinearGaussian
 from torchem.factors.linear_gaussian import CovarianceType
 from torchem.model import EStep, LatentModel, Uniforms, global_uniforms, weighted
 from torchem.models.imputation import Gaps, How, at_once, checked_draws
-from torchem.ops import chain, linalg, reduce
+from torchem.ops import chain, linalg, observed, reduce
 from torchem.ops.dispatch import declared_precision
+from torchem.ops.missing import any_missing
 from torchem.stats import Stats
 
 #: How the posterior of the chains is approximated, if it is.
@@ -56,6 +57,9 @@ class FactorialHMM(LatentModel):
     At the inverse temperature β q climbs E_q[log p(x, z)] + H(q) / β: all potentials times β. A sampled E-step draws a
     path of each chain: from the posterior itself under ``"exact"``, else from the q that was found, chain by chain or
     for a mean field frame by frame; the objective stays the bound of that q.
+
+    NaN entries and whole frames of x are missing at random: potentials are those of what was observed of a frame, and
+    moments are completed by what the states and the rest of the frame say of it.
 
     Labels are of chains: whole numbers ``[N, T, M]``, −1 where a chain's state is unknown; or Booleans or soft evidence
     ``[N, T, ΣK_m]``, the states of all chains in turn.
@@ -153,11 +157,6 @@ class FactorialHMM(LatentModel):
     def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether q is the posterior itself."""
         return self.q == "exact"
-
-    @property
-    def handles_missing(self) -> bool:
-        """False: frames may be missing as a whole."""
-        return False
 
     # ---- views ------------------------------------------------------------------------------------------------
 
@@ -349,36 +348,92 @@ class FactorialHMM(LatentModel):
         mass = torch.ones_like(x[:, 0]) if seen is None else seen.flatten().to(x)
         if batch.weight is not None:
             mass = mass * batch.weight.to(x).repeat_interleave(batch.x.shape[1])
-        x = x.nan_to_num(nan=0.0)
         states = posterior.marginals if posterior.paths is None else posterior.paths
         g = torch.cat(states, -1).flatten(-3, -2).to(torch.float64)
         heavy = (g * mass.unsqueeze(-1)).mT
-        if posterior.joint is None:
-            uu = heavy @ g
+        joint = None if posterior.joint is None else posterior.joint.flatten(-3, -2).to(x)
+        holes, open_ = self._holes(batch), None
+        if holes is not None:
+            law = observed.Observed(self._root(torch.float64), holes)
+            x, open_ = self._completed(law, x, g, joint, mass)
+        x = x.nan_to_num(nan=0.0)
+        if joint is None:
             # States of one chain exclude each other.
-            own = torch.block_diag(*(torch.ones(k, k) for k in self.n_states)).to(uu.device, torch.bool)
-            uu = torch.where(own, torch.diag_embed(heavy.sum(-1)), uu)
+            uu = torch.where(self._own(), torch.diag_embed(heavy.sum(-1)), heavy @ g)
         else:
             design = _design(self.n_states, x)
-            share = (posterior.joint.flatten(-3, -2).to(x) * mass.unsqueeze(-1)).sum(-2)
+            share = (joint * mass.unsqueeze(-1)).sum(-2)
             uu = (design.mT * share.unsqueeze(-2)) @ design
-        stats["emission"] = self.emission.latent_stats(x, mass.expand(*self.replicas, -1), heavy @ x, uu)
+        ux, spread = heavy @ x, None
+        if open_ is not None:
+            ux, spread = ux + open_[0], open_[1]
+        stats["emission"] = self.emission.latent_stats(x, mass.expand(*self.replicas, -1), ux, uu, spread)
         stats["log_likelihood"] = weighted(posterior.value, batch)
         return stats
+
+    def _completed(
+        self, law: "observed.Observed", x: Tensor, g: Tensor, joint: Tensor | None, mass: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Frames ``[*r, F, D]`` completed by their expectations under q, and what moments these do not have.
+
+        Given the states u ``[ΣK_m]`` what is missing is expected at a + M u, with a covariance S of its own. So beside
+        the moments of the frames completed at E[u] there are Cov(u) Mᵀ of states and frames, and M Cov(u) Mᵀ + S of
+        frames, all summed by the patterns of missing entries.
+        """
+        holes, weight = law.holes, self.emission.weight.squeeze(-3).to(torch.float64)
+        part, own = holes.take(g, -2), holes.take(mass, 0)
+        found = law.completed(holes.take(x, 0), part @ weight.mT)
+        filled = holes.put(x.expand(*found.shape[:-2], *x.shape), found, -2)
+        each = self._covariance(part, None if joint is None else holes.take(joint, -2))
+        cov = holes.total(each * own[:, None, None], 2)
+        pull = law.follows @ weight.unsqueeze(-3)
+        cross = cov @ pull.mT
+        left = holes.total(own, 0)[:, None, None] * law.covariance
+        return filled, (cross.sum(-3), (pull @ cross + left).sum(-3))
+
+    def _covariance(self, g: Tensor, joint: Tensor | None) -> Tensor:
+        """Cov(u) ``[*r, F, ΣK_m, ΣK_m]`` of indicators of states, of independent chains if no ``joint`` is known."""
+        outer = g.unsqueeze(-1) * g.unsqueeze(-2)
+        if joint is None:
+            return torch.where(self._own(), torch.diag_embed(g) - outer, 0.0)
+        design = _design(self.n_states, joint)
+        pairs = (design.unsqueeze(-1) * design.unsqueeze(-2)).flatten(-2)
+        return (joint @ pairs).unflatten(-1, outer.shape[-2:]) - outer
+
+    def _own(self) -> Tensor:
+        """``[ΣK_m, ΣK_m]`` Boolean, True for states of the same chain."""
+        return torch.block_diag(*(torch.ones(k, k) for k in self.n_states)).to(self.device, torch.bool)
+
+    def _root(self, dtype: torch.dtype | None = None) -> Tensor:
+        """R ``[*r, D, D]`` with R Σ Rᵀ = I."""
+        raw = self.emission.scale if dtype is None else self.emission.scale.to(dtype)
+        return linalg.inverse_factor(self.emission.structure.dense(raw, 1, self.emission.n_outputs).squeeze(-3))
 
     def _seen(self, batch: Batch) -> Tensor | None:
         """``[N, T]`` Boolean, True where a frame is there and not missing; None where all are."""
         inside = batch.frames_mask()
         if not batch.x.is_floating_point():
             return inside
-        seen = ~batch.x.isnan().any(-1)
+        seen = ~batch.x.isnan().all(-1)
         return seen if inside is None else seen & inside
+
+    def _holes(self, batch: Batch) -> "observed.Holes | None":
+        """Which frames, one below the other, miss some of their entries."""
+        x = batch.x
+        if not x.is_floating_point():
+            return None
+        mask = batch.frames_mask()
+
+        find: Any = observed.Holes.of
+        if torch.compiler.is_compiling():
+            # Values decide what is computed: there is nothing to compile once for all.
+            find = torch.compiler.disable(find)
+        return batch.remember("holes", lambda: find(x.flatten(0, 1), None if mask is None else mask.flatten()))
 
     def _problem(self, batch: Batch) -> "_Problem":
         """Potentials of the chains, contributions and observations, whitened: the noise is then standard normal."""
         firsts, moves = ([t.log_table(batch) for t in part] for part in (self.initials, self.transitions))
-        d = self.emission.n_outputs
-        root = linalg.inverse_factor(self.emission.structure.dense(self.emission.scale, 1, d).squeeze(-3))
+        d, root = self.emission.n_outputs, self._root()
         parts = self.contributions
         level = [part.mean(-2, keepdim=True) for part in parts]
         # Chains that exchange constants stay the same, and what is centred loses no digits.
@@ -387,11 +442,19 @@ class FactorialHMM(LatentModel):
         x = batch.x if batch.x.is_floating_point() else batch.x.to(self.dtype)
         x = x if seen is None else torch.where(seen.unsqueeze(-1), x, 0.0)
         center = torch.stack(level).sum(0).unsqueeze(-3)
-        y = (x - center.to(x)).to(self.dtype) @ root.mT.unsqueeze(-3)
-        constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * d * math.log(2 * math.pi)
+        holes = self._holes(batch)
+        # What stands in the place of a missing entry is projected out.
+        gap = x - center.to(x) if holes is None else torch.where(x.isnan(), 0.0, x - center.to(x))
+        y = gap.to(self.dtype) @ root.mT.unsqueeze(-3)
+        constant = (root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * d * math.log(2 * math.pi))[..., None, None]
+        law = None
+        if holes is not None:
+            law = observed.Observed(root, holes)
+            y = _framed(law.project, y)
+            constant = constant + law.constants(batch.x.shape[0] * batch.x.shape[1]).unflatten(-1, batch.x.shape[:2])
         restricted = [a.restricted or b.restricted for a, b in zip(self.initials, self.transitions, strict=True)]
         known = None if batch.evidence is None else batch.evidence.to(y).split(self.n_states, -1)
-        return _Problem(firsts, moves, means, y, seen, batch, constant[..., None, None], restricted, known)
+        return _Problem(firsts, moves, means, y, seen, batch, constant, restricted, known, law)
 
     # ---- use --------------------------------------------------------------------------------------------------
 
@@ -474,7 +537,7 @@ class FactorialHMM(LatentModel):
         generator: torch.Generator | None = None,
         **fields: Any,
     ) -> Any:
-        """Sequences with missing frames filled in under q; see `LatentModel.impute`.
+        """Sequences with missing entries and frames filled in under q; see `LatentModel.impute`.
 
         A mean is exact if the marginals of q are; the variance is that of independent chains unless ``q="exact"``.
         """
@@ -497,7 +560,9 @@ class FactorialHMM(LatentModel):
         def draw(shape: torch.Size) -> Tensor:
             return torch.rand(shape, dtype=torch.float64, generator=generator).to(self.device)
 
-        weight = self.emission.weight.squeeze(-3).mT
+        weight = self.emission.weight.squeeze(-3).mT.to(torch.float64)
+        rows = gaps.rows[gaps.index].to(self.device, torch.float64)
+        law = observed.Observed(self._root(torch.float64), observed.Holes.everywhere(rows))
         if draws is not None:
             drawn, step = [], at_once(batch.x.shape[0] * batch.x.shape[1])
             for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
@@ -505,25 +570,23 @@ class FactorialHMM(LatentModel):
                 hot = self._each(many, {}, lambda piece: states("sample", piece))
                 u = hot.unflatten(0, (times, len(batch))).flatten(1, 2)[:, place]
                 z = torch.zeros(u.shape[:-1].numel(), dtype=torch.long, device=self.device)
-                rows = Batch(u.flatten(0, 1), u=u.flatten(0, 1))
-                drawn.append(self.emission.sample(z, rows, generator).unflatten(0, u.shape[:-1]))
+                around = Batch(u.flatten(0, 1), u=u.flatten(0, 1))
+                # A draw of all columns, moved by what was observed.
+                free = self.emission.sample(z, around, generator).unflatten(0, u.shape[:-1])
+                drawn.append(law.completed(rows, free.to(torch.float64)))
             return gaps.filled(torch.cat(drawn), False)
-        expected = missing(self._each(batch, {}, lambda piece: states("soft", piece)))
+        expected = missing(self._each(batch, {}, lambda piece: states("soft", piece))).to(torch.float64)
         mean = expected @ weight
-        noise = self.emission.moments(Batch(expected[..., :0], u=expected))[1].squeeze(-2)
-        if self.q == "exact":
-            joint = missing(self._each(batch, {}, self._product))
-            level = _design(self.n_states, joint) @ weight
-            spread = joint @ level.square() - (joint @ level).square()
-        else:
-            parts = [g @ w.square() - (g @ w).square() for g, w in zip(
-                expected.split(self.n_states, -1), self.contributions, strict=True)]  # fmt: skip
-            spread = torch.stack(parts).sum(0)
+        joint = missing(self._each(batch, {}, self._product)).to(mean) if self.q == "exact" else None
+        pull = (law.follows @ weight.mT.unsqueeze(-3))[..., law.holes.which, :, :]
+        spread = ((pull @ self._covariance(expected, joint)) * pull).sum(-1).clamp(min=0.0)
+        noise = law.covariance.diagonal(dim1=-2, dim2=-1)[..., law.holes.which, :]
         if how == "mode":
             best = [nn.functional.one_hot(g.argmax(-1), g.shape[-1]) for g in expected.split(self.n_states, -1)]
             mean = torch.cat(best, -1).to(weight) @ weight
+        mean = law.completed(rows, mean)
         value = gaps.filled(mean, False)
-        return (value, gaps.beside(noise + spread.clamp(min=0.0))) if variance else value
+        return (value, gaps.beside((noise + spread).to(self.dtype))) if variance else value
 
     def _product(self, piece: Batch) -> Tensor:
         joint = self._infer(piece, "soft").joint
@@ -580,7 +643,7 @@ class FactorialHMM(LatentModel):
 
     def rows(self, batch: Batch) -> Batch:
         rows = batch.rows()
-        seen = ~rows.x.isnan().any(-1) if rows.x.is_floating_point() else None
+        seen = ~rows.x.isnan().all(-1) if rows.x.is_floating_point() else None
         return rows if seen is None or bool(seen.all()) else rows[seen]
 
     def initialize(self, batch: Batch, expected: Tensor) -> None:
@@ -588,9 +651,11 @@ class FactorialHMM(LatentModel):
         if batch.weight is not None:
             share = share * batch.weight.unsqueeze(-1).to(share)
         total = share.sum(-2).unsqueeze(-1).clamp(min=1e-300)
+        batch = _filled(batch)
         self._begin(batch, (share.mT @ batch.x.to(torch.float64)) / total)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
+        batch = _filled(batch)
         self._begin(batch, batch.x.to(torch.float64)[index])
 
     def _begin(self, batch: Batch, places: Tensor) -> None:
@@ -643,9 +708,12 @@ class FactorialHMM(LatentModel):
         marginals = self._alone(batch).marginals
         shares = [(g @ part.unsqueeze(-3)).squeeze(-2) for g, part in zip(marginals, self.contributions, strict=True)]
         total, parts = torch.stack(shares).sum(0), []
-        for share, place in zip(shares, index.split(self.n_states, -1), strict=True):
+        for part, share, place in zip(self.contributions, shares, index.split(self.n_states, -1), strict=True):
             rest = (total - share).gather(-2, place.unsqueeze(-1).expand(*place.shape, total.shape[-1]))
-            parts.append(batch.x.to(rest)[place] - rest)
+            x = batch.x.to(rest)[place]
+            # Where nothing was observed nothing is left.
+            rest = torch.where(x.isnan(), 0.0, rest)
+            parts.append(torch.where(x.isnan(), part, x - rest))
         old = self.emission.weight
         new = torch.where(which.unsqueeze(-1), torch.cat(parts, -2), old.squeeze(-3).mT).mT.unsqueeze(-3)
         values = {"emission.coefficient": self.emission.keep_frozen("coefficient", new.to(self.dtype))}
@@ -718,7 +786,9 @@ class FactorialHMM(LatentModel):
     def stream(self, batch: Batch) -> Iterator[Batch]:
         """Sequences in pieces whose messages fit the budget, on the model's device."""
         states = math.prod(self.n_states) if self.q == "exact" else self.n_components
-        size = _PER_STATE * states * self.dtype.itemsize * math.prod(self.replicas) * max(1, batch.x.shape[1])
+        holes = batch.x.is_floating_point() and any_missing(batch.x)
+        each = _PER_STATE * states + holes * (2 * self.emission.n_outputs**2 + self.n_components**2)
+        size = each * self.dtype.itemsize * math.prod(self.replicas) * max(1, batch.x.shape[1])
         budget = self.memory_budget or _MESSAGES.get(self.device.type, _MESSAGES["cuda"])
         for piece in batch.split(max(1, budget // size)):
             yield piece if piece.x.device == self.device else piece.to(self.device)
@@ -743,7 +813,7 @@ class FactorialHMM(LatentModel):
 
     @classmethod
     def examples(cls) -> list[tuple["FactorialHMM", Batch]]:
-        """One for each form of the posterior."""
+        """One for each form of the posterior, all but the first with missing entries."""
         found = []
         forms: tuple[Approximation, ...] = ("structured", "mean_field", "exact")
         for q in forms:
@@ -753,7 +823,9 @@ class FactorialHMM(LatentModel):
                 table.probs = torch.randn(table.shape, generator=generator, dtype=torch.float64).softmax(-1)
             model.contributions = [torch.randn(k, 2, generator=generator, dtype=torch.float64) for k in (2, 3)]
             model.covariance = [[0.5, 0.1], [0.1, 0.3]]
-            x, _ = model.sample(6, 5, latents=True, generator=generator)
+            x = model.sample(6, 5, generator=generator)
+            if found:
+                x[::2, ::2, 0] = x[1, :, 1] = torch.nan
             found.append((model, Batch(x, lengths=torch.tensor([5, 3, 1, 5, 2, 4]))))
         return found
 
@@ -784,6 +856,14 @@ def _check_chains(initials: list[Any], transitions: list[Any], emission: Any) ->
             "emission", f"1 component of {total} inputs, one per state of each chain, none shared", got,
             f"pass LinearGaussian(1, {total}, D)",
         )  # fmt: skip
+
+
+def _filled(batch: Batch) -> Batch:
+    """Rows with the means of their columns in the place of missing entries: what a start looks at."""
+    x = batch.x
+    if not x.is_floating_point() or not any_missing(x):
+        return batch
+    return batch.with_x(torch.where(x.isnan(), x.nanmean(0).nan_to_num(nan=0.0), x))
 
 
 def _pick(probs: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -868,6 +948,7 @@ class _Problem:
         constant: log-density of an observation at its mean, ``[*r, 1, 1]``.
         restricted: Whether steps of each chain are forbidden.
         known: Log-potentials ``[N, T, K_m]`` on the states of each chain, of labels.
+        law: What frames show of which entries are missing; None if there are no such frames.
     """
 
     initial: list[Tensor]
@@ -879,6 +960,7 @@ class _Problem:
     constant: Tensor
     restricted: list[bool]
     known: Sequence[Tensor] | None = None
+    law: "observed.Observed | None" = None
 
     def tempered(self, beta: float) -> "_Problem":
         """All potentials times β: an evidence of normal law with β times the precision, whitened."""
@@ -917,23 +999,31 @@ class _Problem:
         self, update: _Update, q: Marginals, weight: Tensor | None = None, count: bool = False
     ) -> tuple[Marginals, Tensor, list[Any]]:
         """Update the chains one after the other, each given the others; the bound of each sequence ``[*r, N]``."""
-        shares = [g @ mean for g, mean in zip(q, self.means, strict=True)]
+        shares = [self._share(g, mean) for g, mean in zip(q, self.means, strict=True)]
         total = torch.stack(shares).sum(0)
         marginals, counts = list(q), []
         value: Tensor | float = 0.0
         for m, mean in enumerate(self.means):
             rest = total - shares[m]
-            potential = (self.y - rest) @ mean.mT - self._half(mean).unsqueeze(-2)
+            potential = (self.y - rest) @ mean.mT - self._half(mean)
             marginals[m], own, counted = update(m, self._where_seen(potential), marginals[m], weight, count)
             counts.append(counted)
             value = value + own
-            shares[m] = marginals[m] @ mean
+            shares[m] = self._share(marginals[m], mean)
             total = rest + shares[m]
         return tuple(marginals), value + self._fit(marginals, shares), counts
 
-    @staticmethod
-    def _half(mean: Tensor) -> Tensor:
-        return 0.5 * mean.square().sum(-1)
+    def _share(self, g: Tensor, mean: Tensor) -> Tensor:
+        """What a chain is expected to add to each frame ``[*r, N, T, D]``, of what was observed of it."""
+        share = g @ mean
+        return share if self.law is None else _framed(self.law.project, share)
+
+    def _half(self, mean: Tensor) -> Tensor:
+        """½ |V|² of each state, ``[*r, 1, 1, K]``; of what was observed, ``[*r, N, T, K]``."""
+        if self.law is None:
+            return 0.5 * mean.square().sum(-1).unsqueeze(-2)
+        shape = self.y.shape[-3:-1]
+        return self.law.half(mean.squeeze(-3), shape.numel()).unflatten(-2, shape)
 
     def _where_seen(self, value: Tensor) -> Tensor:
         return value if self.seen is None else torch.where(self.seen.unsqueeze(-1), value, 0.0)
@@ -943,7 +1033,7 @@ class _Problem:
         gap = self.y - torch.stack(list(shares)).sum(0)
         each = self.constant - 0.5 * gap.square().sum(-1)
         for g, share, mean in zip(marginals, shares, self.means, strict=True):
-            each = each - (g * self._half(mean).unsqueeze(-2)).sum(-1) + 0.5 * share.square().sum(-1)
+            each = each - (g * self._half(mean)).sum(-1) + 0.5 * share.square().sum(-1)
         return self._where_seen(each.unsqueeze(-1)).squeeze(-1).sum(-1)
 
     # ---- updates of one chain ---------------------------------------------------------------------------------
@@ -1035,7 +1125,7 @@ class _Problem:
             initial = (initial.unsqueeze(-1) + first.unsqueeze(-2)).flatten(-2)
             step = (step[..., :, None, :, None] + move[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
             mean = (mean.unsqueeze(-2) + share.unsqueeze(-3)).flatten(-3, -2)
-        potential = self._where_seen(self.y @ mean.mT - self._half(mean).unsqueeze(-2))
+        potential = self._where_seen(self.y @ mean.mT - self._half(mean))
         if self.known is not None:
             joint = self.known[0]
             for each in self.known[1:]:
@@ -1076,6 +1166,11 @@ class _Problem:
         firsts = tuple(first @ design.to(first) for design in designs)
         moves = tuple(design.to(steps).mT @ steps @ design.to(steps) for design in designs)
         return _Posterior(score + self._offset(), marginals, firsts, moves, g)
+
+
+def _framed(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """A function of rows ``[*r, F, D]``, of frames ``[*r, N, T, D]``."""
+    return function(value.flatten(-3, -2)).unflatten(-2, value.shape[-3:-1])
 
 
 def _along(path: Tensor, like: Tensor) -> Tensor:

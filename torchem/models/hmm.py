@@ -500,7 +500,7 @@ class HMM(DiscreteModel):
         checked_draws(draws, self, variance)
         gaps = Gaps.of(data, self._read(data, fields), True)
         batch, lead = gaps.batch, len(self.replicas)
-        self._refuse_gaps(batch)
+        self._refuse_gaps(batch, True)
         rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
         bare = replace(batch, weight=None)
         mask = batch.frames_mask()
@@ -581,16 +581,21 @@ class HMM(DiscreteModel):
                 variance = drawn.var(0) if drawn is not None and n > 1 else None
         return Forecast(laws, mean, variance, drawn)
 
-    def _refuse_gaps(self, batch: Batch) -> None:
-        """Refuse sequences that end with missing frames, where what follows or fills them would read these."""
-        if not reach(self) or not batch.x.is_floating_point() or not bool(batch.x.isnan().any()):
+    def _refuse_gaps(self, batch: Batch, fills: bool = False) -> None:
+        """Refuse sequences that end with missing frames, where what follows, or ``fills`` them, would read these."""
+        lags = reach(self)
+        if not lags or not batch.x.is_floating_point() or not bool(batch.x.isnan().any()):
             return
-        # They are refused anywhere but at the end: there they are no more once a frame that was seen comes after them.
-        longer, ends = batch.with_frames(batch.x.shape[1] + 1), batch.frames()
-        last = torch.arange(longer.x.shape[1], device=ends.device) == ends.unsqueeze(-1)
-        x = torch.where(last.unsqueeze(-1), longer.x.nan_to_num(nan=0.0), longer.x)
+        # They are refused anywhere but at the end: there they are no more once frames that were seen come after them.
+        longer, ends = batch.with_frames(batch.x.shape[1] + lags), batch.frames().unsqueeze(-1)
+        time = torch.arange(longer.x.shape[1], device=ends.device)
+        done = (time >= ends) & (time < ends + lags)
+        if fills:
+            # What a last frame misses is filled in from the rest of it, and from lags that are whole.
+            done = done | (time == ends - 1) & (time >= lags) & ~longer.x.isnan().all(-1)
+        x = torch.where(done.unsqueeze(-1), longer.x.nan_to_num(nan=0.0), longer.x)
         try:
-            self.emission.check(replace(longer, x=x, lengths=ends + 1))
+            self.emission.check(replace(longer, x=x, lengths=ends[:, 0] + lags))
         except InvalidArgument as error:
             raise invalid(
                 "data", "sequences that end with frames that were seen, for an emission that reads them",

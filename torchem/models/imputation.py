@@ -145,6 +145,8 @@ def _fill(factor: Factor, how: How, share: Tensor, rows: Batch) -> tuple[Tensor,
     if how == "mode":
         best = reduce.first_max(share)[..., None, None].expand(*share.shape[:-1], 1, mean.shape[-1])
         value = mean.expand(*share.shape, -1).gather(-2, best).squeeze(-2)
+    if how != "mean":
+        value = factor.placed(rows, value)
     for column, (outcomes, named) in enumerate(zip(factor.outcomes(), factor.nominal, strict=True)):
         if outcomes is None or (how == "mean" and not named):
             continue

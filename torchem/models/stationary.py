@@ -17,6 +17,10 @@ _STEPS = 40
 _DAMPING = (0.0, 0.5, 2.0, 10.0, 100.0)
 #: Relative difference of objectives that rounding explains.
 _ROUNDING = 1e-14
+#: Steps of Newton's method that derivatives are those of; the first may still be an ascent.
+_NEWTON = 2
+#: Probability below which a cell without counts is on its way to zero; what keeps a system regular, beside its size.
+_GONE, _RIDGE = 1e-9, 1e-14
 #: Share of a uniform law that makes the stationary one unique where the chain falls apart.
 _MIX = 1e-13
 
@@ -31,10 +35,15 @@ class Stationary(Factor):
 
     whose fixed points are the stationary points of the objective, damped by c until the objective does not fall.
 
+    Where derivatives are followed, steps of Newton's method θ′ = θ − H⁻¹ g come last. Near the maximum they change its
+    value no more than rounding does, and they give it its derivative −H⁻¹ ∂g/∂S: that of θ itself cancels, for
+    dθ′ = dθ − H⁻¹ (H dθ + ∂g/∂S dS) where g = 0. H has a row for each of the K² cells.
+
     Args:
         transition: The table of the same model.
 
-    Source: P. J. Schweitzer (1968) for the derivative; P. S. Gopalakrishnan et al. (1991) for the transform.
+    Source: P. J. Schweitzer (1968) for the derivative; P. S. Gopalakrishnan et al. (1991) for the transform; the
+    implicit function theorem for derivatives of the maximum.
 
     Example:
         >>> from torchem.factors import Categorical
@@ -116,7 +125,61 @@ class Stationary(Factor):
             step = gradient - lowest + damping.view(-1, *[1] * probs.dim()) * size
             trials = table.maximize(steps.like({"counts": counts + probs * step}))["logits"]
             best = self._best(best, trials, starts, counts)
+        for _ in range(_NEWTON if reduce.watched(counts) or reduce.watched(starts) else 0):
+            best = self._stepped(best, starts, counts)
         return {"logits": best}
+
+    def _stepped(self, logits: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+        """A step of Newton's method, taken unless the objective falls by more than rounding.
+
+        In coordinates y = √A · δ(log A) of the cells that may move, in which counts alone have the curvature Σ_j n_ij
+        in each row. With u = πᵀ dA and w = dA v, v = Z (n/π), the other part is
+
+            d² Σ n_i log π_i = 2 u Z w − u Z diag(n/π²) Zᵀ uᵀ.
+        """
+        probs = self._probs(logits)
+        law, k, tiny = _stationary(probs), probs.shape[-1], torch.finfo(probs.dtype).tiny
+        ratio = (starts / law.clamp(min=tiny)).unsqueeze(-1)
+        inverse = torch.linalg.inv(_fundamental(probs, law))
+        value = (inverse @ ratio).squeeze(-1)
+        # A cell that nothing counts and that has gone stays gone.
+        free = self.transition._free() & ((counts > 0) | (probs > _GONE))
+        own = torch.where(free, probs, 1.0)
+        root = torch.where(free, own.sqrt(), 0.0)
+        total = root.square().sum(-1, keepdim=True)
+        each, share = torch.where(free, counts / own, 0.0), root / total.clamp(min=tiny).sqrt()
+
+        def square(x: Tensor) -> Tensor:
+            """A matrix of cells by cells, ``[…, K², K²]`` as ``[…, i, j, k, l]``."""
+            return x.unflatten(-1, (k, k)).unflatten(-3, (k, k))
+
+        def swapped(x: Tensor) -> Tensor:
+            return x.movedim((-2, -1), (-4, -3))
+
+        def tangent(x: Tensor) -> Tensor:
+            """What of ``x [*r, i, j, …]`` leaves the sums over j as they are."""
+            place = share.reshape(*share.shape, *[1] * (x.dim() - share.dim()))
+            return x - place * (place * x).sum(share.dim() - 1, keepdim=True)
+
+        mixed = law[..., :, None, None, None] * inverse[..., None, :, :, None] * value[..., None, None, None, :]
+        around = inverse @ (ratio / law.clamp(min=tiny).unsqueeze(-1) * inverse.mT)
+        bent = mixed + swapped(mixed)
+        bent = bent - law[..., :, None, None, None] * law[..., None, None, :, None] * around[..., None, :, None, :]
+        curved = square(each.flatten(-2).diag_embed()) - root[..., None, None] * bent * root[..., None, None, :, :]
+        # What would change the sums of rows, and what does not move, is only kept from being singular.
+        eye = torch.eye(k * k, dtype=probs.dtype, device=probs.device)
+        moving = tangent(square(free.flatten(-2).to(eye).diag_embed()))
+        size = ((counts.sum((-2, -1)) + starts.sum(-1)) / k).clamp(min=tiny)[..., None, None, None, None]
+        curved = tangent(swapped(tangent(curved))) + size * ((1 + _RIDGE) * square(eye) - moving)
+        slope = tangent(root * (each + law.unsqueeze(-1) * value.unsqueeze(-2)))
+        step = torch.linalg.solve_ex(curved.flatten(-4, -3).flatten(-2), slope.flatten(-2).unsqueeze(-1))[0]
+        grown = own * (step.squeeze(-1).unflatten(-1, (k, k)) / torch.where(free, root, 1.0)).exp()
+        grown = torch.where(free, grown, 0.0)
+        new = torch.where(free, grown * total / grown.sum(-1, keepdim=True).clamp(min=tiny), probs)
+        gain = self._gained(probs, new, starts, counts)
+        better = (gain >= -_ROUNDING * size[..., 0, 0, 0, 0])[..., None, None] & free.any(-1, keepdim=True)
+        moved = torch.where(self.transition.support, new.clamp(min=torch.finfo(logits.dtype).tiny).log(), 0.0)
+        return torch.where(better, moved.to(logits), logits)
 
     def _best(self, old: Tensor, trials: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
         """Of logits ``[n, *r, K, K]`` those that gain most on the old ones; these where none gains."""
@@ -131,15 +194,16 @@ class Stationary(Factor):
         Near the maximum a difference of two objectives would be rounding alone, and so would be what is chosen by it.
         """
         support, tiny = self.transition.support, torch.finfo(old.dtype).tiny
+        gone = torch.finfo(old.dtype).eps / 2 - 1
         change = new - old
         change = change - old * change.sum(-1, keepdim=True)
         before, after = _stationary(old), _stationary(new)
         # π′ − π = π′ (A′ − A) Z
         moved = torch.linalg.solve(_fundamental(old, before).mT, (after.unsqueeze(-2) @ change).mT).squeeze(-1)
-        share = (moved / before.clamp(min=tiny)).clamp(min=tiny - 1).log1p()
-        ratio = (change / torch.where(support, old, 1.0).clamp(min=tiny)).clamp(min=tiny - 1).log1p()
+        share = (moved / before.clamp(min=tiny)).clamp(min=gone).log1p()
+        ratio = (change / torch.where(support, old, 1.0).clamp(min=tiny)).clamp(min=gone).log1p()
         first = torch.where(starts > 0, starts * share, 0.0).sum(-1)
-        return first + (torch.where(support, counts, 0.0) * ratio).sum((-2, -1))
+        return first + torch.where(support & (counts > 0), counts * ratio, 0.0).sum((-2, -1))
 
     def _probs(self, logits: Tensor) -> Tensor:
         logits = logits.to(torch.float64)
