@@ -487,6 +487,15 @@ def climbing() -> dict[str, Callable[[], tuple[LatentModel, Any, dict[str, Any]]
     def sticks() -> Any:
         return torchem.variational(torchem.GaussianMixture(5, 2).double(), mixing=priors.StickBreaking(0.5)), x, {}
 
+    def analysers(noise: Any, prior: Any, gaps: bool) -> Any:
+        model = torchem.Mixture(Categorical(3), factors.LowRankGaussian(3, 2, 1, noise)).double()
+        return torchem.variational(model, component=prior), holes(x) if gaps else x, {}
+
+    unknown = priors.FactorLoadings(relevance=(0.1, 0.1))
+    found["analysers-missing"] = lambda: analysers("diag", priors.FactorLoadings(), True)
+    found["analysers-spherical"] = lambda: analysers("spherical", priors.FactorLoadings(), False)
+    found["analysers-relevance"] = lambda: analysers("diag", unknown, False)
+    found["factor-analysis"] = lambda: (torchem.variational(torchem.FactorAnalysis(2, 1).double()), x, {})
     return found | {
         "structural-zeros": zeros, "mixed-with-map": mixed, "mixed-with-ml": emission_only, "product": columns,
         "nested": nested, "autoregressive": lagged, "stick-breaking": sticks,

@@ -229,11 +229,16 @@ class Variational(Wrapper):
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        if self._still or not self._family.latent:
+            return self.factor.stats(batch, expected)
+        return self._family.stats_under(self._sureness(), batch, expected)
+
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """The posterior prior + S, as means and strengths: the maximiser of the bound over all q."""
         if self._still:
             return outer(self.factor.maximize(stats))
-        posterior = self._start()[0] + stats
+        posterior = self._given.combined(self.factor, self._start()[0], stats, self._sureness)
         values = outer(self._family.settle(posterior))
         return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
 
@@ -245,19 +250,27 @@ class Variational(Wrapper):
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """The posterior given responsibilities."""
         start = self.factor
-        if batch.x.is_floating_point() and any_missing(batch.x):
-            # What is missing is completed by a first estimate.
-            start = copy.deepcopy(start)
-            for name, value in start.initialize(batch, expected).items():
-                start.get_parameter(name).data = value
+        if self._family.latent or (batch.x.is_floating_point() and any_missing(batch.x)):
+            # What is missing, or latent, is completed by a first estimate.
+            start = self._placed(start.initialize(batch, expected))
         return self.maximize(start.first_stats(batch, expected))
+
+    def _placed(self, values: dict[str, Tensor]) -> Factor:
+        """A copy of the wrapped factor with these parameters."""
+        start = copy.deepcopy(self.factor)
+        for name, value in values.items():
+            start.get_parameter(name).data = value
+        return start
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
         """Posterior means at the wrapped factor's start, as sure as an even share of the data makes them."""
         size, k = len(batch), index.shape[-1]
         even = torch.full((*index.shape[:-1], size, k), 1.0 / k, dtype=self.dtype, device=batch.x.device)
-        values = self.maximize(self.gather(batch, even))
-        return values | outer(self.factor.initialize_at(batch, index))
+        at = self.factor.initialize_at(batch, index)
+        values = self.maximize(
+            self._placed(at).first_stats(batch, even) if self._family.latent else self.gather(batch, even)
+        )
+        return values | outer(at)
 
     # ---- numerics ---------------------------------------------------------------------------------------------
 
@@ -315,11 +328,8 @@ class Variational(Wrapper):
                 "freeze", f"all of {list(self.factor.views)} of a posterior of {name}, or none", kept,
                 "freeze the rest as well, or leave that factor out of variational Bayes",
             )  # fmt: skip
-        if prior is not None and type(prior).log_normalizer is not Prior.log_normalizer:
-            raise invalid(
-                "freeze", f"all of a table under {type(prior).__name__}, or nothing (what is left of its sticks when "
-                "some weights are known is not broken off like them)", kept, "use priors.Dirichlet",
-            )  # fmt: skip
+        if prior is not None:
+            prior.check_given(kept)
 
     def rewrap(self, pruned: Factor, keep: Tensor) -> "Variational":
         out = Variational(pruned, self._given.selected(self.factor, keep))
