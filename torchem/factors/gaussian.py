@@ -52,7 +52,7 @@ class Gaussian(Factor, Conjugate):
             (varying) or I (identity): ``"EII"``, ``"VII"`` [K], ``"EEI"``, ``"VEI"``, ``"EVI"``, ``"VVI"`` [K, D],
             ``"EEE"`` [D, D], ``"VEE"``, ``"EVE"``, ``"VVE"``, ``"EEV"``, ``"VEV"``, ``"EVV"``, ``"VVV"`` [K, D, D].
             VII, VVI, EEE and VVV are the first four in another order. What is assigned of the others is moved into the
-            geometry when a fit begins; they have no conjugate prior.
+            geometry when a fit begins; of them EII and EEI have a conjugate prior.
         covariance_floor: Smallest variance that the M-step allows.
         floor_type: ``"relative"``: eigenvalues of Δ^−½ Σ Δ^−½ are clipped at the floor, Δ the data's variance per
             column, which is the exact maximiser under that constraint and independent of units; ``"absolute"``:
@@ -509,7 +509,7 @@ class Gaussian(Factor, Conjugate):
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
         """Means, and the inverses of expected precisions, Ψ/ν, as covariances."""
         delta, scatter, freedom = self._moments_of(posterior)
-        raw = self.structure.raw(self.structure.divided(scatter, freedom))
+        raw = self.structure.raw(self.structure.settled(scatter, freedom))
         mean = self.origin.to(torch.float64) + delta
         values = {"mean": mean.to(self.dtype), "scale": raw.to(self.dtype)}
         return {name: self.keep_frozen(name, value) for name, value in values.items()}
@@ -523,6 +523,8 @@ class Gaussian(Factor, Conjugate):
 
     def sureness(self, strengths: dict[str, Tensor]) -> Stats:
         """κ and the degrees of freedom alone: the rest is in the current means and covariances."""
+        if isinstance(self.structure, ops.Common):
+            return self.posterior(strengths)
         count, _, dof = self._strong(strengths)
         return Stats(count=count, dof=dof, shared=self.structure.shared, version=self.version)
 
@@ -537,7 +539,7 @@ class Gaussian(Factor, Conjugate):
     def posterior(self, strengths: dict[str, Tensor]) -> Stats:
         count, freedom, dof = self._strong(strengths)
         delta = (self.mean - self.origin).to(torch.float64)
-        scatter = self.structure.multiplied(self.structure.covariances(self.scale.to(torch.float64)), freedom)
+        scatter = self.structure.unsettled(self.structure.covariances(self.scale.to(torch.float64)), freedom)
         first = self.structure.by_column(count) * delta
         return Stats(
             count=count, dof=dof, first=first,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchem.errors import invalid
 from torchem.factor import Factor, Moments, Prior, conjugate
 from torchem.ops import linalg
-from torchem.ops.gaussian import LOG_2PI, Entrywise, Structure
+from torchem.ops.gaussian import LOG_2PI, Common, Entrywise, Structure
 from torchem.priors._hyper import chosen, expand, hyper, number, plain
 from torchem.stats import Stats
 
@@ -59,7 +59,7 @@ class _Normal(Prior, ABC):
         """Ψ in the layout of the covariances; that of the data's variances where it is open."""
         structure, k, d = self._structure(factor), factor.n_components, factor.n_features
         assert k is not None and d is not None
-        shape, unit = structure.shape(k, d), _of(factor, "unit")
+        shape, unit = structure.prior_shape(k, d), _of(factor, "unit")
         if self.scale is None:
             return self._scale_of_data(structure, unit).expand(shape)
         eye = torch.eye(d, dtype=torch.float64)
@@ -136,9 +136,11 @@ class _MeanAndCovariance(_Normal):
         if structure is None or not hasattr(factor, "origin") or isinstance(structure, Entrywise) != entrywise:
             got = f"{type(factor).__name__} {getattr(factor, 'covariance_type', '')}".rstrip()
             raise invalid("prior", f"a Gaussian with {wanted} covariances to stand over", got, "use its own prior")
-        if getattr(factor, "geometry", None) is not None:
+        geometry = getattr(factor, "geometry", None)
+        if geometry is not None and not geometry.conjugate:
             raise invalid(
-                "prior", f"covariances that are {wanted} (what is shared in part has no conjugate prior)",
+                "prior", "covariances that are full, tied, diag, spherical, EII or EEI (volumes, shapes or axes that "
+                "are shared in part are factors of a covariance, which no prior is conjugate to)",
                 getattr(factor, "covariance_type", ""), "use one of those, or no prior",
             )  # fmt: skip
         return structure
@@ -150,7 +152,7 @@ class _MeanAndCovariance(_Normal):
         mean = torch.zeros(d, dtype=torch.float64) if self.mean is None else self.mean
         delta = expand("mean", mean, (k, d), origin) - origin
         count = structure.counts(torch.full((k,), self.mean_precision, dtype=torch.float64, device=origin.device), d)
-        scale = self._scale(factor)
+        scale = structure.shared_out(self._scale(factor), k)
         freedom = torch.full((), self._freedom(factor), dtype=torch.float64, device=origin.device)
         lead = scale.shape if isinstance(structure, Entrywise) else scale.shape[:-2]
         first = structure.by_column(count) * delta
@@ -172,6 +174,8 @@ class _MeanAndCovariance(_Normal):
         """
         structure, d, lead = self._structure(factor), factor.n_features, len(factor.replicas)
         assert d is not None
+        if isinstance(structure, Common):
+            return super().divergence(factor, posterior, start, norm)
         raw, count = _of(factor, "scale"), posterior["count"]
         entrywise = isinstance(structure, Entrywise)
         width = 1 if entrywise else d
@@ -227,14 +231,14 @@ class NormalInverseGamma(_MeanAndCovariance):
     """Means and variances of a diagonal or spherical `Gaussian`: σ² ~ IG(ν/2, ψ/2), μ | σ² ~ N(m, σ²/κ).
 
     p(σ²) ∝ (σ²)^−(ν/2+1) exp(−ψ/2σ²): the inverse-Wishart law of one column. Spherical: one σ² for the means of all
-    columns of a component.
+    columns of a component. EEI and EII: one σ² for the means of all components, of a column or altogether.
 
     Args:
         mean: m, ``[D]`` or ``[K, D]``; None for the data's.
         mean_precision: κ, observations that m is worth.
         dof: ν, positive; None for D.
-        scale: ψ, one number, ``[D]`` or ``[K, D]`` (spherical: ``[K]``); None for the data's variances
-            (spherical: their mean).
+        scale: ψ, one number, ``[D]`` or ``[K, D]`` (spherical: ``[K]``; EEI: ``[D]``; EII: a number); None for the
+            data's variances (spherical and EII: their mean).
 
     Raises:
         InvalidArgument: If κ, ν or ψ is not positive.
