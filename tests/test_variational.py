@@ -519,6 +519,13 @@ def climbing() -> dict[str, Callable[[], tuple[LatentModel, Any, dict[str, Any]]
         model = torchem.Mixture(Categorical(3), factors.LowRankGaussian(3, 2, 1, noise)).double()
         return torchem.variational(model, component=prior), holes(x) if gaps else x, {}
 
+    def noise() -> Any:
+        components = factors.Stacked([Gaussian(3, 2), factors.Uniform(1, 2)])
+        model: Any = torchem.variational(torchem.Mixture(Categorical(4), components).double())
+        assert isinstance(model.component.factors[1], factors.Uniform)  # nothing is learnt of it
+        return model, x, {}
+
+    found["clusters-and-noise"] = noise
     unknown = priors.FactorLoadings(relevance=(0.1, 0.1))
     found["analysers-missing"] = lambda: analysers("diag", priors.FactorLoadings(), True)
     found["analysers-spherical"] = lambda: analysers("spherical", priors.FactorLoadings(), False)
@@ -756,6 +763,9 @@ def fitted_with_stationary() -> None:
         (lambda: Variational(factors.SoftmaxRegression(2, 2)), "conjugate prior"),
         (lambda: Variational(Product([Gaussian(2, 1), Poisson(2, 1)])), "conjugate prior"),
         (lambda: Variational(Variational(Gaussian(2, 1))), "conjugate prior"),
+        (lambda: Variational(factors.Gamma(2, 1)), r"none \(the normaliser of one over shapes has no closed form\)"),
+        (lambda: torchem.variational(torchem.GaussianHSMM(2, 2, 9, "poisson")), r"none \(the normaliser of a law that"),
+        (lambda: Variational(factors.Uniform(2, 1)), "conjugate prior"),
         (lambda: Variational(Categorical(2), priors.StickBreaking()).freeze("probs", mask=FIRST), "Dirichlet"),
         (lambda: Variational(Gaussian(2, 1), priors.Dirichlet(1.0)), "table of probabilities"),
         (lambda: Variational(Gaussian(2, 1), priors.NormalInverseGamma()), "diag or spherical"),

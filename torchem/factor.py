@@ -252,6 +252,8 @@ class Factor(nn.Module, ABC):
     memory: int = 0
     #: Whether what inference is fed differs from `log_prob`: an expectation under a posterior of the parameters.
     averages: bool = False
+    #: Why the family has no conjugate prior, if it has none.
+    no_conjugate: ClassVar[str] = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -928,7 +930,8 @@ def conjugate(factor: Any) -> Conjugate:
     """
     if isinstance(factor, Conjugate):
         return factor
+    why = f" ({factor.no_conjugate})" if getattr(factor, "no_conjugate", "") else ""
     raise invalid(
-        "factor", "a family with a conjugate prior", f"{type(factor).__name__}, which has none",
+        "factor", "a family with a conjugate prior", f"{type(factor).__name__}, which has none{why}",
         "leave it out and wrap the other slots one by one with torchem.Variational",
     )  # fmt: skip

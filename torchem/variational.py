@@ -348,7 +348,8 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
     """Variational Bayes for all parameters: wrap every factor of a model in `Variational`, in place.
 
     Args:
-        model: One whose factors all have conjugate priors; of factors that are made of others their parts.
+        model: One whose factors all have conjugate priors; of factors that are made of others their parts. What learns
+            nothing (`factors.Uniform`) stays as it is.
         **priors: The prior of a slot by its name; the others keep the factor's own, or take a weak one: for tables
             Dirichlet of total concentration one per row, for normal families one observation at the mean of the data
             and D degrees of freedom with the data's variances as scatter.
@@ -386,6 +387,11 @@ def _parts(factor: Factor) -> dict[str, Factor]:
     return getattr(factor, "parts", dict)() if not isinstance(factor, Wrapper) else {}
 
 
+def _learns(factor: Factor) -> bool:
+    """Whether there is something to have a posterior, of its own or (a stationary law) of what it is made of."""
+    return bool(factor.no_conjugate) or next(factor.parameters(), None) is not None
+
+
 def _check(factor: Factor) -> None:
     """Refuse a factor with a part that has no conjugate prior, before any is wrapped."""
     if isinstance(factor, Variational):
@@ -393,7 +399,9 @@ def _check(factor: Factor) -> None:
     parts = _parts(factor)
     for part in parts.values():
         _check(part)
-    if not parts or next(factor.parameters(recurse=False), None) is not None:  # parameters besides those of its parts
+    own = next(factor.parameters(recurse=False), None) is not None
+    # Parameters besides those of parts have a posterior of their own; where nothing is learnt there is none.
+    if own or (not parts and _learns(factor)):
         conjugate(factor)
 
 
@@ -405,7 +413,7 @@ def _wrapped(factor: Factor, prior: Prior | None) -> Factor:
         return factor
     parts = _parts(factor)
     if not parts:
-        return Variational(factor, prior)
+        return Variational(factor, prior) if prior is not None or _learns(factor) else factor
     if prior is not None and len(parts) > 1:
         raise invalid(
             "prior", f"a factor of one family to stand over (of {list(parts)})", type(factor).__name__,

@@ -99,10 +99,10 @@ def divergence(factor: Any, alpha: Tensor) -> Tensor:
 @pytest.mark.parametrize("noise", ["diag", "spherical"])
 def test_the_bound_is_that_written_out(noise: str, relevance: Any) -> None:
     """Σ E log p(x, z, state | θ) + entropies − KL, entry by entry, of rows some of whose entries are missing."""
-    fixed = {"precision": 1.3} if relevance is None else {"relevance": relevance}
+    fixed: dict[str, Any] = {"precision": 1.3} if relevance is None else {"relevance": relevance}
     factor, batch = posterior(2, 1, noise, priors.FactorLoadings([0.5, 0.0, -0.5], 0.7, dof=2.5, scale=0.8, **fixed))
     weights: Any = Categorical(2).double()
-    weights.probs = [0.3, 0.7]
+    weights.probs = torch.tensor([0.3, 0.7], dtype=torch.float64)
     model = torchem.Mixture(weights, factor)
     share = model.posterior(batch)
     mean, covariance = factor.factor.score_law(batch, factor.kernel())
@@ -127,7 +127,8 @@ def test_the_bound_is_that_written_out(noise: str, relevance: Any) -> None:
             sizes[k] += (spread[1, 1] + precision.mean * coefficient[1].square()).detach()
         alpha = Gamma(RELEVANCE[0] + 1.5, RELEVANCE[1] + sizes / 2)
         close(factor.prior.precisions(factor.factor, factor.posterior()), alpha.mean)
-        start = Gamma(*torch.tensor(RELEVANCE, dtype=torch.float64))
+        shape, rate = torch.tensor(RELEVANCE, dtype=torch.float64)
+        start = Gamma(shape, rate)
         log_mean = alpha.concentration.digamma() - alpha.rate.log()
         total = total - divergence(factor, alpha.mean) - kl_divergence(alpha, start).sum()
         total = total + 1.5 * (log_mean - alpha.mean.log()).sum()

@@ -56,6 +56,7 @@ class StudentT(Composite):
         tensor([0.3183, 0.0032], grad_fn=<...>)
     """
 
+    no_conjugate: ClassVar[str] = "degrees of freedom have no sufficient statistics"
     views: ClassVar = {"freedom": "log_freedom"}
 
     log_freedom: Tensor
