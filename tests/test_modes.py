@@ -292,6 +292,10 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         lambda: torchem.variational(torchem.Mixture(Categorical(2), ZeroInflated(Poisson(2, 1)))),
         varied,
     ),
+    "variational Student's t": (
+        lambda: torchem.variational(torchem.Mixture(Categorical(3), StudentT(3, 2))),
+        points,
+    ),
     "variational factor analysers": (
         lambda: torchem.variational(torchem.GaussianMixture(3, 2, "low_rank", rank=1)),
         points,
@@ -355,6 +359,7 @@ REFUSED = {
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",
     ("variational HMM", "direct"): "a bound on it",
+    ("variational Student's t", "direct"): "a bound on it",
     ("variational factor analysers", "direct"): "a bound on it",
     ("variational factor analysis", "direct"): "a bound on it",
     ("variational semi-Markov HMM", "direct"): "a bound on it",

@@ -525,6 +525,13 @@ def climbing() -> dict[str, Callable[[], tuple[LatentModel, Any, dict[str, Any]]
         assert isinstance(model.component.factors[1], factors.Uniform)  # nothing is learnt of it
         return model, x, {}
 
+    def students(kind: Any, gaps: bool) -> Any:
+        model = torchem.Mixture(Categorical(3), factors.StudentT(3, 2, kind)).double()
+        return torchem.variational(model), holes(x) if gaps else x, {}
+
+    found["students"] = lambda: students("full", False)
+    found["students-diag-missing"] = lambda: students("diag", True)
+    found["students-tied-missing"] = lambda: students("tied", True)
     found["clusters-and-noise"] = noise
     unknown = priors.FactorLoadings(relevance=(0.1, 0.1))
     found["analysers-missing"] = lambda: analysers("diag", priors.FactorLoadings(), True)

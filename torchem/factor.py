@@ -254,6 +254,8 @@ class Factor(nn.Module, ABC):
     averages: bool = False
     #: Why the family has no conjugate prior, if it has none.
     no_conjugate: ClassVar[str] = ""
+    #: Whether parameters of its own stay points where its parts have posteriors.
+    points: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

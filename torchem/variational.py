@@ -349,7 +349,7 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
 
     Args:
         model: One whose factors all have conjugate priors; of factors that are made of others their parts. What learns
-            nothing (`factors.Uniform`) stays as it is.
+            nothing (`factors.Uniform`) stays as it is, and degrees of freedom (`factors.StudentT`) stay points.
         **priors: The prior of a slot by its name; the others keep the factor's own, or take a weak one: for tables
             Dirichlet of total concentration one per row, for normal families one observation at the mean of the data
             and D degrees of freedom with the data's variances as scatter.
@@ -399,7 +399,7 @@ def _check(factor: Factor) -> None:
     parts = _parts(factor)
     for part in parts.values():
         _check(part)
-    own = next(factor.parameters(recurse=False), None) is not None
+    own = next(factor.parameters(recurse=False), None) is not None and not factor.points
     # Parameters besides those of parts have a posterior of their own; where nothing is learnt there is none.
     if own or (not parts and _learns(factor)):
         conjugate(factor)

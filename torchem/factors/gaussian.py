@@ -549,6 +549,14 @@ class Gaussian(Factor, Conjugate):
     def _blur(self, posterior: Stats) -> Tensor:
         return self.structure.blur(*self._sureness(posterior), self._d)
 
+    def blurs(self, posterior: Stats) -> tuple[Tensor, Tensor]:
+        """What E log N(x | μ, Λ⁻¹) has beside log N(x | E μ, (E Λ)⁻¹): 1/κ, and ½ (E log |Λ| − log |E Λ|).
+
+        In the layout of counts, ``[*r, K]`` of rows or ``[*r, K, D]`` of entries.
+        """
+        count, freedom = self._sureness(posterior)
+        return 1 / count, self.structure.blur(torch.full_like(count, torch.inf), freedom, self._d)
+
     def quadratic(self) -> Quadratic:
         factor = self.structure.dense(self.scale, self._k, self._d)
         return Quadratic(factor, self.mean.unsqueeze(-1), torch.zeros_like(self.mean[..., 0]))
@@ -577,8 +585,11 @@ class Gaussian(Factor, Conjugate):
         return _BlurredKernel(self, self._blur(posterior))
 
     def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
-        blur = self._blur(posterior) * stats["count"]
-        return self.expected_log_prob(stats) + blur.flatten(len(self.replicas)).sum(-1)
+        # Means are counted in weights of rows, log-determinants in rows: the two differ under scales of rows.
+        unsure, blur = self.blurs(posterior)
+        width = 1 if isinstance(self.structure, ops.Entrywise) else self._d
+        each = blur * stats["dof"] - width / 2 * unsure * stats["count"]
+        return self.expected_log_prob(stats) + each.flatten(len(self.replicas)).sum(-1)
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         """Student's t (C. M. Bishop 2006, equation 10.81): of rows, or where columns are independent of entries.
