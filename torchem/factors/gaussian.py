@@ -240,6 +240,11 @@ class Gaussian(Factor, Conjugate):
         scale = self.structure.variances(self.scale, self._k, self._d).sqrt()
         return tails.normal(tails.against(self.mean, limit), tails.against(scale, limit), limit, upper)
 
+    def expected_tail(self, posterior: Stats, prior: Prior, limit: Tensor, upper: bool) -> tails.Tail:
+        """`tail` of exp E log N, which is that at posterior means but for a constant."""
+        log_p, first, second = self.tail(limit, upper)
+        return log_p + tails.against(self._blur(posterior), limit), first, second
+
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows with missing entries drawn; see `Factor.complete`.
 
