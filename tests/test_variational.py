@@ -531,12 +531,10 @@ def climbing() -> dict[str, Callable[[], tuple[LatentModel, Any, dict[str, Any]]
 
     found["students"] = lambda: students("full", False)
     found["students-diag-missing"] = lambda: students("diag", True)
-    found["students-tied-missing"] = lambda: students("tied", True)
     found["clusters-and-noise"] = noise
     unknown = priors.FactorLoadings(relevance=(0.1, 0.1))
     found["analysers-missing"] = lambda: analysers("diag", priors.FactorLoadings(), True)
-    found["analysers-spherical"] = lambda: analysers("spherical", priors.FactorLoadings(), False)
-    found["analysers-relevance"] = lambda: analysers("diag", unknown, False)
+    found["analysers-relevance"] = lambda: analysers("spherical", unknown, False)
     found["factor-analysis"] = lambda: (torchem.variational(torchem.FactorAnalysis(2, 1).double()), x, {})
     return found | {
         "structural-zeros": zeros, "mixed-with-map": mixed, "mixed-with-ml": emission_only, "product": columns,
