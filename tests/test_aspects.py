@@ -156,6 +156,7 @@ ASPECTS: dict[str, Callable[[str], None]] = {
 #: All that is refused, with a word of the sentence that says why.
 REFUSED: dict[tuple[str, str], str] = {
     ("factor analysis", "labels"): "labels",
+    ("variational factor analysis", "labels"): "labels",
     ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",
     ("Laplace mixture", "`em_map`"): "function of statistics",

@@ -292,6 +292,15 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         lambda: torchem.variational(torchem.Mixture(Categorical(2), ZeroInflated(Poisson(2, 1)))),
         varied,
     ),
+    "variational Student's t": (
+        lambda: torchem.variational(torchem.Mixture(Categorical(3), StudentT(3, 2))),
+        points,
+    ),
+    "variational factor analysers": (
+        lambda: torchem.variational(torchem.GaussianMixture(3, 2, "low_rank", rank=1)),
+        points,
+    ),
+    "variational factor analysis": (lambda: torchem.variational(torchem.FactorAnalysis(3, 1)), abilities),
     "variational HMM": (lambda: torchem.variational(torchem.GaussianHMM(2, 2)), sequences),
     "variational semi-Markov HMM": (lambda: torchem.variational(torchem.GaussianHSMM(2, 2, 9)), sequences),
     "factorial HMM": (lambda: torchem.FactorialHMM.gaussian([2, 2], 2), sequences),
@@ -329,9 +338,11 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
 
 #: All that is refused, with a word of the sentence that says why.
 REFUSED = {
-    ("factor analysis", "hard"): "one of soft",
-    ("factor analysis", "sampled"): "one of soft",
-    ("factor analysis", "annealed"): "temperature",
+    **{
+        (kind, mode): why
+        for kind in ("factor analysis", "variational factor analysis")
+        for mode, why in (("hard", "one of soft"), ("sampled", "one of soft"), ("annealed", "temperature"))
+    },
     ("amortized model", "hard"): "configurations",
     ("amortized model", "sampled"): "configurations",
     ("amortized model", "annealed"): "temperature",
@@ -348,6 +359,9 @@ REFUSED = {
     ("neural HMM", "anderson"): "map to extrapolate",
     ("variational mixture", "direct"): "a bound on it",
     ("variational HMM", "direct"): "a bound on it",
+    ("variational Student's t", "direct"): "a bound on it",
+    ("variational factor analysers", "direct"): "a bound on it",
+    ("variational factor analysis", "direct"): "a bound on it",
     ("variational semi-Markov HMM", "direct"): "a bound on it",
     ("variational network", "direct"): "a bound on it",
     ("factorial HMM", "direct"): "a bound on it",

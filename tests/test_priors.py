@@ -14,10 +14,20 @@ from tests.laws import cases
 from tests.laws.cases import close
 from torchem.batch import Batch
 from torchem.factor import Factor, Prior
-from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson, Product
+from torchem.factors import (
+    Bernoulli,
+    Categorical,
+    Exponential,
+    Gaussian,
+    LinearGaussian,
+    LowRankGaussian,
+    Poisson,
+    Product,
+)
 from torchem.priors import (
     Beta,
     Dirichlet,
+    FactorLoadings,
     Gamma,
     MatrixNormalInverseWishart,
     NormalInverseGamma,
@@ -203,6 +213,17 @@ def regression(kind: str) -> MatrixNormalInverseWishart:
     return MatrixNormalInverseWishart([[0.1, 1.0], [-0.4, 0.2]], [[1.0, 0.3], [0.3, 2.0]], 4.5, scale)
 
 
+def loadings() -> FactorLoadings:
+    return FactorLoadings([0.5, 1.0], 0.7, 1.3, dof=4.5, scale=2.0)
+
+
+def analysers(k: int, noise: Any) -> LowRankGaussian:
+    g = LowRankGaussian(k, 2, 1, noise).double()
+    g.means, g.loadings = cases.randn(k, 2, seed=1), cases.randn(k, 2, 1, seed=2)
+    g.noise_variances = 0.2 + cases.rand(*g.noise_scale.shape, seed=3)
+    return g
+
+
 def families(k: int) -> dict[str, Callable[[], tuple[Factor, Prior, Batch]]]:
     """Factors away from their starts, priors with a mode inside, and data."""
     x, u = cases.randn(30, 2, seed=5) + 1, cases.randn(30, 2, seed=6)
@@ -212,6 +233,10 @@ def families(k: int) -> dict[str, Callable[[], tuple[Factor, Prior, Batch]]]:
         "Poisson": lambda: (Poisson(k, 2).double(), Gamma([2.0, 1.5], 3.0), Batch(counts)),
         "Exponential": lambda: (Exponential(k, 2).double(), Gamma([2.0, 1.5], 3.0), Batch(x.abs())),
     }
+    for noise in ("diag", "spherical"):
+        found[f"LowRankGaussian-{noise}"] = lambda noise=noise: (analysers(k, noise), loadings(), Batch(x))
+    for kind in ("EEI", "EII"):
+        found[f"Gaussian-{kind}"] = lambda kind=kind: (cases.gaussian(k, 2, kind), normal(kind), Batch(x))
     for kind in KINDS:
         found[f"Gaussian-{kind}"] = lambda kind=kind: (cases.gaussian(k, 2, kind), normal(kind), Batch(x))
         found[f"LinearGaussian-{kind}"] = lambda kind=kind: (
@@ -268,6 +293,18 @@ def test_the_prior_of_a_regression_is_its_density(kind: str) -> None:
     close(log_prior(g), torch.tensor(total, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("noise", ["diag", "spherical"])
+def test_the_prior_of_loadings_is_its_density(noise: str) -> None:
+    g = analysers(3, noise)
+    g.prior = loadings()
+    psi, m = g.noise_variances.detach().numpy(), np.array([0.5, 1.0])
+    total = stats.invgamma(4.5 / 2, scale=1.0).logpdf(psi).sum()
+    deviation = np.sqrt(psi if noise == "diag" else psi[:, None])
+    total += stats.norm(m, deviation / np.sqrt(0.7)).logpdf(g.means.detach().numpy()).sum()
+    total += stats.norm(0, deviation / np.sqrt(1.3)).logpdf(g.loadings.detach().numpy()[..., 0]).sum()
+    close(log_prior(g), torch.tensor(total, dtype=torch.float64))
+
+
 def test_priors_of_probabilities_and_rates_are_their_densities() -> None:
     b, p = Bernoulli(2, 2).double(), Poisson(2, 2).double()
     b.probs, p.rates = [[0.2, 0.7], [0.4, 0.0]], [[1.0, 2.5], [0.0, 4.0]]
@@ -289,12 +326,18 @@ def test_the_m_step_reaches_the_posterior_mode(name: str, k: int) -> None:
     """What a numerical optimiser of log-likelihood + log-prior finds, and no more."""
     factor, prior, batch = families(k)[name]()
     factor.prior = prior
-    seen = factor.stats(batch, cases.soft(30, k))
+    seen = factor.stats(batch, cases.soft(30, k)).map(torch.Tensor.detach)
 
     def objective() -> torch.Tensor:
         return factor.expected_log_prob(seen) + log_prior(factor)
 
     cases.assign(factor, factor.maximize(factor.penalized(seen)))
+    if getattr(factor, "geometry", None) is not None:  # components move together
+        mean, scale = torch.autograd.grad(objective(), [factor.mean, factor.scale])  # pyright: ignore
+        assert torch.equal(factor.scale[0], factor.scale[-1])  # pyright: ignore
+        for slope in (mean, scale.sum(0)):
+            close(slope, torch.zeros_like(slope), rtol=0, atol=1e-8)
+        return
     best = {n: p.detach().clone() for n, p in factor.named_parameters()}
     top = float(objective().detach())
     if "scale" in best and best["scale"].shape[-2:] == (2, 2) and getattr(factor, "covariance_type", "") != "diag":
@@ -392,6 +435,12 @@ def test_a_prior_keeps_a_component_of_one_point_from_collapsing() -> None:
         (lambda: setattr(Poisson(2, 2), "prior", Beta(2.0, 2.0)), "Bernoulli"),
         (lambda: setattr(Gaussian(2, 2), "prior", Gamma(2.0)), "Poisson"),
         (lambda: setattr(Gaussian(2, 2), "prior", MatrixNormalInverseWishart()), "LinearGaussian"),
+        (lambda: setattr(Gaussian(2, 2, "diag"), "prior", FactorLoadings()), "LowRankGaussian"),
+        (lambda: setattr(analysers(2, "diag"), "prior", NormalInverseGamma()), "diag or spherical"),
+        (lambda: setattr(analysers(2, "diag"), "prior", FactorLoadings(relevance=(1.0, 1.0))), "known precision"),
+        (lambda: FactorLoadings(precision=-1.0), "precision"),
+        (lambda: FactorLoadings(precision=1.0, relevance=(1.0, 1.0)), "one of the two"),
+        (lambda: FactorLoadings(relevance=(1.0,)), "a shape and a rate"),
         (lambda: setattr(LinearGaussian(2, 2, 1, shared=[0]), "prior", MatrixNormalInverseWishart()), "shared"),
     ],
 )

@@ -14,7 +14,7 @@ import math
 import operator
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -191,6 +191,21 @@ class Prior(ABC):
         """The prior of some of the factor's components (of the categories of mixing weights), for pruning."""
         return self
 
+    def check_given(self, kept: Sequence[str]) -> None:
+        """Refuse views to be known while the rest has a posterior, where what is left of the prior has no form."""
+        return
+
+    def combined(self, factor: "Factor", start: Stats, stats: Stats, before: Callable[[], Stats]) -> Stats:
+        """The posterior of an M-step: prior + statistics.
+
+        Args:
+            factor: What the prior stands over.
+            start: The prior in natural coordinates, `posterior_stats`.
+            stats: The statistics.
+            before: Gives the posterior until now, which tells a prior with unknowns of its own of these.
+        """
+        return start + stats
+
     def log_normalizer(self, factor: "Factor", posterior: Stats) -> Tensor:
         """Log-normaliser of the posterior ``posterior_stats + S``, ``[*r]``; the family's own for its usual prior."""
         return conjugate(factor).log_normalizer(posterior)
@@ -249,6 +264,10 @@ class Factor(nn.Module, ABC):
     memory: int = 0
     #: Whether what inference is fed differs from `log_prob`: an expectation under a posterior of the parameters.
     averages: bool = False
+    #: Why the family has no conjugate prior, if it has none.
+    no_conjugate: ClassVar[str] = ""
+    #: Whether parameters of its own stay points where its parts have posteriors.
+    points: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -555,12 +574,13 @@ class Factor(nn.Module, ABC):
         """The statistics that a start maximises: those of responsibilities, which a family may keep off its bounds."""
         return self.gather(batch, expected)
 
-    def gather(self, batch: Batch, expected: Tensor) -> Stats:
-        """`stats` of a batch of rows, piece by piece, so that memory stays bounded."""
+    def gather(self, batch: Batch, expected: Tensor, take: Callable[[Batch, Tensor], Stats] | None = None) -> Stats:
+        """`stats` (or what ``take`` gives) of a batch of rows, piece by piece, so that memory stays bounded."""
+        take = self.stats if take is None else take
         width = self.dtype.itemsize * math.prod(self.replicas)
         rows = rows_per_piece(self.row_size() * width, self.device)
         starts = range(0, max(1, len(batch)), rows)
-        parts = (self.stats(batch[i : i + rows], expected[..., i : i + rows, :]) for i in starts)
+        parts = (take(batch[i : i + rows], expected[..., i : i + rows, :]) for i in starts)
         return functools.reduce(operator.add, parts)
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
@@ -860,6 +880,13 @@ class Conjugate(ABC):
     #: Views of which a part may be frozen while the rest has a posterior: the prior of the rest, given what is kept,
     #: is then of a form whose expectations are known.
     splits: ClassVar[frozenset[str]] = frozenset()
+    #: Whether the family has latents of its own, so that its statistics depend on the posterior of its parameters.
+    latent: ClassVar[bool] = False
+
+    def stats_under(self, posterior: Stats, batch: Batch, expected: Tensor) -> Stats:
+        """`Factor.stats` in the coordinates of a posterior, under it; those of the family where nothing is `latent`."""
+        family: Any = self
+        return family.stats(batch, expected)
 
     def log_normalizer_given(self, posterior: Stats) -> Tensor:
         """`log_normalizer` over what is not frozen, given what is; terms linear in the posterior may be left out."""
@@ -924,7 +951,8 @@ def conjugate(factor: Any) -> Conjugate:
     """
     if isinstance(factor, Conjugate):
         return factor
+    why = f" ({factor.no_conjugate})" if getattr(factor, "no_conjugate", "") else ""
     raise invalid(
-        "factor", "a family with a conjugate prior", f"{type(factor).__name__}, which has none",
+        "factor", "a family with a conjugate prior", f"{type(factor).__name__}, which has none{why}",
         "leave it out and wrap the other slots one by one with torchem.Variational",
     )  # fmt: skip

@@ -229,11 +229,16 @@ class Variational(Wrapper):
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
+    def stats(self, batch: Batch, expected: Tensor) -> Stats:
+        if self._still or not self._family.latent:
+            return self.factor.stats(batch, expected)
+        return self._family.stats_under(self._sureness(), batch, expected)
+
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
         """The posterior prior + S, as means and strengths: the maximiser of the bound over all q."""
         if self._still:
             return outer(self.factor.maximize(stats))
-        posterior = self._start()[0] + stats
+        posterior = self._given.combined(self.factor, self._start()[0], stats, self._sureness)
         values = outer(self._family.settle(posterior))
         return values | {name: v.to(self.dtype) for name, v in self._family.strengths(posterior).items()}
 
@@ -245,19 +250,27 @@ class Variational(Wrapper):
     def initialize(self, batch: Batch, expected: Tensor) -> dict[str, Tensor]:
         """The posterior given responsibilities."""
         start = self.factor
-        if batch.x.is_floating_point() and any_missing(batch.x):
-            # What is missing is completed by a first estimate.
-            start = copy.deepcopy(start)
-            for name, value in start.initialize(batch, expected).items():
-                start.get_parameter(name).data = value
+        if self._family.latent or (batch.x.is_floating_point() and any_missing(batch.x)):
+            # What is missing, or latent, is completed by a first estimate.
+            start = self._placed(start.initialize(batch, expected))
         return self.maximize(start.first_stats(batch, expected))
+
+    def _placed(self, values: dict[str, Tensor]) -> Factor:
+        """A copy of the wrapped factor with these parameters."""
+        start = copy.deepcopy(self.factor)
+        for name, value in values.items():
+            start.get_parameter(name).data = value
+        return start
 
     def initialize_at(self, batch: Batch, index: Tensor) -> dict[str, Tensor]:
         """Posterior means at the wrapped factor's start, as sure as an even share of the data makes them."""
         size, k = len(batch), index.shape[-1]
         even = torch.full((*index.shape[:-1], size, k), 1.0 / k, dtype=self.dtype, device=batch.x.device)
-        values = self.maximize(self.gather(batch, even))
-        return values | outer(self.factor.initialize_at(batch, index))
+        at = self.factor.initialize_at(batch, index)
+        values = self.maximize(
+            self._placed(at).first_stats(batch, even) if self._family.latent else self.gather(batch, even)
+        )
+        return values | outer(at)
 
     # ---- numerics ---------------------------------------------------------------------------------------------
 
@@ -315,11 +328,8 @@ class Variational(Wrapper):
                 "freeze", f"all of {list(self.factor.views)} of a posterior of {name}, or none", kept,
                 "freeze the rest as well, or leave that factor out of variational Bayes",
             )  # fmt: skip
-        if prior is not None and type(prior).log_normalizer is not Prior.log_normalizer:
-            raise invalid(
-                "freeze", f"all of a table under {type(prior).__name__}, or nothing (what is left of its sticks when "
-                "some weights are known is not broken off like them)", kept, "use priors.Dirichlet",
-            )  # fmt: skip
+        if prior is not None:
+            prior.check_given(kept)
 
     def rewrap(self, pruned: Factor, keep: Tensor) -> "Variational":
         out = Variational(pruned, self._given.selected(self.factor, keep))
@@ -338,7 +348,8 @@ def variational(model: LatentModel, **priors: Prior) -> Any:
     """Variational Bayes for all parameters: wrap every factor of a model in `Variational`, in place.
 
     Args:
-        model: One whose factors all have conjugate priors; of factors that are made of others their parts.
+        model: One whose factors all have conjugate priors; of factors that are made of others their parts. What learns
+            nothing (`factors.Uniform`) stays as it is, and degrees of freedom (`factors.StudentT`) stay points.
         **priors: The prior of a slot by its name; the others keep the factor's own, or take a weak one: for tables
             Dirichlet of total concentration one per row, for normal families one observation at the mean of the data
             and D degrees of freedom with the data's variances as scatter.
@@ -376,6 +387,11 @@ def _parts(factor: Factor) -> dict[str, Factor]:
     return getattr(factor, "parts", dict)() if not isinstance(factor, Wrapper) else {}
 
 
+def _learns(factor: Factor) -> bool:
+    """Whether there is something to have a posterior, of its own or (a stationary law) of what it is made of."""
+    return bool(factor.no_conjugate) or next(factor.parameters(), None) is not None
+
+
 def _check(factor: Factor) -> None:
     """Refuse a factor with a part that has no conjugate prior, before any is wrapped."""
     if isinstance(factor, Variational):
@@ -383,7 +399,9 @@ def _check(factor: Factor) -> None:
     parts = _parts(factor)
     for part in parts.values():
         _check(part)
-    if not parts or next(factor.parameters(recurse=False), None) is not None:  # parameters besides those of its parts
+    own = next(factor.parameters(recurse=False), None) is not None and not factor.points
+    # Parameters besides those of parts have a posterior of their own; where nothing is learnt there is none.
+    if own or (not parts and _learns(factor)):
         conjugate(factor)
 
 
@@ -395,7 +413,7 @@ def _wrapped(factor: Factor, prior: Prior | None) -> Factor:
         return factor
     parts = _parts(factor)
     if not parts:
-        return Variational(factor, prior)
+        return Variational(factor, prior) if prior is not None or _learns(factor) else factor
     if prior is not None and len(parts) > 1:
         raise invalid(
             "prior", f"a factor of one family to stand over (of {list(parts)})", type(factor).__name__,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,8 +227,92 @@ def test_priors_stand_over_what_is_inside() -> None:
     x = rand(50, 1, seed=16).mul(2).clamp(max=1.0)
     alone(c, x)
     close(c.rates[0, 0], ((x < 1).sum() + 2) / (x.sum() + 2), rtol=1e-6)
-    with pytest.raises(InvalidArgument, match="point estimates"):
-        torchem.variational(torchem.Mixture(Categorical(1), c))
+
+
+def posterior(family: Factor, low: float, high: float, truncated: bool) -> tuple[Factor, Batch]:
+    """Of a factor with limits that has seen data."""
+    x = (rand(30, 2, seed=17) * 6).round() if family.discrete else 5 * rand(30, 2, seed=17) - (2.5 if low < 0 else 0)
+    x = with_holes(x.clamp(min=low, max=high), 0.15)
+    factor = (Truncated if truncated else Censored)(torchem.Variational(family), low, high)
+    for name, value in factor.maximize(factor.stats(Batch(x), soft(30, 2))).items():
+        factor.get_parameter(name).data = value.detach()
+    return factor, Batch(x)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize(
+    ("build", "low", "high"),
+    [
+        (lambda: normal(kind="diag"), -1.5, 1.0), (lambda: normal(kind="spherical"), -1.5, 1.0),
+        (lambda: Exponential(2, 2).double(), 0.4, 2.0), (lambda: Poisson(2, 2).double(), 1.0, 4.0),
+    ],
+)  # fmt: skip
+def test_what_is_hidden_is_integrated_out(build, low: float, high: float, truncated: bool) -> None:
+    """Sums and quadratures of exp E log f, entry by entry: its mass beyond a limit, or over all but what is hidden."""
+    factor, batch = posterior(build(), low, high, truncated)
+    inner: Any = factor.factor
+    step = 1.0 if inner.discrete else 5e-3
+    grid = torch.arange(0.0, 80.0, step).double() if inner.discrete else torch.arange(-30, 60, step).double() + step / 2
+    grid = grid[grid > 0] if isinstance(inner.factor, Exponential) else grid
+    sides = (grid < low, grid > high) if truncated or not inner.discrete else (grid <= low, grid >= high)
+    wanted = torch.zeros(30, 2, dtype=torch.float64)
+    for d in range(2):
+        column = torch.full((len(grid), 2), torch.nan, dtype=torch.float64)
+        column[:, d] = grid
+        law = inner.log_potential(Batch(column)) + math.log(step)
+        below, above = (law[side].logsumexp(0) for side in sides)
+        x = batch.x[:, d]
+        row = batch.x.clone()
+        row[:, 1 - d] = torch.nan
+        exact = inner.log_potential(Batch(row))
+        if truncated:
+            value = exact - (1 - below.exp() - above.exp()).log()
+        else:
+            value = torch.where((x >= high).unsqueeze(-1), above, torch.where((x <= low).unsqueeze(-1), below, exact))
+        wanted = wanted + torch.where(x.isnan().unsqueeze(-1), 0.0, value)
+    close(factor.kernel().log_potential(batch), wanted, rtol=1e-5, atol=1e-5)
+    close(factor.log_prob(batch), type(factor)(inner.factor, low, high).log_prob(batch))
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "times", "counts"])
+def test_bounds_of_posteriors_never_fall(kind: str, truncated: bool) -> None:
+    inner, low, high = {
+        "normal": (normal(3), -1.5, 1.0), "times": (Exponential(3, 2).double(), 0.2, 2.0),
+        "counts": (Poisson(3, 2).double(), 1.0, 6.0),
+    }[kind]  # fmt: skip
+    x = inner.sample(torch.arange(60) % 3, None, rng(1)) * (3 if kind == "counts" else 1)
+    x = with_holes(cut(x, low, high), 0.1)
+    model = torchem.Mixture(Categorical(3), (Truncated if truncated else Censored)(inner, low, high)).double()
+    torchem.variational(model)
+    result = torchem.fit(model, x, seed=0, restarts=2, max_iter=20, tol=0, progress=False)
+    for history in result.histories:
+        assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in itertools.pairwise(history))
+    stats = model.e_step(model.batch(x))
+    close(stats["log_likelihood"] + model.log_prior(), model.bound(stats), rtol=1e-9)
+
+
+def test_limits_of_rows_are_those_of_all_under_a_posterior() -> None:
+    factor, batch = posterior(normal(), -1.5, 1.0, False)
+    inner: Any = factor
+    marks = (batch.x >= 1.0).double() - (batch.x <= -1.5).double()
+    each = Censored(inner.factor, marked=True)
+    rows, share = Batch(batch.x, u=marks), soft(30, 2)
+    close(each.kernel().log_potential(rows), factor.kernel().log_potential(batch))
+    one, other = each.maximize(each.stats(rows, share)), factor.maximize(factor.stats(batch, share))
+    for name, value in other.items():
+        close(one[name], value)
+
+
+def test_the_bound_is_below_the_evidence_of_times_that_are_cut_off() -> None:
+    """Known for exponential times with limits above and a gamma law of the rate."""
+    x = cut(rand(20, 1, seed=18) * 3, 0.0, 2.0)
+    model = torchem.Mixture(Categorical(1), Censored(Exponential(1, 1), high=2.0)).double()
+    torchem.variational(model, component=priors.Gamma(2.0, 3.0))
+    result = torchem.fit(model, x, seed=0, max_iter=300, tol=1e-12, progress=False)
+    events, total = float((x < 2).sum()), float(x.sum())
+    evidence = math.lgamma(2 + events) - math.lgamma(2) + 2 * math.log(3) - (2 + events) * math.log(3 + total)
+    assert evidence - 1.0 < result.bound < evidence
 
 
 @pytest.mark.parametrize(

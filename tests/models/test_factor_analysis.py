@@ -205,7 +205,6 @@ WRONG = [
     (lambda: FactorAnalysis(3, 1).check(Batch(torch.zeros(1, 3), evidence=torch.zeros(1, 1))), "labels"),
     (lambda: FactorAnalysis(3, 1).sample(-1), "n: expected"),
     (lambda: torchem.fit(FactorAnalysis(3, 1), torch.zeros(9, 3), e_step="hard", progress=False), "e_step"),
-    (lambda: torchem.variational(FactorAnalysis(3, 1)), "conjugate prior"),
 ]  # fmt: skip
 
 

@@ -39,14 +39,6 @@ class Bounded(Around):
         #: Distances of the points that stand for latent entries.
         self.register_buffer("step", torch.ones(self._d, dtype=factor.dtype, device=factor.device))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "factor" and isinstance(value, Factor) and value.averages:
-            raise invalid(
-                "factor", "a family at point estimates", type(value).__name__,
-                "what is expected beyond a limit has no closed form under a posterior: set a prior instead (MAP)",
-            )  # fmt: skip
-        super().__setattr__(name, value)
-
     def _given(self, name: str, side: Any) -> Any:
         """A side as numbers and None, checked."""
         if side is None:
@@ -82,11 +74,19 @@ class Bounded(Around):
 
     # ---- tails ------------------------------------------------------------------------------------------------
 
-    def tail(self, limit: Tensor, upper: bool) -> Tail:
-        """What the factor inside tells of a tail, at limits that broadcast to ``[*r, …, K, D]``; empty at infinity."""
+    def tail(self, limit: Tensor, upper: bool, score: bool = False) -> Tail:
+        """What the factor inside tells of a tail, at limits that broadcast to ``[*r, …, K, D]``; empty at infinity.
+
+        Under a posterior of its parameters it is the tail of exp E log f, for a score that at the parameters' means.
+        """
         finite = limit.isfinite()
         family: Any = self.factor.unwrapped
-        log_p, first, second = family.tail(torch.where(finite, limit, 1.0), upper)
+        at = torch.where(finite, limit, 1.0)
+        if self.factor.averages and not score:
+            posterior: Any = self.factor
+            log_p, first, second = family.expected_tail(posterior.posterior(), posterior.prior, at, upper)
+        else:
+            log_p, first, second = family.tail(at, upper)
         return (
             torch.where(finite, log_p, -torch.inf), torch.where(finite, first, 0.0), torch.where(finite, second, 0.0)
         )  # fmt: skip

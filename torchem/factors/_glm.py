@@ -60,6 +60,7 @@ class GeneralizedLinear(Coefficients):
     Source: J. A. Nelder, R. W. M. Wedderburn (1972); K. Lange (1995), for one step instead of a whole inner ascent.
     """
 
+    no_conjugate: ClassVar[str] = "the normaliser of one over coefficients has no closed form"
     handles_missing: ClassVar[bool] = True
     discrete: ClassVar[bool] = True
     independent = True

@@ -27,6 +27,9 @@ class Censored(Bounded):
     *E-step.* An entry beyond its limit is latent, with the tail of f as its law: E x = c + 1/λ above c for an
     exponential law, truncated normal means and variances for a normal one (Tobit).
 
+    *Posterior of the parameters.* With a `torchem.Variational` inside the law of what is latent is the tail of
+    exp E log f, which for these families is one of f at other parameters; `log_prob` is that at posterior means.
+
     *M-step.* That of the factor inside, on completed statistics. `sample` gives what would be recorded, `moments` those
     of f.
 
@@ -79,7 +82,7 @@ class Censored(Bounded):
         return below, above, batch.with_x(torch.where(below | above, torch.nan, x))
 
     def log_prob(self, batch: Batch) -> Tensor:
-        return self.kernel().log_potential(batch)
+        return _CensoredKernel(self, score=True).log_potential(batch)
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``factor``: its own, of completed data."""
@@ -148,8 +151,9 @@ class Censored(Bounded):
 class _CensoredKernel(Kernel):
     """The pass of the factor inside over exact entries; of the others, what they are expected to be."""
 
-    def __init__(self, family: Censored):
-        self.family, self.inner_kernel = family, family.factor.kernel()
+    def __init__(self, family: Censored, score: bool = False):
+        self.family, self.score = family, score
+        self.inner_kernel = (family.factor.unwrapped if score else family.factor).kernel()
         self.limits = family.limits()
         # Limits common to all rows: their tails are computed once.
         self.common = None if family.marked else self._tails(list(self.limits))
@@ -157,7 +161,7 @@ class _CensoredKernel(Kernel):
         self.sums: list[list[Tensor]] = []
 
     def _tails(self, limits: list[Tensor]) -> list[Tail]:
-        return [self.family.tail(limit, upper) for limit, upper in zip(limits, (False, True), strict=True)]
+        return [self.family.tail(limit, upper, self.score) for limit, upper in zip(limits, (False, True), strict=True)]
 
     def _pivots(self) -> list[Tensor]:
         """Points about which latent entries are summed: the limits, one where there is none."""

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from torchem.batch import Batch, refuse_entries
 from torchem.errors import invalid
-from torchem.factor import Factor, Moments
+from torchem.factor import Factor, Moments, Prior
 from torchem.factors._rates import Rates
 from torchem.ops import tails
+from torchem.stats import Stats
 
 
 class Exponential(Rates):
@@ -104,6 +105,13 @@ class Exponential(Rates):
     def tail(self, limit: Tensor, upper: bool) -> tails.Tail:
         """What lies at or beyond limits that broadcast to ``[*r, …, K, D]``; see `torchem.ops.tails`."""
         return tails.exponential(tails.against(self.rates, limit), limit.clamp(min=0.0), upper)
+
+    def expected_tail(self, posterior: Stats, prior: Prior, limit: Tensor, upper: bool) -> tails.Tail:
+        """`tail` of exp E log p: of an exponential law at E λ, but for a constant."""
+        natural = self._expected(posterior, prior)
+        rate = -natural["total"]
+        log_p, first, second = tails.exponential(tails.against(rate, limit), limit.clamp(min=0.0), upper)
+        return log_p + tails.against(natural["count"] - rate.log(), limit), first, second
 
     def drawn(self, rates: Tensor, generator: torch.Generator | None) -> Tensor:
         return (torch.empty_like(rates).exponential_(generator=generator) / rates).to(self.dtype)

@@ -56,6 +56,7 @@ class FromDistribution(Climbed):
         >>> model = torchem.Mixture(torchem.factors.Categorical(2), component)
     """
 
+    no_conjugate: ClassVar[str] = "its law may be any"
     handles_missing: ClassVar[bool] = True
     independent = True
 

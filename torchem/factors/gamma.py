@@ -44,6 +44,7 @@ class Gamma(Grid, ExponentialFamily):
         tensor([[-2.0000, -0.9397]], grad_fn=<...>)
     """
 
+    no_conjugate: ClassVar[str] = "the normaliser of one over shapes has no closed form"
     views: ClassVar = {"shapes": "log_shape", "rates": "log_rate"}
 
     log_shape: Tensor

@@ -52,7 +52,7 @@ class Gaussian(Factor, Conjugate):
             (varying) or I (identity): ``"EII"``, ``"VII"`` [K], ``"EEI"``, ``"VEI"``, ``"EVI"``, ``"VVI"`` [K, D],
             ``"EEE"`` [D, D], ``"VEE"``, ``"EVE"``, ``"VVE"``, ``"EEV"``, ``"VEV"``, ``"EVV"``, ``"VVV"`` [K, D, D].
             VII, VVI, EEE and VVV are the first four in another order. What is assigned of the others is moved into the
-            geometry when a fit begins; they have no conjugate prior.
+            geometry when a fit begins; of them EII and EEI have a conjugate prior.
         covariance_floor: Smallest variance that the M-step allows.
         floor_type: ``"relative"``: eigenvalues of Δ^−½ Σ Δ^−½ are clipped at the floor, Δ the data's variance per
             column, which is the exact maximiser under that constraint and independent of units; ``"absolute"``:
@@ -239,6 +239,11 @@ class Gaussian(Factor, Conjugate):
         """What lies at or beyond limits of each column, broadcast to ``[*r, …, K, D]``; see `torchem.ops.tails`."""
         scale = self.structure.variances(self.scale, self._k, self._d).sqrt()
         return tails.normal(tails.against(self.mean, limit), tails.against(scale, limit), limit, upper)
+
+    def expected_tail(self, posterior: Stats, prior: Prior, limit: Tensor, upper: bool) -> tails.Tail:
+        """`tail` of exp E log N, which is that at posterior means but for a constant."""
+        log_p, first, second = self.tail(limit, upper)
+        return log_p + tails.against(self._blur(posterior), limit), first, second
 
     def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows with missing entries drawn; see `Factor.complete`.
@@ -509,7 +514,7 @@ class Gaussian(Factor, Conjugate):
     def settle(self, posterior: Stats) -> dict[str, Tensor]:
         """Means, and the inverses of expected precisions, Ψ/ν, as covariances."""
         delta, scatter, freedom = self._moments_of(posterior)
-        raw = self.structure.raw(self.structure.divided(scatter, freedom))
+        raw = self.structure.raw(self.structure.settled(scatter, freedom))
         mean = self.origin.to(torch.float64) + delta
         values = {"mean": mean.to(self.dtype), "scale": raw.to(self.dtype)}
         return {name: self.keep_frozen(name, value) for name, value in values.items()}
@@ -523,6 +528,8 @@ class Gaussian(Factor, Conjugate):
 
     def sureness(self, strengths: dict[str, Tensor]) -> Stats:
         """κ and the degrees of freedom alone: the rest is in the current means and covariances."""
+        if isinstance(self.structure, ops.Common):
+            return self.posterior(strengths)
         count, _, dof = self._strong(strengths)
         return Stats(count=count, dof=dof, shared=self.structure.shared, version=self.version)
 
@@ -537,7 +544,7 @@ class Gaussian(Factor, Conjugate):
     def posterior(self, strengths: dict[str, Tensor]) -> Stats:
         count, freedom, dof = self._strong(strengths)
         delta = (self.mean - self.origin).to(torch.float64)
-        scatter = self.structure.multiplied(self.structure.covariances(self.scale.to(torch.float64)), freedom)
+        scatter = self.structure.unsettled(self.structure.covariances(self.scale.to(torch.float64)), freedom)
         first = self.structure.by_column(count) * delta
         return Stats(
             count=count, dof=dof, first=first,
@@ -546,6 +553,14 @@ class Gaussian(Factor, Conjugate):
 
     def _blur(self, posterior: Stats) -> Tensor:
         return self.structure.blur(*self._sureness(posterior), self._d)
+
+    def blurs(self, posterior: Stats) -> tuple[Tensor, Tensor]:
+        """What E log N(x | μ, Λ⁻¹) has beside log N(x | E μ, (E Λ)⁻¹): 1/κ, and ½ (E log |Λ| − log |E Λ|).
+
+        In the layout of counts, ``[*r, K]`` of rows or ``[*r, K, D]`` of entries.
+        """
+        count, freedom = self._sureness(posterior)
+        return 1 / count, self.structure.blur(torch.full_like(count, torch.inf), freedom, self._d)
 
     def quadratic(self) -> Quadratic:
         factor = self.structure.dense(self.scale, self._k, self._d)
@@ -575,8 +590,11 @@ class Gaussian(Factor, Conjugate):
         return _BlurredKernel(self, self._blur(posterior))
 
     def expected_inner(self, posterior: Stats, prior: Prior, stats: Stats) -> Tensor:
-        blur = self._blur(posterior) * stats["count"]
-        return self.expected_log_prob(stats) + blur.flatten(len(self.replicas)).sum(-1)
+        # Means are counted in weights of rows, log-determinants in rows: the two differ under scales of rows.
+        unsure, blur = self.blurs(posterior)
+        width = 1 if isinstance(self.structure, ops.Entrywise) else self._d
+        each = blur * stats["dof"] - width / 2 * unsure * stats["count"]
+        return self.expected_log_prob(stats) + each.flatten(len(self.replicas)).sum(-1)
 
     def predictive(self, posterior: Stats, batch: Batch) -> Tensor:
         """Student's t (C. M. Bishop 2006, equation 10.81): of rows, or where columns are independent of entries.

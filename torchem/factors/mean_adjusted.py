@@ -54,6 +54,7 @@ class MeanAdjustedAutoregression(Factor):
         [0.5, -0.5, 2.5, 1.5]
     """
 
+    no_conjugate: ClassVar[str] = "its coefficients multiply its means"
     views: ClassVar = {"means": "mean", "coefficients": "coefficient", "variances": "scale"}
     default_init: ClassVar[str] = "kmeans"
 

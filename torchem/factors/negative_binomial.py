@@ -52,6 +52,7 @@ class NegativeBinomial(Cells):
         tensor([0.2500, 0.1875], grad_fn=<...>)
     """
 
+    no_conjugate: ClassVar[str] = "dispersions have no sufficient statistics"
     views: ClassVar = {"means": "log_mean", "dispersions": "log_dispersion"}
     discrete = True
 

@@ -48,6 +48,7 @@ class NegativeBinomialDuration(Durations):
         tensor([[0.5714, 0.2857, 0.1429]], grad_fn=<ExpBackward0>)
     """
 
+    no_conjugate: ClassVar[str] = "dispersions have no sufficient statistics"
     views: ClassVar = {"means": "log_mean", "dispersions": "log_dispersion"}
 
     log_mean: Tensor

@@ -1,7 +1,7 @@
 """Emissions that are networks: any module that scores observations under each state."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class Neural(Network):
         >>> Neural(Unit(), 2).log_prob(Batch(torch.tensor([[1.0]])))
         tensor([[-2.9189, -0.9189]], grad_fn=<...>)
     """
+
+    no_conjugate: ClassVar[str] = "parameters of a network have no sufficient statistics"
 
     def __init__(self, module: nn.Module, n_components: int, inputs: bool = False, states: Sequence[int] | None = None):
         super().__init__(module, "write a Factor of your own for a fixed law")

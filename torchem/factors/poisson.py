@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch
-from torchem.factor import Factor
+from torchem.factor import Factor, Prior
 from torchem.factors._counts import check_counts, with_factorials
 from torchem.factors._rates import Rates
 from torchem.ops import tails
+from torchem.stats import Stats
 
 
 class Poisson(Rates):
@@ -95,6 +96,14 @@ class Poisson(Rates):
         """What lies at or beyond limits that broadcast to ``[*r, …, K, D]``; see `torchem.ops.tails`."""
         tiny = torch.finfo(torch.float64).tiny
         return tails.poisson(tails.against(self.rates, limit).clamp(min=tiny), limit, upper)
+
+    def expected_tail(self, posterior: Stats, prior: Prior, limit: Tensor, upper: bool) -> tails.Tail:
+        """`tail` of exp E log p: of counts at the rate exp E log λ, but for a constant."""
+        natural, free = self._expected(posterior, prior), self.free()
+        rate = torch.where(free, natural["total"].exp(), torch.finfo(torch.float64).tiny)
+        log_p, first, second = tails.poisson(tails.against(rate, limit), limit, upper)
+        more = torch.where(free, natural["count"] + rate, 0.0)
+        return log_p + tails.against(more, limit), first, second
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class PoissonDuration(Durations):
         tensor([[0.2000, 0.4000, 0.4000]], grad_fn=<ExpBackward0>)
     """
 
+    no_conjugate: ClassVar[str] = "the normaliser of a law that is cut off has no closed form"
     views: ClassVar = {"rates": "log_rate"}
 
     log_rate: Tensor

@@ -58,6 +58,7 @@ class SoftmaxRegression(Factor):
         [0.5, 0.5]
     """
 
+    no_conjugate: ClassVar[str] = "the normaliser of one over coefficients has no closed form"
     views: ClassVar = {"weight": "coefficient"}
 
     coefficient: Tensor

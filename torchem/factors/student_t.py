@@ -37,6 +37,10 @@ class StudentT(Composite):
     best α: its maximum divides the scatter by Σ u instead of by the number of observations, and converges much faster
     than EM at α = 1, to which the M-step falls back where a covariance is shared or fixed, has a prior, or is floored.
 
+    *Posterior of the parameters.* Location and scale have that of a `Gaussian` (make the part ``normal`` a
+    `torchem.Variational`, or the whole model by `torchem.variational`); degrees of freedom have no conjugate prior and
+    stay points. Distances grow by D/κ, for a location is known as well as κ observations tell it.
+
     Args:
         n_components: K, the number of states.
         n_features: D, the number of columns.
@@ -47,7 +51,8 @@ class StudentT(Composite):
     Raises:
         InvalidArgument: For sizes below one or options that do not exist.
 
-    Source: G. J. McLachlan, D. Peel (2000), chapter 7; C. Liu, D. B. Rubin, Y. N. Wu (1998) for the expansion.
+    Source: G. J. McLachlan, D. Peel (2000), chapter 7; C. Liu, D. B. Rubin, Y. N. Wu (1998) for the expansion;
+        M. Svensén, C. M. Bishop (2005) for the posterior.
 
     Example:
         >>> t = StudentT(1, 1)
@@ -57,6 +62,8 @@ class StudentT(Composite):
     """
 
     views: ClassVar = {"freedom": "log_freedom"}
+    no_conjugate: ClassVar[str] = "degrees of freedom have no sufficient statistics; its part normal has one"
+    points: ClassVar[bool] = True
 
     log_freedom: Tensor
 
@@ -69,7 +76,7 @@ class StudentT(Composite):
         floor_type: FloorType = "relative",
     ):
         super().__init__()
-        self.normal = Gaussian(n_components, n_features, covariance_type, covariance_floor, floor_type)
+        self.normal: Any = Gaussian(n_components, n_features, covariance_type, covariance_floor, floor_type)
         self.covariance_type: CovarianceType = covariance_type
         self.covariance_floor = covariance_floor
         self.floor_type: FloorType = floor_type
@@ -164,7 +171,11 @@ class StudentT(Composite):
         self.normal.check(batch)
 
     def log_prob(self, batch: Batch) -> Tensor:
-        return _StudentKernel(self, direct=True).log_potential(batch)
+        """Log-density ``[*r, *n, K]``; under a posterior a t about the location's mean, of a scale by 1 + 1/κ wider.
+
+        What is not known of the scale is left out: the predictive itself has no closed form.
+        """
+        return _StudentKernel(self, direct=True, score=True).log_potential(batch)
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``normal`` under expectations times E u; ``count``, ``scale`` Σ E u and ``log`` Σ E log u, ``[*r, K]``."""
@@ -227,8 +238,12 @@ class StudentT(Composite):
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         half = self.freedom.detach().to(torch.float64)[z] / 2
         scale = torch._standard_gamma(half, generator=generator) / half  # pyright: ignore[reportPrivateImportUsage]
-        mean = self.means.detach()[z]
-        return mean + (self.normal.sample(z, None, generator) - mean) * scale.rsqrt().unsqueeze(-1).to(mean)
+        mean, width = self.means.detach()[z], (1 / scale).unsqueeze(-1)
+        if self.normal.averages:  # what a predictive has of the location's variance, 1/κ, is not scaled
+            unsure = self.normal.unwrapped.blurs(self.normal.posterior())[0].detach()[z]
+            unsure = unsure if self._entrywise else unsure.unsqueeze(-1)
+            width = (width + unsure) / (1 + unsure)
+        return mean + (self.normal.sample(z, None, generator) - mean) * width.sqrt().to(mean)
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 
@@ -245,6 +260,10 @@ class StudentT(Composite):
         With N = n D (or the entries observed), A = Σ u, B = Σ u δ², L = Σ log u, all expected.
         """
         normal, structure = self.normal, self.normal.structure
+        if normal.averages:
+            half = self.log_freedom.to(torch.float64).exp() / 2
+            own = stats["count"] * (half * half.log() - half.lgamma()) + half * (stats["log"] - stats["scale"])
+            return normal.expected_log_prob(stats["normal"]) + own.sum(-1)
         count, scale, log = stats["count"], stats["scale"], stats["log"]
         raw, half = normal.scale.to(torch.float64), self.log_freedom.to(torch.float64).exp() / 2
         distance = self._distances(stats["normal"], normal.mean, raw)
@@ -370,9 +389,14 @@ def _freedom(target: Tensor) -> Tensor:
 class _StudentKernel(Kernel):
     """A pass of the Gaussian; distances tell the scales of the observations."""
 
-    def __init__(self, factor: StudentT, direct: bool):
-        self.factor, normal = factor, factor.normal
-        self.sweep = normal._pass(direct)
+    def __init__(self, factor: StudentT, direct: bool, score: bool = False):
+        self.factor, normal = factor, factor.normal.unwrapped
+        self.sweep, self.score = normal._pass(direct), score
+        #: Of the location 1/κ, and of the scale ½ (E log |Λ| − log |E Λ|), under a posterior.
+        self.blurs: tuple[Tensor, Tensor] | None = None
+        if factor.normal.averages:
+            unsure, blur = normal.blurs(factor.normal.posterior())
+            self.blurs = unsure.to(factor.dtype), blur.to(factor.dtype)
         self.structure, self.d = normal.structure, normal.n_features
         self.freedom = factor.freedom.unsqueeze(-1)
         self.log_det = normal.structure.log_det(normal.scale, normal.n_components, self.d).unsqueeze(-1)
@@ -403,6 +427,8 @@ class _StudentKernel(Kernel):
         else:
             distance = -2 * value - (log_det + self.d * ops.LOG_2PI)
         distance = distance.clamp(min=0.0)
+        if self.blurs is not None:
+            distance, log_det = self._blurred(distance, log_det, size)
         half = (self.freedom + size) / 2
         # One logarithm of each distance serves the density and the expected logarithm of the scale.
         beyond = (distance / self.freedom).log1p()
@@ -410,6 +436,22 @@ class _StudentKernel(Kernel):
         self.mean_log = half.digamma() - (self.freedom / 2).log() - beyond
         value = (ops.student_constant(log_det, size, self.freedom) - half * beyond).mT
         return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
+
+    def _blurred(self, distance: Tensor, log_det: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected distances and log-determinants; for a score those of a scale that is wider by 1 + 1/κ."""
+        assert self.blurs is not None
+        unsure, blur = self.blurs
+        entries = isinstance(self.structure, ops.Entrywise)
+        if self.score:
+            wider = 1 + (unsure.mean(-1) if entries else unsure).unsqueeze(-1)
+            return distance / wider, log_det + size * wider.log()
+        if entries:
+            seen = torch.ones_like(unsure[..., :1, :]) if self.seen is None else self.seen.to(unsure)
+            more, less = unsure @ seen.mT, 2 * blur @ seen.mT
+        else:  # rows are completed; one without an entry says nothing
+            said = 1.0 if self.seen is None else self.seen.any(-1).to(unsure)
+            more, less = self.d * unsure.unsqueeze(-1) * said, 2 * blur.unsqueeze(-1) * said
+        return distance + more, log_det - less
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         if len(self.axes) != 1:

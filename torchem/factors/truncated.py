@@ -10,6 +10,7 @@ from torchem.errors import invalid
 from torchem.factor import Factor, Kernel
 from torchem.factors._around import marked, mass
 from torchem.factors._bounded import Bounded
+from torchem.ops import reduce
 from torchem.ops.tails import Tail, log_difference
 from torchem.stats import Stats
 
@@ -29,6 +30,9 @@ class Truncated(Bounded):
     the tails of f.
 
     *M-step.* That of the factor inside, on data completed by these.
+
+    *Posterior of the parameters.* With a `torchem.Variational` inside P_f(outside) is the mass there of exp E log f,
+    less than one, and P_f(inside) what it leaves; `log_prob` is that at posterior means.
 
     Args:
         factor: `Exponential`, `Poisson` or `Gaussian` with independent columns, with K components.
@@ -63,21 +67,29 @@ class Truncated(Bounded):
 
     # ---- the distribution -------------------------------------------------------------------------------------
 
-    def _tails(self) -> tuple[Tensor, list[tuple[Tensor, Tail]]]:
-        """log P(inside), and for both sides where the outside begins and its tail, ``[*r, K, D]``."""
+    def _tails(self, score: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tail]]]:
+        """log P(inside), and for both sides where the outside begins and its tail, ``[*r, K, D]``.
+
+        Args:
+            score: At the means of a posterior of the parameters, if there is one.
+        """
         low, high = self.limits()
         # Of counts the limits themselves are within.
         gap = 1.0 if self.discrete else 0.0
-        outside = [(low - gap, self.tail(low - gap, False)), (high + gap, self.tail(high + gap, True))]
-        from_low = torch.where(low.isfinite(), self.tail(low, True)[0], 0.0)
-        to_high = torch.where(high.isfinite(), self.tail(high, False)[0], 0.0)
+        ends = ((low - gap, False), (high + gap, True))
+        outside = [(end, self.tail(end, upper, score)) for end, upper in ends]
+        if self.factor.averages and not score:  # whose mass is less than one
+            out = reduce.logsumexp(torch.stack([tail[0] for _, tail in outside], -1), -1)
+            return log_difference(torch.zeros_like(out), out), outside
+        from_low = torch.where(low.isfinite(), self.tail(low, True, score)[0], 0.0)
+        to_high = torch.where(high.isfinite(), self.tail(high, False, score)[0], 0.0)
         # The difference of the smaller ones keeps more digits.
         upper = log_difference(from_low, outside[1][1][0])
         lower = log_difference(to_high, outside[0][1][0])
         return torch.where(from_low < to_high, upper, lower), outside
 
     def log_prob(self, batch: Batch) -> Tensor:
-        return self.kernel().log_potential(batch)
+        return _TruncatedKernel(self, score=True).log_potential(batch)
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``factor``: its own, of completed data."""
@@ -98,7 +110,7 @@ class Truncated(Bounded):
         mean, variance = self.factor.moments(batch)
         lead = len(self.replicas)
         shape = (*mean.shape[:lead], *[1] * (mean.dim() - lead - 2), self._k, self._d)
-        inside, outside = self._tails()
+        inside, outside = self._tails(score=True)
         first, second = mean, variance + mean.square()
         for limit, tail in outside:
             log_p, excess, square = (value.reshape(shape) for value in tail)
@@ -159,9 +171,10 @@ class Truncated(Bounded):
 class _TruncatedKernel(Kernel):
     """The pass of the factor inside, and how many entries were recorded."""
 
-    def __init__(self, family: Truncated):
-        self.family, self.inner_kernel = family, family.factor.kernel()
-        self.inside, self.outside = family._tails()
+    def __init__(self, family: Truncated, score: bool = False):
+        self.family = family
+        self.inner_kernel = (family.factor.unwrapped if score else family.factor).kernel()
+        self.inside, self.outside = family._tails(score)
         self.count: Tensor | None = None
 
     def log_potential(self, batch: Batch) -> Tensor:

@@ -48,6 +48,7 @@ class VonMises(ExponentialFamily):
         tensor([[-4.6419, -0.3417]], grad_fn=<...>)
     """
 
+    no_conjugate: ClassVar[str] = "the normaliser of one over concentrations has no closed form"
     views: ClassVar = {"means": "mean", "concentrations": "log_concentration"}
     handles_missing: ClassVar[bool] = True
     independent = True

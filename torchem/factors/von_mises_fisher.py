@@ -58,6 +58,7 @@ class VonMisesFisher(ExponentialFamily):
         tensor([[-2.6925,  0.4647]], grad_fn=<...>)
     """
 
+    no_conjugate: ClassVar[str] = "the normaliser of one over concentrations has no closed form"
     views: ClassVar = {"directions": "direction", "concentrations": "log_concentration"}
     handles_missing: ClassVar[bool] = True
     default_init: ClassVar[str] = "kmeans"

@@ -10,8 +10,9 @@ from torch.distributions import MultivariateNormal
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid, whole_number
-from torchem.factor import Kernel
+from torchem.factor import Factor, Kernel
 from torchem.factors import LowRankGaussian
+from torchem.factors.low_rank import ScorePass
 from torchem.model import DiscreteModel, EStep, Reduction
 from torchem.models.imputation import Gaps, How, checked_draws, complete, finished, floating, impute
 from torchem.ops import linalg, reduce
@@ -55,7 +56,7 @@ class FactorAnalysis(DiscreteModel):
     e_steps: ClassVar[tuple[EStep, ...]] = ("soft",)
     anneals: ClassVar[bool] = False
 
-    component: LowRankGaussian
+    component: Any  # LowRankGaussian, or that in a wrapper
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class FactorAnalysis(DiscreteModel):
         self.covariance_floor, self.floor_type = self.component.covariance_floor, floor_type
         self._starts: tuple[Sequence[torch.Generator], int] = ((), 0)
 
-    def slots(self) -> tuple[tuple[str, LowRankGaussian], ...]:
+    def slots(self) -> tuple[tuple[str, Factor], ...]:
         return (("component", self.component),)
 
     # ---- views ------------------------------------------------------------------------------------------------
@@ -148,10 +149,12 @@ class FactorAnalysis(DiscreteModel):
         return batch if x is batch.x else batch.with_x(x)
 
     def _e_step(self, batch: Batch, infer: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Stats:
-        if not isinstance(self.component, LowRankGaussian) or self._incomplete(batch):
+        rows = self.component.kernel()
+        plain = isinstance(self.component, LowRankGaussian) or self.component.averages
+        if not plain or not isinstance(rows, ScorePass) or self._incomplete(batch):
             return super()._e_step(batch, infer)
         moments = batch.remember(("moments", self.dtype, self.device), lambda: self._moments(batch))
-        kernel = _Scatter(self.component, *moments)
+        kernel = _Scatter(rows.factor, *moments, posterior=rows.posterior)
         return self._assembled({"component": kernel}, kernel.log_likelihood, batch)
 
     def _incomplete(self, batch: Batch) -> bool:
@@ -199,7 +202,8 @@ class FactorAnalysis(DiscreteModel):
         return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        mean, covariance = self.component.score_law(self.cast(batch))
+        # Under a posterior of the parameters they are less sure.
+        mean, covariance = self.component.unwrapped.score_law(self.cast(batch), self.component.kernel())
         mean, covariance = mean.squeeze(-2), covariance.squeeze(-3)
         return mean, linalg.cholesky(covariance).expand(*mean.shape, self.n_factors)
 
@@ -244,10 +248,15 @@ class FactorAnalysis(DiscreteModel):
 
     @torch.no_grad()
     def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:
-        """Draw ``n`` observations ``[n, D]``, and their scores ``[n, q]`` when ``latents`` is True."""
+        """Draw ``n`` observations ``[n, D]``, and their scores ``[n, q]`` when ``latents`` is True.
+
+        Under a posterior of the parameters observations are draws of the predictive, or with scores those at its means.
+        """
         whole_number("n", n, 0, "give the number of draws")
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "generator": generator}
         z, noise = torch.randn(n, self.n_factors, **options), torch.randn(n, self.n_features, **options)
+        if self.component.averages and not latents:
+            return self.component.sample(torch.zeros(n, dtype=torch.long, device=self.device), None, generator)
         deviation = self.noise_variance.sqrt()
         x = self.mean + z @ self.loadings.mT + noise * deviation
         return (x, z) if latents else x
@@ -275,13 +284,14 @@ class FactorAnalysis(DiscreteModel):
         generators, first = self._starts
         if first + len(generators) <= 1 or self.component.frozen("loading") is not None:
             return {}
-        loading = values["loading"]
+        name = next(name for name in values if name.endswith("loading"))  # a wrapper's parameters stand below it
+        loading = values[name]
         shape, scale = loading.shape[-2:], (self.component.unit / (1 + self.n_factors)).sqrt().unsqueeze(-1)
         drawn = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators])
         drawn = (drawn.to(scale) * scale).to(loading).unsqueeze(-3)
         drawn = drawn if self.replicas else drawn[0]
         later = first + torch.arange(len(generators), device=loading.device) > 0
-        return {"loading": torch.where(later.view(-1, 1, 1, 1) if self.replicas else later[0], drawn, loading)}
+        return {name: torch.where(later.view(-1, 1, 1, 1) if self.replicas else later[0], drawn, loading)}
 
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
         values = self.component.initialize_at(self.cast(batch), index)
@@ -315,36 +325,54 @@ class FactorAnalysis(DiscreteModel):
 class _Scatter(Kernel):
     """The statistics and the likelihood of complete rows from their weight, mean and scatter matrix."""
 
-    def __init__(self, factor: LowRankGaussian, count: Tensor, mean: Tensor, scatter: Tensor):
-        self.factor = factor
+    def __init__(
+        self, factor: LowRankGaussian, count: Tensor, mean: Tensor, scatter: Tensor, posterior: Stats | None = None
+    ):
+        self.factor, self.posterior = factor, posterior
         center, loading = factor.mean.to(torch.float64).squeeze(-2), factor.loading.to(torch.float64).squeeze(-3)
         variance = factor.variances().to(torch.float64).squeeze(-2)
         weighted = loading / variance.unsqueeze(-1)
         eye = torch.eye(loading.shape[-1], dtype=torch.float64, device=loading.device)
-        inverse = linalg.inverse_factor(linalg.cholesky(eye + loading.mT @ weighted))
+        precision = eye + loading.mT @ weighted
+        if posterior is not None:  # as in the pass over rows
+            unsure = factor.unsure(posterior).squeeze(-4).sum(-3)
+            precision = precision + unsure[..., 1:, 1:]
+        inverse = linalg.inverse_factor(linalg.cholesky(precision))
         left = inverse.mT @ inverse
         gap = mean - center
         moment = scatter + count * gap.unsqueeze(-1) * gap.unsqueeze(-2)
         pull = left @ weighted.mT  # ẑ = pull (x − μ)
         cross = moment @ pull.mT
         spread = pull @ cross
+        first, score = count * gap, count * (pull @ gap.unsqueeze(-1)).squeeze(-1)
+        if posterior is not None:  # less `off`
+            off = (left @ unsure[..., 1:, :1]).squeeze(-1)
+            aside = score.unsqueeze(-1) * off.unsqueeze(-2)
+            cross = cross - first.unsqueeze(-1) * off.unsqueeze(-2)
+            spread = spread - aside - aside.mT + count * off.unsqueeze(-1) * off.unsqueeze(-2)
+            score = score - count * off
         square = moment.diagonal(dim1=-2, dim2=-1)
         # ‖x − μ − W ẑ‖²_Ψ + ‖ẑ‖², summed, in which nothing cancels but what the fit explains.
         rest = square - 2 * (cross * loading).sum(-1) + ((loading @ spread) * loading).sum(-1)
         distance = (rest / variance).sum(-1) + spread.diagonal(dim1=-2, dim2=-1).sum(-1)
         log_det = variance.log().sum(-1) - 2 * inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if posterior is not None:
+            distance = distance + count * unsure[..., 0, 0] + 2 * (unsure[..., 0, 1:] * score).sum(-1)
+            distance = distance + (unsure[..., 1:, 1:] * spread).sum((-2, -1))
+            log_det = log_det - 2 * factor.blur(posterior).squeeze(-2).sum(-1)
         self.log_likelihood = -0.5 * (distance + count * (log_det + gap.shape[-1] * LOG_2PI))
         shift = center - factor.origin.to(torch.float64)
-        first, score = count * gap, count * (pull @ gap.unsqueeze(-1)).squeeze(-1)
+        whole = count.expand(first.shape[:-1])
         own = {
-            "count": count.expand(first.shape[:-1]), "first": first + count * shift,
+            "count": whole, "dof": whole, "first": first + count * shift,
             "square": square + 2 * shift * first + count * shift.square(),
             "cross": cross + shift.unsqueeze(-1) * score.unsqueeze(-2),
             "score": score, "outer": spread + count * left,
         }  # fmt: skip
-        ranks = {"count": 0, "first": 1, "square": 1, "cross": 2, "score": 1, "outer": 2}
+        ranks = {"count": 0, "dof": 0, "first": 1, "square": 1, "cross": 2, "score": 1, "outer": 2}
         own = {name: value.unsqueeze(-1 - ranks[name]) for name, value in own.items()}  # one component
-        self.total = Stats(own, version=factor.version)
+        total = Stats(own, version=factor.version)
+        self.total = total if posterior is None else factor.columns(total)
 
     def log_potential(self, batch: Batch) -> Tensor:
         raise NotImplementedError("rows are not seen one by one")
@@ -356,4 +384,6 @@ class _Scatter(Kernel):
         return self.total
 
     def inner(self) -> Tensor:
+        if self.posterior is not None:
+            return self.factor.expected_sum(self.posterior, self.total)
         return self.factor.expected_log_prob(self.total)

@@ -593,7 +593,7 @@ class GaussianMixture(Mixture):
 
     @covariances.setter
     def covariances(self, value: Any) -> None:
-        if isinstance(self.component, LowRankGaussian):
+        if isinstance(getattr(self.component, "unwrapped", None), LowRankGaussian):
             raise invalid(
                 "covariances", "component.loadings and component.noise_variances", "covariances of low rank",
                 "assign those",

@@ -1,6 +1,6 @@
 """The initial law of a chain that has been running for ever."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class Stationary(Factor):
         >>> Stationary(table).probs
         tensor([0.6667, 0.3333], grad_fn=<...>)
     """
+
+    no_conjugate: ClassVar[str] = "it is a function of the transition, without parameters of its own"
 
     transition: Categorical
 

@@ -226,6 +226,22 @@ class Structure(ABC):
         """ν must exceed this."""
         return d - 1
 
+    def prior_shape(self, k: int, d: int) -> tuple[int, ...]:
+        """Shape of a prior's scatter."""
+        return self.shape(k, d)
+
+    def shared_out(self, scatter: Tensor, k: int) -> Tensor:
+        """A prior's scatter in the layout of the statistics."""
+        return scatter
+
+    def settled(self, scatter: Tensor, freedom: Tensor) -> Tensor:
+        """Inverses of expected precisions from a posterior's scatter and its degrees of freedom."""
+        return self.divided(scatter, freedom)
+
+    def unsettled(self, covariances: Tensor, freedom: Tensor) -> Tensor:
+        """The inverse of `settled`, in the layout of the statistics."""
+        return self.multiplied(covariances, freedom)
+
     def multiplied(self, covariances: Tensor, mass: Tensor) -> Tensor:
         """The inverse of `divided`."""
         return covariances * mass[..., None, None]
@@ -728,6 +744,60 @@ class Spherical(Entrywise):
 
     def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
         return _log_means(count).sum(-1) + _log_gamma((dof.sum(-1) - d) / 2 + 1, scatter).sum(-1)
+
+
+class Common(Entrywise):
+    """Variances that all components have in common, stored for each: one posterior, of which each holds a share."""
+
+    #: Axes of counts of entries that one variance is made of, and the axis of components of variances.
+    pools: tuple[int, ...]
+    axis: int
+
+    def prior_shape(self, k: int, d: int) -> tuple[int, ...]:
+        return self.shape(k, d)[1:]
+
+    def shared_out(self, scatter: Tensor, k: int) -> Tensor:
+        return (scatter / k).expand(k, *scatter.shape)
+
+    def settled(self, scatter: Tensor, freedom: Tensor) -> Tensor:
+        return scatter.sum(self.axis, keepdim=True) / freedom
+
+    def unsettled(self, covariances: Tensor, freedom: Tensor) -> Tensor:
+        return covariances * freedom / covariances.shape[self.axis]
+
+    def expected(self, count: Tensor, freedom: Tensor, scatter: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        return super().expected(count, freedom, scatter.sum(self.axis, keepdim=True).expand_as(scatter), delta)
+
+    def jacobian(self, k: int, d: int) -> float:
+        return super().jacobian(k, d) / k
+
+    def log_marginal(self, count: Tensor, dof: Tensor, scatter: Tensor, d: int) -> Tensor:
+        each = _log_gamma((dof - 1).sum(self.pools) / 2 + 1, scatter.sum(self.axis))
+        return _log_means(count).sum(-1) + (each if each.dim() == dof.dim() - 2 else each.sum(-1))
+
+
+class CommonDiag(Common, Diag):
+    """Variances of columns: mclust's EEI."""
+
+    pools, axis = (-2,), -2
+
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        return ((dof - 1).sum(-2, keepdim=True) + 2).expand_as(dof)
+
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        return (freedom - 2) / k + 1
+
+
+class CommonSpherical(Common, Spherical):
+    """One variance: mclust's EII."""
+
+    pools, axis = (-2, -1), -1
+
+    def freedom(self, dof: Tensor, d: int) -> Tensor:
+        return ((dof - 1).sum((-2, -1)) + 2).unsqueeze(-1).expand(dof.shape[:-1])
+
+    def dof(self, freedom: Tensor, k: int, d: int) -> Tensor:
+        return ((freedom - 2) / (k * d) + 1).unsqueeze(-1).expand(*freedom.shape, d)
 
 
 STRUCTURES: dict[str, Structure] = {"full": Full(), "tied": Tied(), "diag": Diag(), "spherical": Spherical()}

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torchem.ops import linalg
-from torchem.ops.gaussian import STRUCTURES, Entrywise, Structure
+from torchem.ops.gaussian import STRUCTURES, CommonDiag, CommonSpherical, Entrywise, Structure
 
 #: Mass below which a component keeps what is its own.
 _EMPTY = 1e-30
@@ -63,7 +63,17 @@ class Geometry:
     @property
     def structure(self) -> Structure:
         """How such covariances are stored, scored and gathered."""
+        if self.conjugate:
+            return _COMMON[self.shape]
         return STRUCTURES["spherical" if self.shape == "I" else "diag" if self.orientation == "I" else "full"]
+
+    @property
+    def conjugate(self) -> bool:
+        """Whether there is a conjugate prior: of variances that are common to all, by column or altogether.
+
+        A volume or a shape of its own multiplies what is common, and determinants of one are no linear constraint.
+        """
+        return self.volume == "E" and self.shape in "EI" and self.orientation == "I"
 
     def n_parameters(self, k: int, d: int) -> int:
         """Free numbers of K covariances."""
@@ -258,6 +268,9 @@ def _common_axes(w: Tensor, n: Tensor, v: Tensor, rule: Rule) -> Tensor:
         axes = tried.take_along_dim(cost.argmin(0)[None, ..., None, None], 0).squeeze(0)
     return _spanned(axes.unsqueeze(-3), variances(axes))
 
+
+#: What EII and EEI are, by their shapes.
+_COMMON: dict[str, Structure] = {"I": CommonSpherical(), "E": CommonDiag()}
 
 #: Geometries that are no structure by themselves.
 GEOMETRIES: dict[str, Geometry] = {

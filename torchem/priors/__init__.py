@@ -7,13 +7,19 @@ moments of the data when a fit begins.
 """
 
 from torchem.priors.coefficients import Normal
-from torchem.priors.normal import MatrixNormalInverseWishart, NormalInverseGamma, NormalInverseWishart
+from torchem.priors.normal import (
+    FactorLoadings,
+    MatrixNormalInverseWishart,
+    NormalInverseGamma,
+    NormalInverseWishart,
+)
 from torchem.priors.rates import Beta, Gamma
 from torchem.priors.tables import Dirichlet, StickBreaking, StickyDirichlet
 
 __all__ = [
     "Beta",
     "Dirichlet",
+    "FactorLoadings",
     "Gamma",
     "MatrixNormalInverseWishart",
     "Normal",

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -240,6 +241,12 @@ class StickBreaking(Prior):
                 "as the last component loses its mass: it has no mode)", self.concentration,
                 "raise it, or use it with torchem.Variational",
             )  # fmt: skip
+
+    def check_given(self, kept: Sequence[str]) -> None:
+        raise invalid(
+            "freeze", f"all of a table under {type(self).__name__}, or nothing (what is left of its sticks when "
+            "some weights are known is not broken off like them)", list(kept), "use priors.Dirichlet",
+        )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         return {"concentration": self.concentration}
