@@ -305,7 +305,7 @@ BAD = [
     (lambda: switching_of().log_prob(torch.zeros(30, 2)), r"^log_prob: expected at most 4096 paths .*, got 2\^29"),
     (lambda: switching_of().e_step(Batch(torch.zeros(1, 4, 2)), "hard"), r"^e_step: expected 'soft'"),
     (lambda: switching_of().impute(torch.zeros(4, 2), draws=2), r"^draws: "),
-    (lambda: switching_of().batch(torch.zeros(4, 2), labels=[0, 1, 0, 1]), r"^labels: "),
+    (lambda: switching_of().batch(torch.zeros(4, 2), labels=[0, 1, 0, 2]), r"^labels: expected states from 0 to 1"),
     (lambda: switching_of(m=1).sample(2, 4), r"^inputs: expected shape \[2, 4, 1\], got none"),
 ]  # fmt: skip
 
@@ -315,3 +315,67 @@ def test_bad_input(place: int) -> None:
     call, message = BAD[place]
     with as_users_run_it(), pytest.raises((InvalidArgument, InvalidType), match=message):
         call()
+
+
+def test_labels_are_of_regimes() -> None:
+    """Known, candidates and soft ones, in every frame or some: the sum over the paths, each with what it was told."""
+    model = switching_of(m=1)
+    batch = replace(torn(model), weight=None)
+    gen = torch.rand(5, 5, 2, generator=rng(3), dtype=torch.float64)
+    gen[1, 2] = gen[4, 0] = torch.tensor([0.0, 1.0])
+    told = replace(batch, evidence=torch.where(torch.arange(5)[:, None] < LENGTHS[:, None, None], gen.log(), 0.0))
+    with torch.no_grad():
+        values, bounds = model.log_prob(told), model.elbo(told)
+        for n, t in enumerate(LENGTHS.tolist()):
+            each = [
+                path_density(model, batch.x[n, :t], batch.u[n, :t], path)  # pyright: ignore
+                + sum(float(told.evidence[n, i, s]) for i, s in enumerate(path))  # pyright: ignore
+                for path in itertools.product(range(2), repeat=t)
+            ]
+            close(values[n], torch.stack(each).logsumexp(0))
+        assert (bounds <= values + 1e-9).all()
+        assert (bounds > values - 3.0).all()
+        assert int(model.most_likely(told)[1, 2]) == 1
+        close(model.posterior(told).regimes[1, 2], torch.tensor([0.0, 1.0]).double())
+        # The entropy is that of q: what labels say is no part of it.
+        stats = model.e_step(told)
+        gap = stats["entropy"] - model.entropy(told)
+        regimes = model.posterior(told).regimes
+        close(gap, torch.where(regimes > 0, regimes * told.evidence, 0.0).sum(), rtol=1e-6)
+
+
+def test_known_regimes_leave_nothing_approximated() -> None:
+    model = switching_of(m=1)
+    batch = replace(torn(model), weight=None)
+    paths = torch.arange(25).view(5, 5) * 7 % 3 % 2
+    known = model.batch(batch.x, u=batch.u, lengths=LENGTHS, labels=paths)
+    with torch.no_grad():
+        exact = [
+            path_density(model, known.x[n, :t], known.u[n, :t], tuple(paths[n, :t].tolist()))  # pyright: ignore
+            for n, t in enumerate(LENGTHS)
+        ]
+        close(model.elbo(known), torch.stack(exact))
+        close(model.log_prob(known), torch.stack(exact))
+        assert torch.equal(model.most_likely(known)[LENGTHS == 5], paths[LENGTHS == 5])
+        model.transition_matrix = [[1.0, 0.0], [0.5, 0.5]]
+        never = model.batch(torch.zeros(2, 3, 2), u=torch.zeros(2, 3, 1), labels=[[0, 1, 0], [0, 0, -1]])
+        assert model.log_prob(never)[0] == model.elbo(never)[0] == -math.inf
+        assert model.elbo(never)[1].isfinite()
+    with pytest.raises(InvalidArgument, match="probability zero at sequence 0"):
+        torchem.fit(model, never, init=None, max_iter=2, progress=False)
+    with pytest.raises(InvalidArgument, match="2 columns, one per regime"):
+        model.check(Batch(torch.zeros(1, 3, 2), u=torch.zeros(1, 3, 1), evidence=torch.zeros(1, 3, 3)))
+
+
+def test_labels_name_the_regimes_from_the_start() -> None:
+    truth = SwitchingLinearDynamics(2, 1, 1).double()
+    truth.dynamics, truth.transition_matrix = [[[0.95]], [[-0.9]]], [[0.9, 0.1], [0.1, 0.9]]
+    truth.observation_covariance = [[0.05]]
+    x, (_, path) = truth.sample(8, 40, latents=True, generator=rng(0))
+    for told in (path, 1 - path):
+        labels = torch.where(torch.arange(40) < 15, told, -1)
+        model = SwitchingLinearDynamics(2, 1, 1).double()
+        torchem.fit(model, x, labels=labels, max_iter=15, tol=0.05, seed=0, progress=False)
+        same = (model.most_likely(x, labels=labels) == told).double()
+        assert (same[:, :15] == 1).all()
+        assert float(same.mean()) > 0.85

@@ -228,9 +228,12 @@ class GaussMarkovModel(LatentModel):
         def paired(value: Tensor) -> Tensor:
             return torch.cat([value, value.gather(1, after.unsqueeze(-1).expand(value.shape))], -1)
 
-        x = paired(batch.x)
+        x, known = paired(batch.x), batch.evidence
         d = batch.x.shape[-1]
-        rows = replace(batch, x=x, u=None if batch.u is None else paired(batch.u)).rows()
+        if known is not None:  # of the frame that a step leads to
+            ahead = torch.cat([known[:, 1:], torch.zeros_like(known[:, :1])], 1)
+            known = torch.where((torch.arange(frames, device=ends.device) < ends - 1).unsqueeze(-1), ahead, 0.0)
+        rows = replace(batch, x=x, u=None if batch.u is None else paired(batch.u), evidence=known).rows()
         gone = rows.x[:, :d].isnan().all(-1)
         return rows[~gone] if bool(gone.any()) else rows
 
@@ -301,19 +304,23 @@ class GaussMarkovModel(LatentModel):
             "observation": self.observation.moment_stats(*moments(x[0], beside(now, before, seen), 0.0, True)),
         }
         moved = beside(now, then, steps)
-        self._begin_steps(after, moved, mass, lambda: moments(after, moved, loose_z, True))
+        self._begin_steps(after, moved, mass, batch.evidence, lambda: moments(after, moved, loose_z, True))
         factors = dict(self.slots())
         self.assign({f"{slot}.{name}": value for slot, stats in values.items()
                      for name, value in factors[slot].maximize(factors[slot].penalized(stats)).items()})  # fmt: skip
 
     @abstractmethod
-    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _begin_steps(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None,
+        moments: Callable[[], tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
         """First laws of steps, in place.
 
         Args:
             after: First scores of states ``[*r, F, L]``.
             now: Of those before them, beside covariates, ``[*r, F, L + M]``.
             mass: ``[F]`` weights.
+            known: ``[F, K]`` what labels say of the steps, or None.
             moments: Gives count and moments of all steps together, unsure as the scores are.
         """
 
@@ -379,7 +386,12 @@ class GaussMarkovModel(LatentModel):
             remedy = "leave them out, or build it with n_inputs" if not self.n_inputs else "pass inputs=u"
             raise invalid("inputs", f"{self.n_inputs} columns of covariates", columns or "none", remedy)
         if batch.evidence is not None:
-            raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
+            k = self.takes_labels()
+            if batch.evidence.shape[-1] != k:
+                raise invalid(
+                    "evidence", f"{k} columns, one per regime", batch.evidence.shape[-1],
+                    "give a log-potential for each regime",
+                )  # fmt: skip
         return batch
 
     def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:

@@ -477,7 +477,10 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     # ---- starts -----------------------------------------------------------------------------------------------
 
-    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _begin_steps(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None,
+        moments: Callable[[], tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
         factor = self.transition
         values = factor.maximize(factor.penalized(factor.moment_stats(*moments())))
         self.assign({f"transition.{name}": value for name, value in values.items()})

@@ -1,8 +1,10 @@
 """Switching linear dynamics: a continuous state whose law of motion is chosen by a hidden Markov chain."""
 
+import functools
 import math
+import operator
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from torchem.models.gauss_markov import (
     with_inputs,
 )
 from torchem.models.imputation import Gaps, How, checked_draws
-from torchem.ops import chain, kalman, linalg
+from torchem.ops import chain, kalman, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
 from torchem.stats import Stats
@@ -80,8 +82,9 @@ class SwitchingLinearDynamics(GaussMarkovModel):
     So that the bound never falls, an E-step in a fit sets out from where the last one on the same data ended: on the
     same `Batch`, as long as it lives, or on the batch that a loader gives in the same place of each pass.
 
-    NaN entries and whole frames of x are missing at random. The regime of the first frame has no step to explain. Hard
-    and sampled E-steps, annealing and labels are refused: the states are continuous.
+    NaN entries and whole frames of x are missing at random. The regime of the first frame has no step to explain.
+    Labels are of regimes: known ones, sets of candidates or soft labels are potentials of their chain; where all are
+    known nothing is approximated. Hard and sampled E-steps and annealing are refused: the states are continuous.
 
     Args:
         n_states: K, the number of regimes.
@@ -152,6 +155,11 @@ class SwitchingLinearDynamics(GaussMarkovModel):
     @property
     def replicas(self) -> tuple[int, ...]:
         return self.observation.replicas
+
+    @property
+    def labelled(self) -> int:
+        """K: labels are of regimes."""
+        return self.n_states
 
     # ---- views ------------------------------------------------------------------------------------------------
 
@@ -256,19 +264,22 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         if kind != "soft":
             raise invalid("e_step", "'soft', for the latents are continuous", repr(kind), "use a discrete model")
         with declared_precision(self.device):
-            start, row, total, ends = self._start(batch), 0, None, []
-            for piece in self.stream(batch):
-                warm = None if start is None else start.narrow(-3, row, len(piece))
-                row += len(piece)
-                found = self._infer(piece, warm, piece.weight)
-                ends.append(found.regimes)
-                stats = self._stats(piece, found)
-                total = stats if total is None else total + stats
-            assert total is not None
-            self._remember(batch, ends)
+            parts = [self._stats(piece, found) for piece, found in self._ascents(batch)]
+            total = functools.reduce(operator.add, parts)
             total["entropy"] = total["log_likelihood"] - self.expected_log_prob(total)
             total["count"] = self.count(batch).to(total["entropy"]).expand_as(total["entropy"])
         return total
+
+    def _ascents(self, batch: Batch) -> Iterator[tuple[Batch, "_Found"]]:
+        """Pieces of a batch with q of each, from where the last ascent on these data ended."""
+        start, row, ends = self._start(batch), 0, []
+        for piece in self.stream(batch):
+            warm = None if start is None else start.narrow(-3, row, len(piece))
+            row += len(piece)
+            found = self._infer(piece, warm, piece.weight)
+            ends.append(found.regimes)
+            yield piece, found
+        self._remember(batch, ends)
 
     def _stats(self, batch: Batch, found: "_Found") -> Stats:
         stats = Stats()
@@ -349,7 +360,7 @@ class SwitchingLinearDynamics(GaussMarkovModel):
             problem = self._problem(many, certain=True)
             value = problem.along(some.repeat_interleave(n, 0))
             values.append(value.unflatten(-1, (len(some), n)))
-        return torch.cat(values, -2).logsumexp(-2).to(self.dtype)
+        return reduce.logsumexp(torch.cat(values, -2), -2).to(self.dtype)
 
     def log_score(self, batch: Batch) -> Tensor:
         """`log_prob` where sequences have few enough paths for it, else `elbo`."""
@@ -358,7 +369,12 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of q: differential, of states and of what is missing, and that of regimes; ``[*r]``."""
-        return self.e_step(batch)["entropy"]
+        total = self.e_step(batch)["entropy"]
+        if batch.evidence is None:
+            return total
+        with declared_precision(self.device):
+            known = [weighted(found.problem.told(found.regimes), piece) for piece, found in self._ascents(batch)]
+        return total - torch.stack(known).sum(0)
 
     def posterior(self, data: Any, **fields: Any) -> SwitchingPosterior:
         """q of the states and the regimes: ``.mean [N, T, L]``, ``.covariance_matrix`` and ``.regimes [N, T, K]``.
@@ -397,8 +413,7 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
         def path(batch: Batch) -> Tensor:
             found = self._infer(batch)
-            first, step = found.problem.tables
-            return chain.viterbi(first, step, found.problem.fit(found.second), batch.lengths)[1]
+            return chain.viterbi(*found.problem.of_regimes(found.second), batch.lengths)[1]
 
         with torch.no_grad():
             return self._each(data, fields, path)
@@ -480,11 +495,14 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     # ---- starts and state -------------------------------------------------------------------------------------
 
-    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _begin_steps(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None,
+        moments: Callable[[], tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
         """A mixture of regressions of first scores on those before them, the best of a few; regimes that last."""
         many = after.dim() > 2
         pairs = zip(after, now, strict=True) if many else [(after, now)]
-        found = [self._regressions(y, v, mass, r) for r, (y, v) in enumerate(pairs)]
+        found = [self._regressions(y, v, mass, known, r) for r, (y, v) in enumerate(pairs)]
         parts = {name: torch.stack([own[name] for own in found]) if many else found[0][name] for name in found[0]}
         factor = self.transition.unwrapped
         kept = {name: factor.keep_frozen(name, value.to(self.dtype)) for name, value in parts.items()}
@@ -500,24 +518,28 @@ class SwitchingLinearDynamics(GaussMarkovModel):
             values = table.maximize(table.penalized(counts))
             self.assign({f"{slot}.{name}": value for name, value in values.items()})
 
-    def _regressions(self, after: Tensor, now: Tensor, mass: Tensor, replica: int) -> dict[str, Tensor]:
-        """Parameters of K regressions of ``after [F, L]`` on ``now [F, L + M]``."""
+    def _regressions(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None, replica: int
+    ) -> dict[str, Tensor]:
+        """Parameters of K regressions of ``after [F, L]`` on ``now [F, L + M]``; labels say which are whose."""
         own = self.transition
         generator = self._generators[replica] if replica < len(self._generators) else torch.Generator().manual_seed(0)
         batch, k = Batch(after, u=now), self.n_states
         best: tuple[float, dict[str, Tensor]] | None = None
+        told = torch.zeros(len(after), k).to(after) if known is None else known.to(after)
         for _ in range(_TRIES if k > 1 else 1):
             line = LinearGaussian(k, own.n_inputs, own.n_outputs, self.dynamics_covariance_type, (), 1e-3).double()
             line = line.to(after.device)
             index = torch.randint(len(after), (k,), generator=generator).to(after.device)
             share, value = line.near(batch, index).to(torch.float64), -math.inf
+            share = (share.clamp(min=1e-300).log() + told).softmax(-1)
             log_weight = torch.full((k,), -math.log(k)).to(share)
             for _ in range(_BEGIN):
                 heavy = share * mass.unsqueeze(-1)
                 for name, new in line.maximize(line.stats(batch, heavy)).items():
                     line.get_parameter(name).data = new
                 log_weight = (heavy.sum(0) / heavy.sum()).clamp(min=1e-12).log()
-                joint = line.log_prob(batch) + log_weight
+                joint = line.log_prob(batch) + log_weight + told
                 value, share = float((joint.logsumexp(-1) * mass).sum()), joint.softmax(-1)
             if best is None or value > best[0]:
                 best = value, {name: p.detach().clone() for name, p in line.named_parameters()}
@@ -547,7 +569,9 @@ def _mark(batch: Batch) -> tuple[float, ...]:
     x = batch.x.to(torch.float64).nan_to_num(nan=0.5).flatten(1)
     place = torch.arange(len(x), device=x.device, dtype=torch.float64)
     rows = x @ torch.linspace(1, 2, x.shape[1], device=x.device, dtype=torch.float64)
-    return len(x), x.shape[1], float(rows.sum()), float((place + 1).log() @ rows), float(batch.frames().sum())
+    known = torch.zeros_like(rows) if batch.evidence is None else batch.evidence.to(rows).exp().flatten(1).sum(1)
+    told = float(place @ known)
+    return len(x), x.shape[1], float(rows.sum()), float((place + 1).log() @ rows), float(batch.frames().sum()), told
 
 
 @dataclass(frozen=True)
@@ -628,11 +652,13 @@ class _Problem:
     square_root: bool
 
     def even(self, replicas: tuple[int, ...]) -> Tensor:
-        """Regimes of which nothing is known."""
+        """Regimes of which no more is known than labels say."""
         n, t = self.plan.x.shape[:2]
         k = self.laws.states.shape[-3]
-        inside = self.plan.inside
+        inside, known = self.plan.inside, self.plan.batch.evidence
         even = torch.full((*replicas, n, t, k), 1 / k).to(self.plan.x)
+        if known is not None:
+            even = known.to(even).softmax(-1).nan_to_num(1 / k).expand(even.shape)
         return even if inside is None else torch.where(inside.unsqueeze(-1), even, 0.0)
 
     def _mixed(self, regimes: Tensor) -> tuple[kalman.GaussMarkov, Tensor, Tensor, Tensor]:
@@ -642,8 +668,8 @@ class _Problem:
         γ_k P_k: the first is a step, the second a potential W, h, c of the state before it.
         """
         laws, base = self.laws, self.plan.chain()
-        inside = self.plan.inside
-        share = regimes if inside is None else torch.where(inside.unsqueeze(-1), regimes, 1 / regimes.shape[-1])
+        # Beyond the end of a sequence, and where labels leave no path of regimes, there is no posterior of them.
+        share = torch.where(regimes.sum(-1, keepdim=True) > 0, regimes, 1 / regimes.shape[-1])
 
         def mix(value: Tensor) -> Tensor:
             """Σ_k γ_tk value_k ``[*r, N, T, …]`` of ``[*r, K, …]``."""
@@ -681,7 +707,7 @@ class _Problem:
                 linear = linear - (unsure[..., :k, k:] @ u).squeeze(-1)
                 constant = constant - 0.5 * (u.mT @ unsure[..., k:, k:] @ u)[..., 0, 0]
         # What a step says of the state before it stands in that frame.
-        goes_on = self.plan.goes_on(inside)
+        goes_on = self.plan.goes_on(self.plan.inside)
 
         def before(value: Tensor, events: int) -> Tensor:
             axis = value.dim() - events - 1
@@ -705,12 +731,24 @@ class _Problem:
         states = self._of_states(smoothed.filtered, more, linear, constant)
         second = self._second(smoothed)
         fit = self.fit(second)
-        parts = *self.tables, fit.to(self.plan.x), self.plan.batch.lengths
+        parts = *self.of_regimes(second), self.plan.batch.lengths
         log_z, first, steps, found = chain.expectations(*parts)
         if weight is not None:
             first, steps = chain.expectations(*parts, weight.to(found).expand(log_z.shape))[1:3]
         value = states + log_z - (regimes * fit).sum((-2, -1))
         return _Found(self, value, smoothed, second, found, first, steps)
+
+    def of_regimes(self, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials of the chain of regimes: tables, and the fit of each law with what labels say."""
+        fit, known = self.fit(second).to(self.plan.x), self.plan.batch.evidence
+        return *self.tables, fit if known is None else fit + known.to(fit)
+
+    def told(self, regimes: Tensor) -> Tensor:
+        """What labels add to the bound of each sequence, ``[*r, N]``."""
+        known = self.plan.batch.evidence
+        assert known is not None
+        each = torch.where(regimes > 0, regimes * known.to(regimes), 0.0)
+        return each.sum((-2, -1), dtype=torch.float64)
 
     def _second(self, smoothed: kalman.Smoothed) -> Tensor:
         """E[(y, v)(y, v)ᵀ] of states y and what their steps read, v: the states before and covariates; float64."""
@@ -763,12 +801,24 @@ class _Problem:
         made, more, linear, constant = self._mixed(hot.expand(*lead, *hot.shape))
         value = self._of_states(kalman.filtered(made, self.square_root), more, linear, constant)
         first, step = self.tables
-        after = (first.unsqueeze(-1) + step).logsumexp(-2).squeeze(-2)
-        lengths = self.plan.batch.frames()
+        known, lengths = self.plan.batch.evidence, self.plan.batch.frames()
+        if known is not None:
+            known = known.to(first)
+            first = first + known[:, 0]
+        start = reduce.logsumexp(first, -1)
+        if t == 1:
+            return value + start
+        rows, after = torch.arange(len(paths), device=paths.device), reduce.logsumexp(first.unsqueeze(-1) + step, -2)
         for i in range(1, t):
-            own = after[..., paths[:, 0]] if i == 1 else step.squeeze(-3)[..., paths[:, i - 2], paths[:, i - 1]]
+            now = paths[:, i - 1]
+            if i == 1:
+                own = after.expand(*after.shape[:-2], len(paths), k)[..., rows, now]
+            else:
+                own = step.squeeze(-3)[..., paths[:, i - 2], now]
+            own = own if known is None else own + known[rows, i, now]
             # Paths that differ beyond the end of a sequence are one: each has an even share of it.
-            value = value + torch.where(i < lengths, own.to(value), -math.log(k))
+            beyond = (start if i == 1 else 0.0) - math.log(k)
+            value = value + torch.where(i < lengths, own.to(value), beyond)
         return value
 
     def _of_states(self, found: kalman.Filtered, more: Tensor, linear: Tensor, constant: Tensor) -> Tensor:
