@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Adjustment, Moments, Quadratic
 from torchem.factors import Gaussian, LinearGaussian
-from torchem.model import LatentModel
+from torchem.models.imputation import Completing, floating, places
+from torchem.models.unseen import Normal
 from torchem.ops import kalman, linalg
+from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
 from torchem.ops.missing import any_missing
 
@@ -29,7 +32,7 @@ _MESSAGES = {"cpu": 256 << 20, "cuda": 4 << 30}
 _DOUBT = 0.1
 
 
-class GaussMarkovModel(LatentModel):
+class GaussMarkovModel(Completing):
     """A law of the first state, laws of its steps, and linear observations of it with normal noise.
 
     Args:
@@ -198,8 +201,31 @@ class GaussMarkovModel(LatentModel):
     def _roots(self) -> bool:
         return self.dtype == torch.float32 if self.square_root is None else self.square_root
 
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return [(False, False)] * self.n_features
+
+    @abstractmethod
+    def _smoothed(self, piece: Batch) -> tuple["Plan", kalman.Smoothed]:
+        """The (approximate) posterior of the states of a piece."""
+
+    def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
+        """A function of the pieces of data, joined along the sequences."""
+        batch = self._read(data, fields)
+        with declared_precision(self.device):
+            parts = [function(piece) for piece in self.stream(batch)]
+        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
+
+    def unseen(self, batch: Batch, index: Tensor) -> Normal:
+        """See `Completing.unseen`: the normal law of each frame."""
+        lead, place = len(self.replicas), places(batch, index, self.device)
+
+        def completed(piece: Batch) -> tuple[Tensor, Tensor]:
+            plan, found = self._smoothed(piece)
+            return plan.completed(found)
+
+        found = self._each(replace(batch, weight=None), {}, completed)
+        mean, spread = (value.flatten(lead, lead + 1).index_select(lead, place) for value in found)
+        return Normal.of(floating(batch.rows()[index], self), mean, spread)
 
     def _ahead(self, inputs: Any, size: int, steps: int) -> Tensor | None:
         """Covariates of frames that no data tell of, ``[N, H, M]``."""
@@ -723,15 +749,15 @@ class Plan:
         return torch.where(self.entries, x, level + more)
 
     def completed(self, found: kalman.Smoothed) -> tuple[Tensor, Tensor]:
-        """Observations completed by their expectations given all that was observed, and the variances of these."""
+        """Observations completed by their expectations given all that was observed, and covariances ``[…, D, D]``."""
         mean, covariance = self.laws(found)
         if self.known is None:
             x = self.x.expand(*mean.shape[:-1], self.x.shape[-1])
-            return x, torch.zeros_like(x)
+            return x, torch.zeros_like(x).diag_embed()
         gain, left = self._gains()
         filled = self._filled(mean.to(torch.float64), gain)
         pull, rest = (v[..., self.frame, :, :] for v in self._pulled(gain, left))
-        spread = ((pull @ covariance.to(torch.float64)) * pull).sum(-1) + rest.diagonal(dim1=-2, dim2=-1)
+        spread = pull @ covariance.to(torch.float64) @ pull.mT + rest
         return filled.to(mean), spread.to(mean)
 
 

@@ -18,18 +18,9 @@ from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Tempered, Uniforms, weighted
 from torchem.models.draws import Draw, follow, reach
 from torchem.models.frames import FramesPass, is_light, window
-from torchem.models.imputation import (
-    Gaps,
-    How,
-    at_once,
-    check_possible,
-    checked_draws,
-    complete,
-    finished,
-    floating,
-    impute,
-)
+from torchem.models.imputation import Completing, Gaps, at_once, check_possible, complete, floating, kinds_of, places
 from torchem.models.stationary import Stationary
+from torchem.models.unseen import Among
 from torchem.ops import chain, reduce
 from torchem.ops.dispatch import compiled_chain, threads_for_kernels
 from torchem.ops.expansion import Expansion
@@ -65,7 +56,7 @@ class Forecast:
     draws: Tensor | None
 
 
-class HMM(DiscreteModel):
+class HMM(Completing, DiscreteModel):
     """p(x, z) = p(z_1) Π_t p(z_{t+1} | z_t, u_{t+1}) Π_t p(x_t | z_t, u_t): Markov states, any factor as emission.
 
     E-step: the posterior of each state and the expected number of each step, by forward–backward. M-step: each factor
@@ -478,52 +469,44 @@ class HMM(DiscreteModel):
 
         return self._digits(self._each(self._read(data, fields), paths)).movedim(-2, 0)
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in given all frames; see `LatentModel.impute`.
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return kinds_of(self.emission)
 
-        Example:
-            >>> m = GaussianHMM(2, 1)
-            >>> m.means, m.transition_matrix = [[-1.0], [1.0]], [[0.9, 0.1], [0.1, 0.9]]
-            >>> m.impute(torch.tensor([1.2, torch.nan, 0.8]))
-            tensor([1.2000, 0.9...,  0.8000])
-        """
-        checked_draws(draws, self, variance)
-        gaps = Gaps.of(data, self._read(data, fields), True)
-        batch, lead = gaps.batch, len(self.replicas)
+    def unseen(self, batch: Batch, index: Tensor) -> Among:
+        """See `Completing.unseen`: the emission under the smoothed states of each frame."""
         self._refuse_gaps(batch)
-        rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
-        bare = replace(batch, weight=None)
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
-        if draws is None:
-            found = self._each(bare, lambda p, b: self.infer(p, b)[1]["emission"])
-            share = found.flatten(lead, lead + 1).index_select(lead, place)
-            return finished(gaps, self.emission, how, impute(self, self.emission, gaps, how, share, rows), variance)
+        bare, lead = replace(batch, weight=None), len(self.replicas)
+        found = self._each(bare, lambda p, b: self.infer(p, b)[1]["emission"])
+        share = found.flatten(lead, lead + 1).index_select(lead, places(batch, index, self.device))
+        return Among(self.emission, self._frames(batch, index), share)
+
+    def _frames(self, batch: Batch, index: Tensor) -> Batch:
+        """Some frames of sequences as rows, with what the emission reads of those before them."""
+        return floating(replace(self.emission.context(batch), x=batch.x).rows()[index], self)
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: whole paths of states, and the frames given these."""
+        batch = gaps.batch
+        self._refuse_gaps(batch)
+        rows, place = self._frames(batch, gaps.index), places(batch, gaps.index, self.device)
 
         def paths(potentials: dict[str, Tensor], piece: Batch) -> Tensor:
-            (*tables, emission), found = self._chain(potentials, piece), []
-            step = at_once(emission.shape[:2].numel())
-            for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
-                first, move = (v if v.shape[0] == 1 else _repeated(v, times) for v in tables)
-                lengths = None if piece.lengths is None else piece.lengths.repeat(times)
-                path = chain.sample(first, move, _repeated(emission, times), lengths, generator)
-                found.append(path.unflatten(0, (times, len(piece))))
-            return torch.cat(found).transpose(0, 1)
+            return self._paths(potentials, piece, draws, generator).transpose(0, 1)
 
-        states = self._codes(self._each(bare, paths)).movedim(-2, 0).flatten(1, 2)[:, place]
-        check_possible((states >= 0).all(0).to(torch.float64).unsqueeze(-1), gaps)
-        return finished(gaps, self.emission, how, complete(self.emission, rows, states, generator), variance)
+        states = self._codes(self._each(replace(batch, weight=None), paths)).movedim(-2, 0).flatten(1, 2)[:, place]
+        check_possible((states >= 0).all(0), gaps)
+        return complete(self.emission, rows, states, generator)
+
+    def _paths(self, potentials: dict[str, Tensor], piece: Batch, n: int, generator: torch.Generator | None) -> Tensor:
+        """Draws of the chain that inference runs on, ``[n, N, T]``; −1 in the padding and where there is no path."""
+        (*tables, emission), found = self._chain(potentials, piece), []
+        step = at_once(emission.shape[:2].numel())
+        for times in [step] * (n // step) + [n % step] * (n % step > 0):
+            first, move = (v if v.shape[0] == 1 else _repeated(v, times) for v in tables)
+            lengths = None if piece.lengths is None else piece.lengths.repeat(times)
+            path = chain.sample(first, move, _repeated(emission, times), lengths, generator)
+            found.append(path.unflatten(0, (times, len(piece))))
+        return torch.cat(found)
 
     def forecast(
         self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,

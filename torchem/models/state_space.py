@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
-from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
 from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law, with_inputs
-from torchem.models.imputation import Gaps, How, at_once, checked_draws
+from torchem.models.imputation import Gaps, at_once, places
 from torchem.ops import kalman, linalg
 from torchem.ops.dispatch import declared_precision
 from torchem.stats import Stats
@@ -248,11 +247,11 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def _each(self, data: Any, fields: dict[str, Any], function: Callable[["Plan"], Any], certain: bool = False) -> Any:
-        batch = self._read(data, fields)
-        with declared_precision(self.device):
-            parts = [function(self._plan(piece, certain)) for piece in self.stream(batch)]
-        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
+    def _planned(
+        self, data: Any, fields: dict[str, Any], function: Callable[[Plan], Any], certain: bool = False
+    ) -> Any:
+        """A function of the pieces of data as chains, joined along the sequences."""
+        return self._each(data, fields, lambda piece: function(self._plan(piece, certain)))
 
     def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
         """log p(x) of each sequence, states summed out; of posteriors of parameters, at their means.
@@ -265,7 +264,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         def value(plan: "Plan") -> Tensor:
             return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
 
-        return self._each(data, fields, value, certain=True)
+        return self._planned(data, fields, value, certain=True)
 
     def posterior(self, data: Any, **fields: Any) -> MultivariateNormal:
         """Laws of the states given all frames: ``.mean [N, T, L]`` and ``.covariance_matrix [N, T, L, L]``.
@@ -279,11 +278,11 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         return self._law(data, fields, lambda plan: plan.laws(kalman.filtered(plan.chain(), self._roots())))
 
     def _law(self, data: Any, fields: dict[str, Any], laws: Callable[["Plan"], tuple[Tensor, Tensor]]) -> Any:
-        return normal_law(*self._each(data, fields, laws))
+        return normal_law(*self._planned(data, fields, laws))
 
     def most_likely(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t l"]:
         """The most likely path of states, ``[N, T, L]``: the smoothed means."""
-        return self._each(data, fields, lambda plan: plan.laws(kalman.smoothed(plan.chain(), self._roots()))[0])
+        return self._planned(data, fields, lambda plan: plan.laws(kalman.smoothed(plan.chain(), self._roots()))[0])
 
     def smooth(self, data: Any, **fields: Any) -> Normal:
         """Law of each column of C z_t + D u_t given all frames, ``[N, T, D]``: observations without their noise.
@@ -303,7 +302,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             loadings = loadings.unsqueeze(-3)
             return mean, ((loadings @ covariance) * loadings).sum(-1).sqrt()
 
-        return Normal(*self._each(data, fields, level), validate_args=False)
+        return Normal(*self._planned(data, fields, level), validate_args=False)
 
     def forecast(
         self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
@@ -329,7 +328,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
         batch = self._read(data, fields)
         with torch.no_grad():
-            mean, covariance = self._each(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
+            mean, covariance = self._planned(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
             # Padding repeats the law of the last frame.
             mean, covariance = mean[:, -1], covariance[:, -1]
             u = self._ahead(inputs, len(batch), steps)
@@ -431,49 +430,23 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             x, z = self.sample(len(many), many.x.shape[1], latents=True, inputs=u, generator=generator)
             yield many.with_x(torch.where(many.x.to(self.device).isnan(), torch.nan, x)), x, z
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in given all that was observed; see `LatentModel.impute`.
+    def _smoothed(self, piece: Batch) -> tuple[Plan, kalman.Smoothed]:
+        plan = self._plan(piece)
+        return plan, kalman.smoothed(plan.chain(), self._roots())
 
-        Example:
-            >>> m = LinearGaussianStateSpace(1, 1)
-            >>> m.observation_covariance = [[1e-4]]
-            >>> m.impute(torch.tensor([1.0, torch.nan, 3.0]))
-            tensor([1.0000, 2.0000, 3.0000])
-        """
-        one_of("how", how, ("auto", "mean", "mode"))
-        checked_draws(draws, self, variance)
-        batch, lead = self._read(data, fields), len(self.replicas)
-        gaps = Gaps.of(data, batch, True)
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: as `sample_posterior` draws states."""
+        batch, place = gaps.batch, places(gaps.batch, gaps.index, self.device)
 
-        def missing(value: Tensor) -> Tensor:
-            return value.flatten(lead, lead + 1).index_select(lead, place)
+        def completed(piece: Batch) -> Tensor:
+            plan, found = self._smoothed(replace(piece, weight=None))
+            return plan.completed(found)[0]
 
-        def completed(batch: Batch) -> tuple[Tensor, Tensor]:
-            bare = replace(batch, weight=None)
-            return self._each(bare, {}, lambda p: p.completed(kalman.smoothed(p.chain(), self._roots())))
-
-        mean, spread = completed(batch)
-        if draws is not None:
-            found = []
-            for twin, x, _ in self._twins(batch, draws, generator):
-                moved = mean + (x - completed(twin)[0]).unflatten(0, (-1, len(batch)))
-                found.append(moved.flatten(1, 2)[:, place])
-            return gaps.filled(torch.cat(found), False)
-        value = gaps.filled(missing(mean), False)
-        return (value, gaps.beside(missing(spread))) if variance else value
+        mean, parts = self._each(batch, {}, completed), []
+        for twin, x, _ in self._twins(batch, draws, generator):
+            moved = mean + (x - self._each(twin, {}, completed)).unflatten(0, (-1, len(batch)))
+            parts.append(moved.flatten(1, 2)[:, place])
+        return torch.cat(parts)
 
     # ---- starts -----------------------------------------------------------------------------------------------
 

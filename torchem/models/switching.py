@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
-from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, whole_number
+from torchem.errors import invalid, whole_number
 from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.model import EStep, LatentModel, weighted
@@ -29,7 +28,7 @@ from torchem.models.gauss_markov import (
     normal_law,
     with_inputs,
 )
-from torchem.models.imputation import Gaps, How, checked_draws
+from torchem.models.imputation import Gaps
 from torchem.ops import chain, kalman, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
@@ -322,12 +321,6 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
-        batch = self._read(data, fields)
-        with declared_precision(self.device):
-            parts = [function(piece) for piece in self.stream(batch)]
-        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
-
     def elbo(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
         """The evidence lower bound of each sequence, ``[N]``, below `log_prob` by the divergence of q.
 
@@ -418,41 +411,12 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         with torch.no_grad():
             return self._each(data, fields, path)
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in by their means under q; see `LatentModel.impute`.
+    def _smoothed(self, piece: Batch) -> tuple[Plan, kalman.Smoothed]:
+        found = self._infer(piece)
+        return found.problem.plan, found.smoothed
 
-        Raises:
-            InvalidArgument: If draws are asked for, which q does not give jointly.
-        """
-        one_of("how", how, ("auto", "mean", "mode"))
-        checked_draws(draws, self, variance)
-        if draws is not None:
-            raise invalid("draws", "None: q is no joint law of observations", draws, "take means and variances")
-        batch, lead = self._read(data, fields), len(self.replicas)
-        gaps = Gaps.of(data, batch, True)
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
-
-        def completed(piece: Batch) -> tuple[Tensor, Tensor]:
-            found = self._infer(piece)
-            return found.problem.plan.completed(found.smoothed)
-
-        mean, spread = (
-            value.flatten(lead, lead + 1).index_select(lead, place) for value in self._each(batch, {}, completed)
-        )
-        value = gaps.filled(mean, False)
-        return (value, gaps.beside(spread)) if variance else value
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        raise invalid("draws", "None: q is no joint law of observations", draws, "take means and variances")
 
     @torch.no_grad()
     def sample(
