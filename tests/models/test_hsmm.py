@@ -236,6 +236,46 @@ def test_geometric_durations_are_a_chain() -> None:
         close(model.forecast(x, 5).variance, chain.forecast(x, 5).variance)  # pyright: ignore
 
 
+@pytest.mark.parametrize("censored", [True, False])
+def test_forecasts_are_those_of_the_expanded_chain(censored: bool) -> None:
+    """Laws ahead and draws, from sequences of different lengths, whose last segment has lasted for some time."""
+    model, x, _ = drawn(n=3, length=12)
+    model.duration_probs = [[0.0, 0.3, 0.7, 0, 0, 0, 0, 0], [0.25] * 4 + [0.0] * 4, [0.125] * 8]
+    lengths = torch.tensor([12, 5, 9])
+    with torch.no_grad():
+        chain = chained(model)
+        far = chain.forecast(x, 6, lengths=lengths)
+        model.censored = censored
+        ahead = model.forecast(x, 6, lengths=lengths, n=6000, generator=cases.rng(5))
+        close(ahead.states, far.states.unflatten(-1, (3, 8)).sum(-1))
+        close(ahead.mean, far.mean)  # pyright: ignore
+        close(ahead.variance, far.variance)  # pyright: ignore
+        assert ahead.draws is not None
+        error = (ahead.variance / 6000).sqrt()  # pyright: ignore
+        assert float(((ahead.draws.mean(0) - ahead.mean) / error).abs().max()) < 5
+        # Frames to come depend on each other: two of them together, by the chain of both.
+        other = chain.forecast(x, 6, lengths=lengths, n=6000, generator=cases.rng(6)).draws
+        assert other is not None
+        for one, two in ((ahead.draws[:, 0, 0, 0], ahead.draws[:, 0, 2, 0]),):
+            theirs = other[:, 0, 0, 0], other[:, 0, 2, 0]
+            both = (torch.stack(pair).cov()[0, 1] for pair in ((one, two), theirs))
+            assert abs(float(next(both) - next(both))) < 0.15
+        whole = model.replicate(2).forecast(x, 3, lengths=lengths)
+        close(whole.states[1], ahead.states[:, :3])
+
+
+def test_an_emission_with_lags_is_followed() -> None:
+    model = HSMM(Categorical(2), Categorical(2, 2), PoissonDuration(2, 6), Autoregressive.gaussian(2, 1, 1, "diag"))
+    model = model.double()
+    x = model.sample(3, 30, generator=cases.rng(8))
+    with torch.no_grad():
+        ahead = model.forecast(x, 3, n=5, generator=cases.rng(1))
+        assert ahead.draws is not None
+        assert ahead.mean is not None
+        close(ahead.mean, ahead.draws.mean(0))
+        assert model.forecast(x, 3).mean is None
+
+
 def test_use() -> None:
     model, x, z = drawn(n=3, length=20)
     with torch.no_grad():
@@ -332,7 +372,7 @@ WRONG = [
     (lambda: setattr(GaussianHSMM(2, 1, 3), "duration_probs", [[0.5, 0.1, 0.0], [1.0, 0, 0]]), "duration_probs"),
     (lambda: GaussianHSMM(2, 1, 3).sample(1), "length"),
     (lambda: GaussianHSMM(2, 1, 3).prune(torch.tensor([True, False])), "two states"),
-    (lambda: GaussianHSMM(2, 1, 3).forecast(torch.zeros(4, 1), 2, n=3), "no draws"),
+    (lambda: GaussianHSMM(2, 1, 3).replicate(2).forecast(torch.zeros(4, 1), 2, n=3), "no draws"),
     (lambda: GaussianHSMM(2, 1, 3).restrict(torch.eye(2, dtype=torch.bool)), "successor"),
 ]  # fmt: skip
 

@@ -427,9 +427,8 @@ class HMM(Completing, DiscreteModel):
         """p(z_t | x_1, …, x_t) of each frame, ``[N, T, K]``: what could be known at the time."""
         return self._each(self._read(data, fields), self._filtered)
 
-    def _filtered(self, potentials: dict[str, Tensor], batch: Batch, present: bool = True) -> Tensor:
-        law = chain.filter(*self._chain(potentials, batch), batch.lengths)[1]
-        return self._present(law) if present else law
+    def _filtered(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return self._present(chain.filter(*self._chain(potentials, batch), batch.lengths)[1])
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely path of states, ``[N, T]`` (Viterbi); −1 in the padding and where there is none."""
@@ -538,31 +537,38 @@ class HMM(Completing, DiscreteModel):
                 int(batch.frames().min()), "leave shorter ones out",
             )  # fmt: skip
         self._refuse_gaps(batch)
+        if n and self.replicas:
+            raise invalid("n", "no draws, of a model with replicas", n, "use take_replicas(0)")
         with torch.no_grad():
-            filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b, present=False))
-            last = batch.frames().to(filtered.device)
-            place = (last - 1).view(-1, 1, 1).expand(*filtered.shape[:-2], 1, filtered.shape[-1])
-            code = filtered.gather(-2, place).squeeze(-2)
-            state = self._present(code)
-            u = None if inputs is None else as_tensor(inputs, "inputs").to(filtered)
+            code, last = self._latest(batch), batch.frames().to(self.device)
+            u = None if inputs is None else as_tensor(inputs, "inputs").to(code)
             u = u.unsqueeze(0).expand(len(batch), *u.shape) if u is not None and u.dim() == 2 else u
             ahead = Batch(torch.zeros(len(batch), steps, batch.x.shape[-1], device=self.device), u=u)
-            table = self.transition.log_table(ahead).exp()
-            states = []
-            for step in range(steps):
-                matrix = table[..., step, :, :] if self.varying(table) else table
-                state = (state.unsqueeze(-2) @ matrix).squeeze(-2)
-                states.append(state)
-            laws = torch.stack(states, -2)
+            laws = self._onward(code, ahead)
             before = (last.unsqueeze(-1) - lags + torch.arange(lags, device=last.device)).unsqueeze(-1)
             recent = batch.x.to(self.device, self.dtype).gather(1, before.expand(-1, -1, batch.x.shape[-1]))
-            drawn = self._continued(n, code, recent, table, ahead, generator) if n else None
+            drawn = self._continued(n, code, recent, ahead, generator) if n else None
             if not lags:
                 mean, variance = self._outlook(laws, ahead)
             else:
                 mean = None if drawn is None else drawn.mean(0)
                 variance = drawn.var(0) if drawn is not None and n > 1 else None
         return Forecast(laws, mean, variance, drawn)
+
+    def _latest(self, batch: Batch) -> Tensor:
+        """Law of the chain that inference runs on at the last frame of each sequence, if it goes on: ``[*r, N, C]``."""
+        filtered = self._each(batch, lambda p, b: chain.filter(*self._chain(_going_on(p), b), b.lengths)[1])
+        place = (batch.frames().to(filtered.device) - 1).view(-1, 1, 1)
+        return filtered.gather(-2, place.expand(*filtered.shape[:-2], 1, filtered.shape[-1])).squeeze(-2)
+
+    def _onward(self, code: Tensor, ahead: Batch) -> Tensor:
+        """Laws of the states of frames to come after a last one of law ``code``, ``[*r, N, H, K]``."""
+        state, table, found = self._present(code), self.transition.log_table(ahead).exp(), []
+        for step in range(ahead.x.shape[1]):
+            matrix = table[..., step, :, :] if self.varying(table) else table
+            state = (state.unsqueeze(-2) @ matrix).squeeze(-2)
+            found.append(state)
+        return torch.stack(found, -2)
 
     def _refuse_gaps(self, batch: Batch) -> None:
         """Refuse sequences that end with missing frames, where what follows or fills them would read these."""
@@ -591,27 +597,30 @@ class HMM(Completing, DiscreteModel):
         return mean, (share * (spread + (center - mean.unsqueeze(-2)).square())).sum(-2)
 
     def _continued(
-        self, n: int, code: Tensor, recent: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
+        self, n: int, code: Tensor, recent: Tensor, ahead: Batch, generator: torch.Generator | None
     ) -> Tensor:
-        """``[n, N, H, D]`` draws of the frames to come, after a last state of law ``code [N, K^(memory + 1)]``."""
-        sequences, (steps, k, memory) = len(code), (ahead.x.shape[1], self.n_components, self.emission.memory)
-        varying = self.varying(table)
-        table = table.expand(sequences, *table.shape[1:]) if table.dim() > 2 else table.expand(sequences, k, k)
-        code, recent, table = (value.repeat(n, *[1] * (value.dim() - 1)) for value in (code, recent, table))
-        ahead = ahead.map(lambda value: value.repeat(n, *[1] * (value.dim() - 1)))
-        size = len(code)
-        last = torch.multinomial(code, 1, generator=generator)[:, 0]
-        # Digits of an expanded state from the lowest: the oldest first, the present one last.
-        path = [last // k**back % k for back in range(memory + 1)]
-        for step in range(steps):
-            matrix = table[:, step] if varying else table
-            path.append(torch.multinomial(matrix[torch.arange(size), path[-1]], 1, generator=generator)[:, 0])
-        z = torch.stack(path[-steps:], 1)
+        """``[n, N, H, D]`` draws of the frames to come, after a last one of law ``code``."""
+        sequences, steps = ahead.x.shape[:2]
+        code, recent = (_repeated(value, n) for value in (code, recent))
+        ahead = ahead.map(lambda value: _repeated(value, n))
+        past, z = self._future(torch.multinomial(code, 1, generator=generator)[:, 0], ahead, generator)
         if recent.shape[1]:
-            past = torch.stack(path[:-steps], 1)[:, 1:] if memory else z[:, :0]
             return follow(self, recent, past, z, ahead.u, generator).unflatten(0, (n, sequences))
         flat = ahead.map(lambda value: value.flatten(0, 1))
         return self.emission.sample(z.flatten(), flat, generator).unflatten(0, (n, sequences, steps))
+
+    def _future(self, code: Tensor, ahead: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """States that the emission remembers ``[N, memory]``, and drawn ones ``[N, H]``, after those of a code."""
+        k, memory, rows = self.n_components, self.emission.memory, torch.arange(len(code), device=code.device)
+        table = self.transition.log_table(ahead).exp()
+        # Digits of an expanded state from the lowest: the oldest first, the present one last.
+        path = [code // k**back % k for back in range(memory + 1)]
+        for step in range(ahead.x.shape[1]):
+            matrix = table[:, step] if self.varying(table) else table
+            law = matrix.expand(len(code), k, k)[rows, path[-1]]
+            path.append(torch.multinomial(law, 1, generator=generator)[:, 0])
+        both = torch.stack(path, 1)
+        return both[:, 1 : memory + 1], both[:, memory + 1 :]
 
     @torch.no_grad()
     def sample(

@@ -109,6 +109,24 @@ def lasting(
     return reduce.responsibilities(message.flatten(-2))[1].unflatten(-1, message.shape[-2:])
 
 
+def onward(law: Tensor, transition: Tensor, duration: Tensor) -> Tensor:
+    """The law of (state, frames that it has lasted) ``[*b, K, D]`` a frame later, by normalised tables.
+
+    Example:
+        >>> law, apart = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]).log()
+        >>> onward(law, apart, torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
+        tensor([[0.0000, 0.7500],
+                [0.2500, 0.0000]])
+    """
+    alive = survival(duration)
+    some = alive > -torch.inf
+    safe = torch.where(some, alive, 0.0)
+    leave = torch.where(some, (duration - safe).exp(), 0.0)
+    stay = torch.where(some[..., 1:], (alive[..., 1:] - safe[..., :-1]).exp(), 0.0)
+    start = ((law * leave).sum(-1).unsqueeze(-2) @ transition.exp()).squeeze(-2)
+    return torch.cat([start.unsqueeze(-1), law[..., :-1] * stay], -1)
+
+
 def expanded(
     initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, last: Tensor, censored: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
