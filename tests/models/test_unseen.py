@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[Callable[[], Any], bool]] = {
         True,
     ),
     "state space": (lambda: model_of(2, 2), True),
+    "switching dynamics of one regime": (lambda: moved(torchem.SwitchingLinearDynamics(1, 2, 2), 0.3), True),
     "mixture of state spaces": (
         lambda: moved(Mixture(Categorical(2), torchem.LinearGaussianStateSpace(1, 2)), 0.3),
         True,

@@ -1,7 +1,7 @@
 """Linear Gaussian state spaces: a continuous state that moves linearly behind a sequence of observations."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,39 +10,14 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, whole_number
+from torchem.errors import invalid, one_of
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
-from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law, with_inputs
+from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law
 from torchem.models.imputation import Gaps, at_once, places
-from torchem.ops import kalman, linalg
+from torchem.ops import kalman
 from torchem.ops.dispatch import declared_precision
 from torchem.stats import Stats
-
-
-@dataclass(frozen=True, eq=False)
-class Forecast:
-    """What follows a sequence.
-
-    Attributes:
-        states: Laws of the states to come, batch ``[N, H]``.
-        observations: Laws of the observations to come, batch ``[N, H]``.
-        draws: Continuations ``[n, N, H, D]``, if any were asked for.
-    """
-
-    states: MultivariateNormal
-    observations: MultivariateNormal
-    draws: Tensor | None
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x_{T+h} | x], ``[N, H, D]``."""
-        return self.observations.mean
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of each column, ``[N, H, D]``."""
-        return self.observations.variance
 
 
 class LinearGaussianStateSpace(GaussMarkovModel):
@@ -304,104 +279,14 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
         return Normal(*self._planned(data, fields, level), validate_args=False)
 
-    def forecast(
-        self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Forecast:  # fmt: skip
-        """What follows each sequence: laws of states and observations ``1 … steps`` frames ahead.
+    def _latest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        mean, covariance = self._planned(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
+        # Padding repeats the law of the last frame.
+        return mean[:, -1], covariance[:, -1], torch.ones_like(mean[:, -1, :1])
 
-        Args:
-            data: Sequences, as for `torchem.fit`.
-            steps: H, how far to look.
-            inputs: Covariates ``[N, H, M]`` or ``[H, M]`` of the frames to come.
-            n: Number of continuations to draw.
-            generator: Source of the draws.
-            **fields: ``lengths``, ``u``, … of the data.
-
-        Example:
-            >>> m = LinearGaussianStateSpace(1, 1)
-            >>> m.forecast(torch.zeros(5, 1), 3).mean.shape
-            torch.Size([1, 3, 1])
-        """
-        whole_number("steps", steps, 1, "give how many frames to look ahead")
-        if self.replicas:
-            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
-        batch = self._read(data, fields)
-        with torch.no_grad():
-            mean, covariance = self._planned(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
-            # Padding repeats the law of the last frame.
-            mean, covariance = mean[:, -1], covariance[:, -1]
-            u = self._ahead(inputs, len(batch), steps)
-            move, see = (Law.of(f.quadratic(), self.n_latents) for f in (self.transition, self.observation))
-            drift = None if u is None or move.inputs is None else u @ move.inputs.mT
-            shift = None if u is None or see.inputs is None else u @ see.inputs.mT
-            noise, observed = move.factor @ move.factor.mT, see.factor @ see.factor.mT
-            draws = self._continued(n, mean, covariance, u, steps, generator) if n else None
-            means, covariances = [], []
-            for h in range(steps):
-                mean = mean @ move.states.mT + (0.0 if drift is None else drift[:, h])
-                covariance = move.states @ covariance @ move.states.mT + noise
-                means.append(mean)
-                covariances.append(covariance)
-            mean, covariance = torch.stack(means, 1), torch.stack(covariances, 1)
-            seen = mean @ see.states.mT + (0.0 if shift is None else shift)
-            return Forecast(
-                normal_law(mean, covariance),
-                normal_law(seen, see.states @ covariance @ see.states.mT + observed),
-                draws,
-            )
-
-    def _continued(
-        self, n: int, mean: Tensor, covariance: Tensor, u: Tensor | None, steps: int, generator: torch.Generator | None
-    ) -> Tensor:
-        size = len(mean)
-        root = linalg.cholesky(covariance)
-        noise = torch.randn(n, size, self.n_latents, dtype=self.dtype, device=self.device, generator=generator)
-        z = (mean + (root @ noise.unsqueeze(-1)).squeeze(-1)).flatten(0, 1)
-        many = None if u is None else u.repeat(n, 1, 1)
-        return self._rolled(z, many, steps, generator, first=False)[0].unflatten(0, (n, size))
-
-    def _rolled(
-        self, z: Tensor, u: Tensor | None, steps: int, generator: torch.Generator | None, first: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Observations and states of frames from the one where ``z [n, L]`` stands (``first``), or after it."""
-        blank = torch.zeros(len(z), dtype=torch.long, device=self.device)
-        states, seen = [], []
-        for t in range(steps):
-            own = None if u is None else u[:, t]
-            if t or not first:
-                z = self.transition.sample(blank, with_inputs(z, own, self.inputs != "observation"), generator)
-            states.append(z)
-            seen.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
-        return torch.stack(seen, 1), torch.stack(states, 1)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int = 1,
-        length: int | None = None,
-        *,
-        latents: bool = False,
-        inputs: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """Draw ``n`` sequences ``[n, length, D]``, and their states ``[n, length, L]`` when ``latents`` is True.
-
-        Args:
-            n: Number of sequences.
-            length: Frames of each.
-            latents: Whether to return the states as well.
-            inputs: Covariates ``[n, length, M]`` or ``[length, M]``, where the model reads them.
-            generator: Source of the draws.
-        """
-        for name, value, least in (("n", n, 0), ("length", length, 1)):
-            whole_number(name, value, least)
-        assert length is not None
-        u = self._ahead(inputs, n, length)
-        blank = torch.zeros(n, dtype=torch.long, device=self.device)
-        start = self.initial.sample(blank, None, generator)
-        x, z = self._rolled(start, u, length, generator, first=True)
-        return (x, z) if latents else x
+    def _switches(self) -> tuple[Tensor, Tensor]:
+        one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        return one[0], one
 
     @torch.no_grad()
     def sample_posterior(

@@ -26,9 +26,9 @@ from torchem.models.gauss_markov import (
     Plan,
     lookable,
     normal_law,
-    with_inputs,
+    root_of,
 )
-from torchem.models.imputation import Gaps
+from torchem.models.imputation import Gaps, at_once, places
 from torchem.ops import chain, kalman, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
@@ -415,47 +415,53 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         found = self._infer(piece)
         return found.problem.plan, found.smoothed
 
-    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
-        raise invalid("draws", "None: q is no joint law of observations", draws, "take means and variances")
+    def _latest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        def laws(piece: Batch) -> tuple[Tensor, Tensor, Tensor]:
+            found = self._infer(piece)
+            mean, covariance = found.problem.plan.laws(found.smoothed)
+            place = (piece.frames() - 1).view(-1, 1, 1).expand(-1, 1, self.n_states)
+            return mean[:, -1], covariance[:, -1], found.regimes.gather(1, place).squeeze(1)
+
+        return self._each(batch, {}, laws)
+
+    def _switches(self) -> tuple[Tensor, Tensor]:
+        return self.initial_probs, self.transition_matrix
+
+    def _latents(self, z: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+        return z, path
 
     @torch.no_grad()
-    def sample(
-        self,
-        n: int = 1,
-        length: int | None = None,
-        *,
-        latents: bool = False,
-        inputs: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """Draw ``n`` sequences ``[n, length, D]``; with ``latents`` also states ``[n, length, L]`` and regimes.
+    def sample_posterior(
+        self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
+    ) -> tuple[Float[Tensor, "n_draws n t l"], Int[Tensor, "n_draws n t"]]:
+        """``n`` draws of the paths of states ``[n, N, T, L]`` and of regimes ``[n, N, T]`` from q.
 
-        Args:
-            n: Number of sequences.
-            length: Frames of each.
-            latents: Whether to return the pair of states and regimes ``[n, length]`` as well.
-            inputs: Covariates ``[n, length, M]`` or ``[length, M]``, where the model reads them.
-            generator: Source of the draws.
+        In q they are independent of each other.
         """
-        for name, value, least in (("n", n, 0), ("length", length, 1)):
-            whole_number(name, value, least)
-        assert length is not None
-        u = self._ahead(inputs, n, length)
-        blank = torch.zeros(n, dtype=torch.long, device=self.device)
-        z, step = self.initial.sample(blank, None, generator), self.transition_matrix
-        s = self.initial_probs.expand(n, -1)
-        s = torch.multinomial(s, 1, generator=generator)[:, 0] if n else blank
-        xs, zs, path = [], [], []
-        for t in range(length):
-            own = None if u is None else u[:, t]
-            if t:
-                s = torch.multinomial(step[s], 1, generator=generator)[:, 0] if n else s
-                z = self.transition.sample(s, with_inputs(z, own, self.inputs != "observation"), generator)
-            path.append(s)
-            zs.append(z)
-            xs.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
-        x = torch.stack(xs, 1)
-        return (x, (torch.stack(zs, 1), torch.stack(path, 1))) if latents else x
+        if self.replicas:
+            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
+
+        def paths(piece: Batch) -> tuple[Tensor, Tensor]:
+            found = self._infer(piece)
+            first, step, fit = found.problem.of_regimes(found.second)
+            many = [chain.sample(first, step, fit, piece.lengths, generator) for _ in range(n)]
+            return found.drawn(n, generator).transpose(0, 1), torch.stack(many, 1)
+
+        states, regimes = self._each(data, fields, paths)
+        return states.transpose(0, 1), regimes.transpose(0, 1)
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: whole paths of states from q, and the frames given these."""
+        place = places(gaps.batch, gaps.index, self.device)
+
+        def completed(piece: Batch) -> Tensor:
+            found, step = self._infer(piece), at_once(piece.x.shape[:2].numel())
+            times = [step] * (draws // step) + [draws % step] * (draws % step > 0)
+            parts = [found.problem.plan.completed_along(found.drawn(m, generator), generator) for m in times]
+            return torch.cat(parts).transpose(0, 1)
+
+        whole = self._each(replace(gaps.batch, weight=None), {}, completed).transpose(0, 1)
+        return whole.flatten(1, 2)[:, place]
 
     # ---- starts and state -------------------------------------------------------------------------------------
 
@@ -604,6 +610,21 @@ class _Found:
     regimes: Tensor
     first: Tensor
     steps: Tensor
+
+    def drawn(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Paths of states from q(z), ``[n, N, T, L]``: each state given the one before it."""
+        mean, covariance = (value.to(torch.float64) for value in self.problem.plan.laws(self.smoothed))
+        cross = self.smoothed.cross.to(torch.float64).transpose(-4, -3)
+        shape = (n, *mean.shape)
+        noise = torch.randn(shape, dtype=torch.float64, device=mean.device, generator=generator).unsqueeze(-1)
+        gap = root_of(covariance[:, 0]) @ noise[:, :, 0]
+        path = [gap]
+        for t in range(1, shape[2]):
+            gain = torch.linalg.solve(covariance[:, t - 1], cross[:, t - 1].mT).mT
+            left = covariance[:, t] - gain @ cross[:, t - 1].mT
+            gap = gain @ gap + root_of(left) @ noise[:, :, t]
+            path.append(gap)
+        return mean + torch.stack(path, 2).squeeze(-1)
 
 
 @dataclass(frozen=True)
