@@ -329,7 +329,7 @@ class GaussMarkovModel(Completing):
     def _rolled(
         self, z: Tensor, path: Tensor, u: Tensor | None, generator: torch.Generator | None, first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Observations and states in regimes ``path [n, T]``, from the frame of ``z [n, L]`` (``first``) or after it."""
+        """Observations and states in regimes ``path [n, T]``, from the frame of ``z [n, L]`` or that after it."""
         blank, states, seen = torch.zeros_like(path[:, 0]), [], []
         for t in range(path.shape[1]):
             own = None if u is None else u[:, t]
