@@ -17,7 +17,7 @@ from torchem.batch import Batch
 from torchem.errors import InvalidArgument
 from torchem.factors import Autoregressive, Categorical, Gaussian, PoissonDuration, SoftmaxRegression
 from torchem.model import DiscreteModel
-from torchem.ops import semi_markov
+from torchem.ops import chain, semi_markov
 
 SEGMENTS = pytest.mark.parametrize(
     "build", [pytest.param(build, id=name) for name, build in cases.MODEL_CASES.items() if name.startswith("HSMM")]
@@ -148,6 +148,69 @@ def test_longer_sequences_equal_the_expanded_chain(duration: str) -> None:
         # Each end has probability one half of what it would have: of either choice, where there is one.
         ends = chain.log_prob(chain.batch(x, lengths=lengths)) - model.log_prob(model.batch(x, lengths=lengths))
     assert bool((ends <= -math.log(2) + 1e-9).all())
+
+
+def expanded(model: HSMM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Potentials of the chain on (state, frames lasted), of the same Z for every end: K D states, K D × K D steps.
+
+    A segment goes on with the ratio of survivals, and ends with what is left of one.
+    """
+    potentials = {slot: kernel.log_potential(batch) for slot, kernel in model._kernels().items()}
+    initial, transition, duration, emission = model._parts(potentials, batch)
+    k, d = duration.shape[-2:]
+    alive = semi_markov.survival(duration)
+    safe = torch.where(alive > -torch.inf, alive, 0.0)
+    ends = duration - safe
+    after = torch.cat([alive[..., 1:], torch.full_like(alive[..., :1], -torch.inf)], -1) - safe
+    begins = torch.full((*initial.shape[:-1], k, d), -torch.inf).to(initial)
+    begins = torch.cat([(initial + alive[..., 0]).unsqueeze(-1), begins[..., 1:]], -1).flatten(-2)
+    moves = ends[..., :, :, None, None] + transition[..., :, None, :, None] + alive[..., None, None, :, :1]
+    eye, shift = torch.eye(k, dtype=torch.bool)[:, None, :, None], torch.eye(d, dtype=torch.bool).roll(1, -1)
+    first = (torch.arange(d) == 0).view(1, 1, 1, d)
+    on = torch.where(eye & shift[None, :, None, :], after[..., :, :, None, None], -torch.inf)
+    steps = torch.where(first, moves, on)
+    seen = emission.repeat_interleave(d, -1)
+    if not model.censored:
+        last = model._last(batch).unsqueeze(-1)
+        seen = seen + torch.where(last, ends.flatten(-2).unsqueeze(-2), 0.0)
+    return begins, steps.flatten(-4, -3).flatten(-2), seen
+
+
+@pytest.mark.parametrize("censored", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_filters_lists_and_draws_equal_those_of_the_expanded_chain(
+    censored: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, _ = drawn(n=4, length=20)
+    model.duration_probs = [[0.0, 0.3, 0.7, 0, 0, 0, 0, 0], [0.25] * 4 + [0.0] * 4, [0.125] * 8]
+    model.censored = censored
+    x[1, 7:12] = torch.nan
+    labels = torch.full((4, 20), -1)
+    labels[0, 3], labels[2, 5] = 2, 1
+    batch = model.batch(x, lengths=[20, 15, 1, 20], labels=labels.index_fill(0, torch.tensor([2]), -1))
+    if not compiled:
+        monkeypatch.setattr(semi_markov, "_kernel", lambda *given: None)
+    with torch.no_grad():
+        parts = expanded(model, batch)
+        close(model.log_normalizer({s: k.log_potential(batch) for s, k in model._kernels().items()}, batch),
+              chain.log_normalizer(*parts, batch.lengths))  # fmt: skip
+        law = chain.filter(*parts, batch.lengths)[1].unflatten(-1, (3, 8)).sum(-1)
+        close(model.filter(batch), law)
+        scores, paths = chain.best_paths(*parts, 7, batch.lengths)
+        found, states = model.best_paths(batch, 7)
+        close(found, scores)
+        assert torch.equal(states, torch.where(paths >= 0, paths // 8, -1))
+        assert torch.equal(states[:, 0], model.most_likely(batch))
+        n = 2000 if compiled else 100
+        draws = model.sample_posterior(batch, n, generator=cases.rng(1))
+        assert draws.shape == (n, 4, 20)
+        hot = torch.stack([(draws == k).double().mean(0) for k in range(3)], -1)
+        assert float((hot - model.posterior(batch)).abs().max()) < 2.5 / n**0.5
+        many = model.replicate(2)
+        close(many.filter(batch)[1], law)
+        close(many.best_paths(batch, 7)[0][1], scores)
+    with pytest.raises(InvalidArgument, match="one without replicas"):
+        many.sample_posterior(batch, 2)
 
 
 def both_ways(model: HSMM, batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from torchem.factors._tables import SMOOTH, apart
 from torchem.model import DiscreteModel, EStep, Reduction, Uniforms, weighted
 from torchem.models import bif
 from torchem.models.frames import FramesPass
-from torchem.models.imputation import Completing, Gaps, at_once, complete, floating, kinds_of
+from torchem.models.imputation import Completing, Gaps, complete, floating, in_turn, kinds_of
 from torchem.models.patterns import LIMIT, Inference, MeanField, Part, blind, plan
 from torchem.models.unseen import Among, Beside, Names, Unseen
 from torchem.ops import reduce
@@ -662,8 +662,8 @@ class BayesianNetwork(Completing, DiscreteModel):
     def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
         """See `Completing.drawn`: states of all nodes that are open, together, and leaves given these."""
         rows = replace(gaps.batch[gaps.index].to(self.device), weight=None)
-        step, found = at_once(len(rows)), []
-        for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
+        found = []
+        for times in in_turn(draws, len(rows)):
             many = rows[torch.arange(len(rows), device=self.device).repeat(times)]
             codes = self._drawn(many, generator) if len(many) else self._codes(many.x)
             parts = [codes[:, list(self._columns)].to(self.dtype)]

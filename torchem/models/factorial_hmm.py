@@ -17,7 +17,7 @@ from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.factors.linear_gaussian import CovarianceType
 from torchem.model import EStep, LatentModel, Uniforms, global_uniforms, weighted
-from torchem.models.imputation import Completing, Gaps, at_once, floating, places
+from torchem.models.imputation import Completing, Gaps, floating, in_turn, places
 from torchem.models.unseen import Moments as Given
 from torchem.ops import chain, linalg, reduce
 from torchem.ops.dispatch import declared_precision
@@ -507,8 +507,8 @@ class FactorialHMM(Completing):
             found = self._infer(piece, "sample", uniforms=draw)
             return torch.cat(found.marginals if found.paths is None else found.paths, -1)
 
-        drawn, step = [], at_once(batch.x.shape[0] * batch.x.shape[1])
-        for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
+        drawn = []
+        for times in in_turn(draws, batch.x.shape[:2].numel()):
             many = batch[torch.arange(len(batch)).repeat(times)]
             u = self._each(many, {}, states).unflatten(0, (times, len(batch))).flatten(1, 2)[:, place]
             z = torch.zeros(u.shape[:-1].numel(), dtype=torch.long, device=self.device)

@@ -18,7 +18,16 @@ from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Tempered, Uniforms, weighted
 from torchem.models.draws import Draw, follow, reach
 from torchem.models.frames import FramesPass, is_light, window
-from torchem.models.imputation import Completing, Gaps, at_once, check_possible, complete, floating, kinds_of, places
+from torchem.models.imputation import (
+    Completing,
+    Gaps,
+    check_possible,
+    complete,
+    floating,
+    in_turn,
+    kinds_of,
+    places,
+)
 from torchem.models.stationary import Stationary
 from torchem.models.unseen import Among
 from torchem.ops import chain, reduce
@@ -443,30 +452,31 @@ class HMM(Completing, DiscreteModel):
         earlier = self.n_components**self.emission.memory
         return path if earlier == 1 else path.div(earlier, rounding_mode="floor")
 
-    def _codes(self, path: Tensor) -> Tensor:
-        """Paths of the chain that inference runs on as the states that index the emission."""
-        return path
-
     def best_paths(self, data: Any, count: int, **fields: Any) -> tuple[Tensor, Tensor]:
         """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
         whole_number("count", count, 1, "give how many paths to list")
 
         def paths(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-            scores, found = chain.best_paths(*self._chain(potentials, batch), count, batch.lengths)
-            return scores, self._digits(found)
+            return self._best(potentials, batch, count)
 
         return self._each(self._read(data, fields), paths)
+
+    def _best(self, potentials: dict[str, Tensor], batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        scores, found = chain.best_paths(*self._chain(potentials, batch), count, batch.lengths)
+        return scores, self._digits(found)
 
     def sample_posterior(
         self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
     ) -> Int[Tensor, "n_draws n t"]:
         """``n`` draws of the path of states given the data, ``[n, N, T]``."""
+        whole_number("n", n, 1, "give the number of draws")
+        if self.replicas:
+            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
 
         def paths(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-            parts = self._chain(potentials, batch)
-            return torch.stack([chain.sample(*parts, batch.lengths, generator) for _ in range(n)], -2)
+            return self._paths(potentials, batch, n, generator).transpose(0, 1)
 
-        return self._digits(self._each(self._read(data, fields), paths)).movedim(-2, 0)
+        return self._digits(self._each(self._read(data, fields), paths)).transpose(0, 1)
 
     def column_kinds(self) -> list[tuple[bool, bool]]:
         return kinds_of(self.emission)
@@ -492,18 +502,17 @@ class HMM(Completing, DiscreteModel):
         def paths(potentials: dict[str, Tensor], piece: Batch) -> Tensor:
             return self._paths(potentials, piece, draws, generator).transpose(0, 1)
 
-        states = self._codes(self._each(replace(batch, weight=None), paths)).movedim(-2, 0).flatten(1, 2)[:, place]
+        states = self._each(replace(batch, weight=None), paths).transpose(0, 1).flatten(1, 2)[:, place]
         check_possible((states >= 0).all(0), gaps)
         return complete(self.emission, rows, states, generator)
 
     def _paths(self, potentials: dict[str, Tensor], piece: Batch, n: int, generator: torch.Generator | None) -> Tensor:
-        """Draws of the chain that inference runs on, ``[n, N, T]``; −1 in the padding and where there is no path."""
+        """Draws of the states that index the emission, ``[n, N, T]``; −1 in the padding and where there is no path."""
         (*tables, emission), found = self._chain(potentials, piece), []
-        step = at_once(emission.shape[:2].numel())
-        for times in [step] * (n // step) + [n % step] * (n % step > 0):
-            first, move = (v if v.shape[0] == 1 else _repeated(v, times) for v in tables)
+        for times in in_turn(n, emission.shape[:2].numel()):
+            first, move = (v if v.shape[0] == 1 else repeated(v, times) for v in tables)
             lengths = None if piece.lengths is None else piece.lengths.repeat(times)
-            path = chain.sample(first, move, _repeated(emission, times), lengths, generator)
+            path = chain.sample(first, move, repeated(emission, times), lengths, generator)
             found.append(path.unflatten(0, (times, len(piece))))
         return torch.cat(found)
 
@@ -601,8 +610,8 @@ class HMM(Completing, DiscreteModel):
     ) -> Tensor:
         """``[n, N, H, D]`` draws of the frames to come, after a last one of law ``code``."""
         sequences, steps = ahead.x.shape[:2]
-        code, recent = (_repeated(value, n) for value in (code, recent))
-        ahead = ahead.map(lambda value: _repeated(value, n))
+        code, recent = (repeated(value, n) for value in (code, recent))
+        ahead = ahead.map(lambda value: repeated(value, n))
         past, z = self._future(torch.multinomial(code, 1, generator=generator)[:, 0], ahead, generator)
         if recent.shape[1]:
             return follow(self, recent, past, z, ahead.u, generator).unflatten(0, (n, sequences))
@@ -814,7 +823,7 @@ class HMM(Completing, DiscreteModel):
             yield piece
 
 
-def _repeated(value: Tensor, times: int) -> Tensor:
+def repeated(value: Tensor, times: int) -> Tensor:
     """Several copies of a tensor, one after the other."""
     return value.repeat(times, *[1] * (value.dim() - 1))
 

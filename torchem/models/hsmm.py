@@ -13,7 +13,8 @@ from torchem.factors import Categorical, Gaussian, NegativeBinomialDuration, Poi
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Uniforms
 from torchem.models.draws import Draw
-from torchem.models.hmm import HMM
+from torchem.models.hmm import HMM, repeated
+from torchem.models.imputation import in_turn
 from torchem.ops import reduce, semi_markov
 from torchem.stats import Stats
 
@@ -141,18 +142,11 @@ class HSMM(HMM):
         initial, transition, duration = (potentials[name] for name in ("initial", "transition", "duration"))
         return initial, transition, duration, self._informed(potentials, batch)
 
-    def _chain(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The chain of states and how long they have lasted: what paths are listed and filtered on."""
-        return semi_markov.expanded(*self._parts(potentials, batch), self._last(batch), self.censored)
-
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         return semi_markov.reference(*self._parts(potentials, batch), batch.lengths, plus, censored=self.censored)
 
-    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        def value(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-            return semi_markov.log_normalizer(*self._parts(potentials, batch), batch.lengths, censored=self.censored)
-
-        return self._each(data, value, score=True)
+    def log_normalizer(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return semi_markov.log_normalizer(*self._parts(potentials, batch), batch.lengths, censored=self.censored)
 
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
@@ -210,14 +204,27 @@ class HSMM(HMM):
     # ---- use --------------------------------------------------------------------------------------------------
 
     def _present(self, value: Tensor) -> Tensor:
-        """What is known of the chain of states and how long they have lasted, of states alone."""
+        """What is known of states and how long they have lasted, of states alone."""
         return value if value.shape[-1] == self.n_components else value.unflatten(-1, (self.n_components, -1)).sum(-1)
 
-    def _codes(self, path: Tensor) -> Tensor:
-        return self._digits(path)
+    def _filtered(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return semi_markov.filter(*self._parts(potentials, batch), batch.lengths, censored=self.censored)
 
-    def _digits(self, path: Tensor) -> Tensor:
-        return path.div(self.max_duration, rounding_mode="floor")
+    def _best(self, potentials: dict[str, Tensor], batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        return semi_markov.best_paths(self._parts(potentials, batch), count, batch.lengths, self.censored)
+
+    def _paths(self, potentials: dict[str, Tensor], piece: Batch, n: int, generator: torch.Generator | None) -> Tensor:
+        def uniforms(shape: torch.Size) -> Tensor:
+            return torch.rand(shape, dtype=torch.float64, generator=generator).to(self.device)
+
+        found = []
+        for times in in_turn(n, piece.x.shape[:2].numel()):
+            many = Batch(piece.x, lengths=piece.lengths, evidence=piece.evidence).map(lambda v, m=times: repeated(v, m))
+            own = {**potentials, "emission": repeated(potentials["emission"], times)}
+            share = self.infer_sample(own, many, uniforms)[1]["emission"]
+            path = torch.where(share.sum(-1) > 0, reduce.first_max(share), -1)
+            found.append(path.unflatten(0, (times, len(piece))))
+        return torch.cat(found)
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely states of the frames, ``[N, T]`` (Viterbi); −1 in the padding and where there are none."""
@@ -242,7 +249,7 @@ class HSMM(HMM):
         return torch.stack(found, -2)
 
     def _future(self, code: Tensor, ahead: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        state, lasted = self._digits(code), code % self.max_duration
+        state, lasted = code // self.max_duration, code % self.max_duration
         # A duration that is no less than what was seen of it.
         longer = torch.arange(self.max_duration, device=code.device) >= lasted.unsqueeze(-1)
         draw = _SegmentDraw(self, 0, 1, None, generator)

@@ -164,6 +164,12 @@ def kinds_of(factor: Factor) -> list[tuple[bool, bool]]:
     return [(values is not None, named) for values, named in zip(factor.outcomes(), factor.nominal, strict=True)]
 
 
+def in_turn(draws: int, rows: int) -> list[int]:
+    """How many draws of so many rows to make together, one lot after the other."""
+    step = at_once(rows)
+    return [step] * (draws // step) + [draws % step] * (draws % step > 0)
+
+
 def at_once(rows: int) -> int:
     """How many draws of so many rows to make together."""
     return max(1, _AT_ONCE // max(1, rows))

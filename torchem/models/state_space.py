@@ -14,7 +14,7 @@ from torchem.errors import invalid, one_of
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
 from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law
-from torchem.models.imputation import Gaps, at_once, places
+from torchem.models.imputation import Gaps, in_turn, places
 from torchem.ops import kalman
 from torchem.ops.dispatch import declared_precision
 from torchem.stats import Stats
@@ -308,8 +308,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     def _twins(self, batch: Batch, n: int, generator: torch.Generator | None) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Copies of a batch, ``n`` in all, drawn anew, that miss what it misses; with all entries, and the states."""
-        step = at_once(batch.x.shape[0] * batch.x.shape[1])
-        for times in [step] * (n // step) + [n % step] * (n % step > 0):
+        for times in in_turn(n, batch.x.shape[:2].numel()):
             many = replace(batch, weight=None)[torch.arange(len(batch), device=batch.x.device).repeat(times)]
             u = None if many.u is None else many.u.to(self.device, self.dtype)
             x, z = self.sample(len(many), many.x.shape[1], latents=True, inputs=u, generator=generator)

@@ -28,7 +28,7 @@ from torchem.models.gauss_markov import (
     normal_law,
     root_of,
 )
-from torchem.models.imputation import Gaps, at_once, places
+from torchem.models.imputation import Gaps, in_turn, places
 from torchem.ops import chain, kalman, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
@@ -455,8 +455,7 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         place = places(gaps.batch, gaps.index, self.device)
 
         def completed(piece: Batch) -> Tensor:
-            found, step = self._infer(piece), at_once(piece.x.shape[:2].numel())
-            times = [step] * (draws // step) + [draws % step] * (draws % step > 0)
+            found, times = self._infer(piece), in_turn(draws, piece.x.shape[:2].numel())
             parts = [found.problem.plan.completed_along(found.drawn(m, generator), generator) for m in times]
             return torch.cat(parts).transpose(0, 1)
 
