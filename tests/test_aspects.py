@@ -64,7 +64,9 @@ def labels(name: str) -> None:
         continuous = model.labelled is None
         states = torch.zeros(len(batch)) if continuous else model.most_likely(batch)
         known = quiet(copy.deepcopy(model), labels=states.long(), max_iter=1, **given)
-        if getattr(model, "models", None) is None:
+        if "hard" not in model.e_steps:  # labels name regimes, and leave the states beside them free
+            first = float(model.log_prob(given["data"], labels=states.long()).sum() + model.log_prior())
+        elif getattr(model, "models", None) is None:
             first = quiet(model, e_step="hard", max_iter=1, **given).history[0]
         else:  # labels name components, and leave the latents inside them free
             first = float(model.joint(batch).gather(-1, states.unsqueeze(-1)).sum() + model.log_prior())
@@ -162,7 +164,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Laplace mixture", "`em_map`"): "function of statistics",
     ("state space", "labels"): "labels",
     ("variational state space", "labels"): "labels",
-    ("switching dynamics", "labels"): "labels",
     ("amortized model", "labels"): "labels",
     ("amortized model", "missing rows"): "missing",
     ("amortized model", "missing entries"): "missing",

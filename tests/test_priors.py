@@ -1,5 +1,6 @@
 """Priors: their densities, their share in the M-step, and the objective that a fit then reports."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torchem
 from tests.laws import cases
 from tests.laws.cases import close
 from torchem.batch import Batch
+from torchem.errors import InvalidArgument
 from torchem.factor import Factor, Prior
 from torchem.factors import (
     Bernoulli,
@@ -22,6 +24,7 @@ from torchem.factors import (
     LinearGaussian,
     LowRankGaussian,
     Poisson,
+    PoissonDuration,
     Product,
 )
 from torchem.priors import (
@@ -485,3 +488,59 @@ def test_a_fit_that_prunes_goes_on_under_its_priors() -> None:
     objective = float((model.log_prob(x).sum() + model.log_prior()).detach())
     again = torchem.fit(model, x, init=None, seed=0, progress=False)
     assert again.history[0] == pytest.approx(objective, rel=1e-9)
+
+
+# ---- durations ----------------------------------------------------------------------------------------------------
+
+
+def test_a_prior_of_durations_integrates_to_one_and_is_gamma_where_nothing_is_cut_off() -> None:
+    rates = torch.linspace(-60, 60, 60_001, dtype=torch.float64).exp()
+    for shape, rate, most in ((1.0, 0.5, 9), (2.0, 5.0, 4), (40.0, 8.0, 12), (300.0, 100.0, 30)):
+        many = PoissonDuration(len(rates), most).double()
+        many.rates = rates
+        one = PoissonDuration(1, most).double()
+        one.prior = Gamma(shape, rate)
+        height = (many.log_probs().detach() * one.prior.mode_stats(one)["counts"]).sum(-1)
+        mass = (height - one.prior_norm(torch.tensor([shape]), torch.tensor([rate]))).exp() * rates
+        assert float(mass.sum() * 120 / 60_000) == pytest.approx(1.0, rel=1e-9)
+    wide = PoissonDuration(2, 80).double()
+    wide.prior, wide.rates = Gamma([3.0, 5.0], [2.0, 1.5]), [1.3, 4.0]
+    expected = scipy.stats.gamma.logpdf([1.3, 4.0], [3.0, 5.0], scale=[0.5, 1 / 1.5]).sum()
+    assert float(wide.log_prior().detach()) == pytest.approx(expected, rel=1e-12)  # pyright: ignore
+
+
+def test_modes_of_durations_are_stationary_and_fits_climb_the_posterior(tmp_path: Any) -> None:
+    law = PoissonDuration(3, 9).double()
+    law.prior = Gamma([2.0, 1.0, 3.0], 0.8)
+    counts = 5 * cases.rand(3, 9, seed=3)
+    counts[2] = 0
+    stats = law.penalized(torchem.stats.Stats(counts=counts))
+    with torch.no_grad():
+        law.log_rate.copy_(law.maximize(stats)["log_rate"])
+    value = law.expected_log_prob(torchem.stats.Stats(counts=counts)) + law.log_prior()  # pyright: ignore
+    (slope,) = torch.autograd.grad(value, law.log_rate)
+    close(slope, torch.zeros(3), atol=1e-9)
+    model = torchem.GaussianHSMM(2, 1, 9, "poisson").double()
+    model.means = [[-1.0], [1.0]]
+    x = model.sample(6, 40, generator=cases.rng(1))
+    model.duration.prior = Gamma(4.0, 2.0)
+    result = torchem.fit(model, x, init=None, max_iter=8, tol=0.0, progress=False)
+    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(result.history))
+    with torch.no_grad():
+        prior = float(model.log_prior())
+        assert result.bound == pytest.approx(float(model.log_prob(x).sum()) + prior)
+    torchem.save(model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert float(torchem.load(tmp_path / "m.safetensors").log_prior()) == pytest.approx(prior)
+    free = torchem.GaussianHSMM(2, 1, 9, "poisson").double()
+    free.duration.prior = Gamma(2.0)
+    close(free.duration.prior.mode_stats(free.duration)["counts"].sum(-1), torch.full((2,), 8 / 9).double())
+    torchem.fit(free, x, max_iter=2, tol=0.0, progress=False, seed=0, restarts=2)
+    for prior, message in (
+        (Gamma(0.5, 1.0), "shape: expected at least 1"), (Gamma(8.0, 1.0), "rate: expected above shape / 8"),
+        (Gamma([1.0, 2.0, 3.0], 1.0), "broadcasts"), (Beta(2.0, 2.0), "Bernoulli"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidArgument, match=message):
+            free.duration.prior = prior
+    with pytest.raises(InvalidArgument, match="conjugate"):
+        torchem.Variational(free.duration)

@@ -139,8 +139,13 @@ def _fit(config: Any, each: list[Any]) -> int:
 
 
 def _is_chain(model: Any) -> bool:
-    """Whether each frame of a sequence has a discrete state."""
-    return model.sequential and not model.whole and model.labelled is not None
+    """Whether each frame of a sequence has a discrete state, and nothing else that is hidden."""
+    return model.sequential and not model.whole and not _is_continuous(model)
+
+
+def _is_continuous(model: Any) -> bool:
+    """Whether what is hidden has no configurations to list."""
+    return "hard" not in model.e_steps
 
 
 def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.dtype) -> runs.Candidate:
@@ -152,7 +157,7 @@ def _candidate(states: int | None, ready: Any, data: Observations, dtype: torch.
     criteria = torchem.criteria(model, data.values, **data.fields("weights"))
     if model.whole or not model.sequential:
         return runs.Candidate(states, result, criteria, runs.components(model, data.columns))
-    if model.labelled is None:
+    if _is_continuous(model):
         return runs.Candidate(states, result, criteria, [])
     decoded = decode(model, data)
     return runs.Candidate(states, result, criteria, runs.states(model, data.columns, decoded), decoded)
@@ -521,7 +526,7 @@ def _predict(config: Any) -> int:
     if data.image is not None and Path(output).suffix.lower() == ".png":
         labels, colours = _labels(run.model, data), _colours(run.model, data)
         content = images.to_png(images.painted(data.image, labels, colours))
-    elif data.sequences is not None and run.model.labelled is None:
+    elif data.sequences is not None and _is_continuous(run.model):
         content = to_csv(*level_rows(run.model, data, run.report["data"], config.filtered))
     elif data.sequences is not None:
         names = run.report["data"]
@@ -593,7 +598,7 @@ def _draw_sequences(run: runs.Run, config: Any, generator: torch.Generator) -> d
     # Where a model says when sequences end, they are as long as it says.
     length = 100 if config.n is None and getattr(model, "end", None) is None else config.n
     given: dict[str, Any] = {}
-    if model.labelled is None and run.report["data"].get("inputs"):
+    if _is_continuous(model) and run.report["data"].get("inputs"):
         # Covariates have no law: those of the run are taken in turn.
         own = run.observations().inputs
         assert own is not None

@@ -69,7 +69,7 @@ def start(
         empty = hard.sum(-2, keepdim=True) == 0
         blur = torch.stack([_shares(len(sample), n_states, g) for g in generators]).to(hard.device)
         shares = torch.where(empty, _BLUR * blur, hard)
-    evidence = known(sample)
+    evidence = known(sample, n_states)
     if evidence is not None:
         shares = _informed(shares, evidence)
     shares = shares.to(batch.x.device, model.dtype)
@@ -79,16 +79,21 @@ def start(
 def observations(sample: Batch, n_states: int, generators: Sequence[torch.Generator]) -> Tensor:
     """A random observation for each state, ``[R, K]``: different ones, with its label where there are labels."""
     index = torch.stack([_different(sample, n_states, g) for g in generators]).to(sample.x.device)
-    evidence = known(sample)
+    evidence = known(sample, n_states)
     if evidence is None:
         return index
     return torch.stack([_labelled(row, evidence, g) for row, g in zip(index, generators, strict=True)])
 
 
-def known(sample: Batch) -> Tensor | None:
-    """What is known of the state of each observation, ``[n, K]``; of whole sequences all that their frames say."""
+def known(sample: Batch, n_states: int) -> Tensor | None:
+    """What is known of the state of each observation, ``[n, K]``; of whole sequences all that their frames say.
+
+    None where a model has labels of something else than what a start tells apart, and begins with them by itself.
+    """
     evidence = sample.evidence
-    return evidence if evidence is None or evidence.dim() == 2 else evidence.sum(1)
+    if evidence is None or evidence.shape[-1] != n_states:
+        return None
+    return evidence if evidence.dim() == 2 else evidence.sum(1)
 
 
 def halves(sample: Batch, weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -103,6 +103,9 @@ class LatentModel(nn.Module, ABC):
             fields["whole"] = True
         return self.check(build(data, allow_missing=self.handles_missing, **fields))
 
+    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
+        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+
     @property
     def labelled(self) -> int | tuple[int, ...] | None:
         """How many states labels count: K, or those of each chain where a label names a state of each."""
@@ -630,9 +633,6 @@ class DiscreteModel(LatentModel):
             **fields: ``lengths``, ``inputs``, ``labels``, … as for `LatentModel.batch`.
         """
         return self._each(self._read(data, fields), self.log_normalizer, score=True)
-
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
 
 
 def global_uniforms(shape: torch.Size) -> Tensor:

@@ -17,7 +17,7 @@ from torchem.batch import Batch
 from torchem.errors import InvalidArgument
 from torchem.factors import Autoregressive, Categorical, Gaussian, PoissonDuration, SoftmaxRegression
 from torchem.model import DiscreteModel
-from torchem.ops import semi_markov
+from torchem.ops import chain, semi_markov
 
 SEGMENTS = pytest.mark.parametrize(
     "build", [pytest.param(build, id=name) for name, build in cases.MODEL_CASES.items() if name.startswith("HSMM")]
@@ -150,6 +150,69 @@ def test_longer_sequences_equal_the_expanded_chain(duration: str) -> None:
     assert bool((ends <= -math.log(2) + 1e-9).all())
 
 
+def expanded(model: HSMM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Potentials of the chain on (state, frames lasted), of the same Z for every end: K D states, K D × K D steps.
+
+    A segment goes on with the ratio of survivals, and ends with what is left of one.
+    """
+    potentials = {slot: kernel.log_potential(batch) for slot, kernel in model._kernels().items()}
+    initial, transition, duration, emission = model._parts(potentials, batch)
+    k, d = duration.shape[-2:]
+    alive = semi_markov.survival(duration)
+    safe = torch.where(alive > -torch.inf, alive, 0.0)
+    ends = duration - safe
+    after = torch.cat([alive[..., 1:], torch.full_like(alive[..., :1], -torch.inf)], -1) - safe
+    begins = torch.full((*initial.shape[:-1], k, d), -torch.inf).to(initial)
+    begins = torch.cat([(initial + alive[..., 0]).unsqueeze(-1), begins[..., 1:]], -1).flatten(-2)
+    moves = ends[..., :, :, None, None] + transition[..., :, None, :, None] + alive[..., None, None, :, :1]
+    eye, shift = torch.eye(k, dtype=torch.bool)[:, None, :, None], torch.eye(d, dtype=torch.bool).roll(1, -1)
+    first = (torch.arange(d) == 0).view(1, 1, 1, d)
+    on = torch.where(eye & shift[None, :, None, :], after[..., :, :, None, None], -torch.inf)
+    steps = torch.where(first, moves, on)
+    seen = emission.repeat_interleave(d, -1)
+    if not model.censored:
+        last = model._last(batch).unsqueeze(-1)
+        seen = seen + torch.where(last, ends.flatten(-2).unsqueeze(-2), 0.0)
+    return begins, steps.flatten(-4, -3).flatten(-2), seen
+
+
+@pytest.mark.parametrize("censored", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_filters_lists_and_draws_equal_those_of_the_expanded_chain(
+    censored: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, _ = drawn(n=4, length=20)
+    model.duration_probs = [[0.0, 0.3, 0.7, 0, 0, 0, 0, 0], [0.25] * 4 + [0.0] * 4, [0.125] * 8]
+    model.censored = censored
+    x[1, 7:12] = torch.nan
+    labels = torch.full((4, 20), -1)
+    labels[0, 3], labels[2, 5] = 2, 1
+    batch = model.batch(x, lengths=[20, 15, 1, 20], labels=labels.index_fill(0, torch.tensor([2]), -1))
+    if not compiled:
+        monkeypatch.setattr(semi_markov, "_kernel", lambda *given: None)
+    with torch.no_grad():
+        parts = expanded(model, batch)
+        close(model.log_normalizer({s: k.log_potential(batch) for s, k in model._kernels().items()}, batch),
+              chain.log_normalizer(*parts, batch.lengths))  # fmt: skip
+        law = chain.filter(*parts, batch.lengths)[1].unflatten(-1, (3, 8)).sum(-1)
+        close(model.filter(batch), law)
+        scores, paths = chain.best_paths(*parts, 7, batch.lengths)
+        found, states = model.best_paths(batch, 7)
+        close(found, scores)
+        assert torch.equal(states, torch.where(paths >= 0, paths // 8, -1))
+        assert torch.equal(states[:, 0], model.most_likely(batch))
+        n = 2000 if compiled else 100
+        draws = model.sample_posterior(batch, n, generator=cases.rng(1))
+        assert draws.shape == (n, 4, 20)
+        hot = torch.stack([(draws == k).double().mean(0) for k in range(3)], -1)
+        assert float((hot - model.posterior(batch)).abs().max()) < 2.5 / n**0.5
+        many = model.replicate(2)
+        close(many.filter(batch)[1], law)
+        close(many.best_paths(batch, 7)[0][1], scores)
+    with pytest.raises(InvalidArgument, match="one without replicas"):
+        many.sample_posterior(batch, 2)
+
+
 def both_ways(model: HSMM, batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[Any]:
     with torch.no_grad():
         found = [model.e_step(batch, kind)]
@@ -234,6 +297,46 @@ def test_geometric_durations_are_a_chain() -> None:
         close(model.posterior(x), chain.posterior(x))
         close(model.forecast(x, 5).states, chain.forecast(x, 5).states)
         close(model.forecast(x, 5).variance, chain.forecast(x, 5).variance)  # pyright: ignore
+
+
+@pytest.mark.parametrize("censored", [True, False])
+def test_forecasts_are_those_of_the_expanded_chain(censored: bool) -> None:
+    """Laws ahead and draws, from sequences of different lengths, whose last segment has lasted for some time."""
+    model, x, _ = drawn(n=3, length=12)
+    model.duration_probs = [[0.0, 0.3, 0.7, 0, 0, 0, 0, 0], [0.25] * 4 + [0.0] * 4, [0.125] * 8]
+    lengths = torch.tensor([12, 5, 9])
+    with torch.no_grad():
+        chain = chained(model)
+        far = chain.forecast(x, 6, lengths=lengths)
+        model.censored = censored
+        ahead = model.forecast(x, 6, lengths=lengths, n=6000, generator=cases.rng(5))
+        close(ahead.states, far.states.unflatten(-1, (3, 8)).sum(-1))
+        close(ahead.mean, far.mean)  # pyright: ignore
+        close(ahead.variance, far.variance)  # pyright: ignore
+        assert ahead.draws is not None
+        error = (ahead.variance / 6000).sqrt()  # pyright: ignore
+        assert float(((ahead.draws.mean(0) - ahead.mean) / error).abs().max()) < 5
+        # Frames to come depend on each other: two of them together, by the chain of both.
+        other = chain.forecast(x, 6, lengths=lengths, n=6000, generator=cases.rng(6)).draws
+        assert other is not None
+        for one, two in ((ahead.draws[:, 0, 0, 0], ahead.draws[:, 0, 2, 0]),):
+            theirs = other[:, 0, 0, 0], other[:, 0, 2, 0]
+            both = (torch.stack(pair).cov()[0, 1] for pair in ((one, two), theirs))
+            assert abs(float(next(both) - next(both))) < 0.15
+        whole = model.replicate(2).forecast(x, 3, lengths=lengths)
+        close(whole.states[1], ahead.states[:, :3])
+
+
+def test_an_emission_with_lags_is_followed() -> None:
+    model = HSMM(Categorical(2), Categorical(2, 2), PoissonDuration(2, 6), Autoregressive.gaussian(2, 1, 1, "diag"))
+    model = model.double()
+    x = model.sample(3, 30, generator=cases.rng(8))
+    with torch.no_grad():
+        ahead = model.forecast(x, 3, n=5, generator=cases.rng(1))
+        assert ahead.draws is not None
+        assert ahead.mean is not None
+        close(ahead.mean, ahead.draws.mean(0))
+        assert model.forecast(x, 3).mean is None
 
 
 def test_use() -> None:
@@ -332,7 +435,7 @@ WRONG = [
     (lambda: setattr(GaussianHSMM(2, 1, 3), "duration_probs", [[0.5, 0.1, 0.0], [1.0, 0, 0]]), "duration_probs"),
     (lambda: GaussianHSMM(2, 1, 3).sample(1), "length"),
     (lambda: GaussianHSMM(2, 1, 3).prune(torch.tensor([True, False])), "two states"),
-    (lambda: GaussianHSMM(2, 1, 3).forecast(torch.zeros(4, 1), 2, n=3), "no draws"),
+    (lambda: GaussianHSMM(2, 1, 3).replicate(2).forecast(torch.zeros(4, 1), 2, n=3), "no draws"),
     (lambda: GaussianHSMM(2, 1, 3).restrict(torch.eye(2, dtype=torch.bool)), "successor"),
 ]  # fmt: skip
 

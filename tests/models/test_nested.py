@@ -551,8 +551,6 @@ def test_data_that_do_not_fit_are_refused() -> None:
         model.log_prob(x, labels=[0, 5, 1])
     with pytest.raises(InvalidArgument, match="length"):
         mixture(2, 2, "full").sample(3, 4)
-    with pytest.raises(InvalidArgument, match=r"use model.component\[k\].impute"):
-        model.impute(x)
     with pytest.raises(InvalidArgument, match="observations as components"):
         torchem.fit(model, x[:1], progress=False)
     one = Mixture(Categorical(2), torchem.Mixture(Categorical(2), Bernoulli(2, 2)))

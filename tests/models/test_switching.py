@@ -13,7 +13,7 @@ from torch import Tensor
 
 import torchem
 from tests.laws.cases import close, close_dict, close_stats, randn, rng
-from tests.models.test_state_space import LENGTHS, covariance, model_of
+from tests.models.test_state_space import LENGTHS, covariance, joint, model_of
 from tests.regressions.common import as_users_run_it
 from torchem import priors
 from torchem.batch import Batch
@@ -304,8 +304,11 @@ BAD = [
     (lambda: setattr(switching_of(), "transition_matrix", [[0.5, 0.6], [0.5, 0.5]]), r"^transition_matrix: "),
     (lambda: switching_of().log_prob(torch.zeros(30, 2)), r"^log_prob: expected at most 4096 paths .*, got 2\^29"),
     (lambda: switching_of().e_step(Batch(torch.zeros(1, 4, 2)), "hard"), r"^e_step: expected 'soft'"),
-    (lambda: switching_of().impute(torch.zeros(4, 2), draws=2), r"^draws: "),
-    (lambda: switching_of().batch(torch.zeros(4, 2), labels=[0, 1, 0, 1]), r"^labels: "),
+    (lambda: switching_of().impute(torch.zeros(4, 2), draws=0), r"^draws: "),
+    (lambda: switching_of().forecast(torch.zeros(4, 2), 0), r"^steps: "),
+    (lambda: switching_of().replicate(2).forecast(torch.zeros(4, 2), 3), r"^model: expected one without replicas"),
+    (lambda: switching_of(m=1).forecast(Batch(torch.zeros(1, 4, 2), u=torch.zeros(1, 4, 1)), 3), r"^inputs: "),
+    (lambda: switching_of().batch(torch.zeros(4, 2), labels=[0, 1, 0, 2]), r"^labels: expected states from 0 to 1"),
     (lambda: switching_of(m=1).sample(2, 4), r"^inputs: expected shape \[2, 4, 1\], got none"),
 ]  # fmt: skip
 
@@ -315,3 +318,147 @@ def test_bad_input(place: int) -> None:
     call, message = BAD[place]
     with as_users_run_it(), pytest.raises((InvalidArgument, InvalidType), match=message):
         call()
+
+
+def test_labels_are_of_regimes() -> None:
+    """Known, candidates and soft ones, in every frame or some: the sum over the paths, each with what it was told."""
+    model = switching_of(m=1)
+    batch = replace(torn(model), weight=None)
+    gen = torch.rand(5, 5, 2, generator=rng(3), dtype=torch.float64)
+    gen[1, 2] = gen[4, 0] = torch.tensor([0.0, 1.0])
+    told = replace(batch, evidence=torch.where(torch.arange(5)[:, None] < LENGTHS[:, None, None], gen.log(), 0.0))
+    with torch.no_grad():
+        values, bounds = model.log_prob(told), model.elbo(told)
+        for n, t in enumerate(LENGTHS.tolist()):
+            each = [
+                path_density(model, batch.x[n, :t], batch.u[n, :t], path)  # pyright: ignore
+                + sum(float(told.evidence[n, i, s]) for i, s in enumerate(path))  # pyright: ignore
+                for path in itertools.product(range(2), repeat=t)
+            ]
+            close(values[n], torch.stack(each).logsumexp(0))
+        assert (bounds <= values + 1e-9).all()
+        assert (bounds > values - 3.0).all()
+        assert int(model.most_likely(told)[1, 2]) == 1
+        close(model.posterior(told).regimes[1, 2], torch.tensor([0.0, 1.0]).double())
+        # The entropy is that of q: what labels say is no part of it.
+        stats = model.e_step(told)
+        gap = stats["entropy"] - model.entropy(told)
+        regimes = model.posterior(told).regimes
+        close(gap, torch.where(regimes > 0, regimes * told.evidence, 0.0).sum(), rtol=1e-6)
+
+
+def test_known_regimes_leave_nothing_approximated() -> None:
+    model = switching_of(m=1)
+    batch = replace(torn(model), weight=None)
+    paths = torch.arange(25).view(5, 5) * 7 % 3 % 2
+    known = model.batch(batch.x, u=batch.u, lengths=LENGTHS, labels=paths)
+    with torch.no_grad():
+        exact = [
+            path_density(model, known.x[n, :t], known.u[n, :t], tuple(paths[n, :t].tolist()))  # pyright: ignore
+            for n, t in enumerate(LENGTHS)
+        ]
+        close(model.elbo(known), torch.stack(exact))
+        close(model.log_prob(known), torch.stack(exact))
+        assert torch.equal(model.most_likely(known)[LENGTHS == 5], paths[LENGTHS == 5])
+        model.transition_matrix = [[1.0, 0.0], [0.5, 0.5]]
+        never = model.batch(torch.zeros(2, 3, 2), u=torch.zeros(2, 3, 1), labels=[[0, 1, 0], [0, 0, -1]])
+        assert model.log_prob(never)[0] == model.elbo(never)[0] == -math.inf
+        assert model.elbo(never)[1].isfinite()
+    with pytest.raises(InvalidArgument, match="probability zero at sequence 0"):
+        torchem.fit(model, never, init=None, max_iter=2, progress=False)
+    with pytest.raises(InvalidArgument, match="2 columns, one per regime"):
+        model.check(Batch(torch.zeros(1, 3, 2), u=torch.zeros(1, 3, 1), evidence=torch.zeros(1, 3, 3)))
+
+
+def test_labels_name_the_regimes_from_the_start() -> None:
+    truth = SwitchingLinearDynamics(2, 1, 1).double()
+    truth.dynamics, truth.transition_matrix = [[[0.95]], [[-0.9]]], [[0.9, 0.1], [0.1, 0.9]]
+    truth.observation_covariance = [[0.05]]
+    x, (_, path) = truth.sample(8, 40, latents=True, generator=rng(0))
+    for told in (path, 1 - path):
+        labels = torch.where(torch.arange(40) < 15, told, -1)
+        model = SwitchingLinearDynamics(2, 1, 1).double()
+        torchem.fit(model, x, labels=labels, max_iter=15, tol=0.05, seed=0, progress=False)
+        same = (model.most_likely(x, labels=labels) == told).double()
+        assert (same[:, :15] == 1).all()
+        assert float(same.mean()) > 0.85
+
+
+def test_forecasts_have_the_moments_of_all_paths_ahead() -> None:
+    """Given the posterior of the last frame: each path of regimes to come makes a normal law."""
+    model = switching_of(m=1)
+    x, u, ahead = 2 * randn(2, 5, 2, seed=11), randn(2, 5, 1, seed=12), randn(2, 3, 1, seed=13)
+    lengths = torch.tensor([5, 4])
+    with torch.no_grad():
+        law = model.forecast(x, 3, inputs=ahead, n=8000, generator=rng(0), u=u, lengths=lengths)
+        q = model.posterior(x, u=u, lengths=lengths)
+        for n, t in enumerate(lengths.tolist()):
+            parts = []
+            for path in itertools.product(range(2), repeat=4):
+                chance = q.regimes[n, t - 1, path[0]]
+                z, cov = q.mean[n, t - 1], q.covariance_matrix[n, t - 1]
+                for h, (a, b) in enumerate(itertools.pairwise(path)):
+                    chance = chance * model.transition_matrix[a, b]
+                    z = model.dynamics[b] @ z + model.dynamics_inputs[b] @ ahead[n, h]
+                    cov = model.dynamics[b] @ cov @ model.dynamics[b].mT + model.dynamics_covariances[b]
+                seen = model.loadings @ z + model.observation_inputs @ ahead[n, 2]
+                parts.append(
+                    (chance, seen, model.loadings @ cov @ model.loadings.mT + model.observation_covariance, path)
+                )
+            chance, seen, cov = (torch.stack([part[i] for part in parts]) for i in range(3))
+            mean = chance @ seen
+            close(law.mean[n, 2], mean)
+            gap = seen - mean
+            total = (chance[:, None, None] * (cov + gap[:, :, None] * gap[:, None, :])).sum(0)
+            close(law.observations.covariance_matrix[n, 2], total)
+            close(law.regimes[n, 2, 1], sum(p for p, *_, path in parts if path[-1] == 1))
+        error = (law.variance / 8000).sqrt()
+        assert law.draws.shape == (8000, 2, 3, 2)
+        assert float(((law.draws.mean(0) - law.mean) / error).abs().max()) < 5
+        assert float((law.draws.var(0) / law.variance - 1).abs().max()) < 0.2
+
+
+def test_forecasts_and_draws_of_one_regime_are_those_of_the_state_space() -> None:
+    plain = model_of(2, 3, 1)
+    model = SwitchingLinearDynamics(1, 2, 3, 1).double()
+    for slot in ("initial", "transition", "observation"):
+        getattr(model, slot).load_state_dict(getattr(plain, slot).state_dict())
+    x, u, ahead = 2 * randn(2, 5, 3, seed=11), randn(2, 5, 1, seed=12), randn(2, 4, 1, seed=13)
+    with torch.no_grad():
+        ours, law = model.forecast(x, 4, inputs=ahead, u=u), plain.forecast(x, 4, inputs=ahead, u=u)
+        close(ours.mean, law.mean)
+        close(ours.states.covariance_matrix, law.states.covariance_matrix)
+        close(ours.observations.covariance_matrix, law.observations.covariance_matrix)
+        for one, two in zip(*(
+            m.sample(2, 3, latents=True, inputs=u[:, :3], generator=rng(1)) for m in (plain, model)
+        ), strict=True):  # fmt: skip
+            close(one, two[0] if isinstance(two, tuple) else two)
+        # Entries and frames that are missing, drawn together: first two moments of the joint law.
+        x[0, 1:3] = x[0, 3, 1] = torch.nan
+        _, found, left, _ = joint(plain, x[0], u[0])
+        drawn = model.impute(x, u=u, draws=20_000, generator=rng(2))[:, 0].flatten(1)
+        holes = x[0].isnan().flatten()
+        center, spread = found[10:][holes], left[10:, 10:][holes][:, holes]
+        size = spread.diagonal()
+        assert float(((drawn[:, holes].mean(0) - center) / (size / 20_000).sqrt()).abs().max()) < 5
+        error = ((size[:, None] * size + spread.square()) / 20_000).sqrt()
+        assert float(((drawn[:, holes].mT.cov() - spread) / error).abs().max()) < 6
+        assert torch.equal(drawn[0, ~holes], x[0].flatten()[~holes])
+
+
+def test_paths_are_drawn_from_q() -> None:
+    model = switching_of(m=1)
+    batch = torn(model)
+    with torch.no_grad():
+        q = model.posterior(batch)
+        states, regimes = model.sample_posterior(batch, 4000, generator=rng(0))
+        inside = torch.arange(5) < LENGTHS.unsqueeze(-1)
+        hot = torch.stack([(regimes == k).double().mean(0) for k in range(2)], -1)
+        assert float((hot - q.regimes)[inside].abs().max()) < 0.05
+        error = (q.covariance_matrix.diagonal(dim1=-2, dim2=-1) / 4000).sqrt()
+        assert float(((states.mean(0) - q.mean) / error)[inside].abs().max()) < 5
+        drawn = model.impute(batch, draws=4000, generator=rng(1))
+        mean, spread = model.impute(batch, variance=True)
+        holes = batch.x.isnan() & inside.unsqueeze(-1)
+        assert float(((drawn.mean(0) - mean)[holes] / (spread[holes] / 4000).sqrt()).abs().max()) < 5
+        assert float((drawn.var(0)[holes] / spread[holes] - 1).abs().max()) < 0.2

@@ -1,5 +1,6 @@
 """Durations that are shifted Poisson counts."""
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from torchem.stats import Stats
 
 #: Steps of Newton's method, and how far each may go.
 _STEPS, _REACH = 12, 3.0
+#: Points at which a prior is integrated, and nats by which it has fallen at the ends.
+_POINTS, _FALL = 8001, 45.0
 #: How near to its bounds a mean is taken to be, as a share of what lies between them.
 _NEAR = 1e-12
 
@@ -88,9 +91,54 @@ class PoissonDuration(Durations):
             value = value + step.clamp(min=-_REACH, max=_REACH)
         return self.settled(alive, {"log_rate": value})
 
+    # ---- conjugate prior --------------------------------------------------------------------------------------
+
+    def prior_counts(self, excess: Tensor, count: Tensor) -> Tensor:
+        """As if durations ``count [K]`` had been counted whose y add up to ``excess [K]``: ``[K, D]``.
+
+        Statistics matter by these two sums alone; where one frame is more than certain a count is negative.
+        """
+        counts = torch.zeros(self.n_states, self.max_duration, dtype=torch.float64, device=self.device)
+        counts[:, 0], counts[:, 1] = count - excess, excess
+        return counts
+
+    def prior_norm(self, shape: Tensor, rate: Tensor) -> Tensor:
+        """Σ_k log ∫ λ^(a − 1) Z(λ)^−b dλ of shapes a and rates b ``[K]``, a number."""
+        pairs = zip(shape.tolist(), rate.tolist(), strict=True)
+        total = sum(_log_norm(a, b, self.max_duration) for a, b in pairs)
+        return torch.tensor(total, dtype=torch.float64, device=self.device)
+
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:
         generator = torch.Generator().manual_seed(0)
         law = cls(3, 9).double()
         law.rates = [1.0, 3.0, 6.0]
         return law, Batch(torch.randint(1, 10, (30, 1), generator=generator).double())
+
+
+@functools.cache
+def _log_norm(shape: float, rate: float, most: int) -> float:
+    """log ∫ exp(a η − b log Z(e^η)) dη, of a log-concave function, by the trapezoidal rule.
+
+    That falls off to nothing at both ends, so the rule's error falls exponentially with the number of points.
+    """
+    y = torch.arange(most, dtype=torch.float64)
+
+    def height(eta: Tensor) -> Tensor:
+        return shape * eta - rate * (eta.unsqueeze(-1) * y - (y + 1).lgamma()).logsumexp(-1)
+
+    def far(side: float, mode: Tensor) -> float:
+        step = 1.0
+        while float(height(mode) - height(mode + side * step)) < _FALL:
+            step *= 2
+        return float(mode) + side * step
+
+    # The mode lies where the mean of y is a / b: by halving.
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = float(((middle * y - (y + 1).lgamma()).softmax(-1) * y).sum())
+        low, high = (middle, high) if rate * mean < shape else (low, middle)
+    mode = torch.tensor(low, dtype=torch.float64)
+    eta = torch.linspace(far(-1.0, mode), far(1.0, mode), _POINTS, dtype=torch.float64)
+    return float(height(eta).logsumexp(0)) + math.log(float(eta[1] - eta[0]))

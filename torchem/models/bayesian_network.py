@@ -27,7 +27,7 @@ from torchem.factors._tables import SMOOTH, apart
 from torchem.model import DiscreteModel, EStep, Reduction, Uniforms, weighted
 from torchem.models import bif
 from torchem.models.elimination import Inference, MeanField
-from torchem.models.imputation import Gaps, How, at_once, checked_draws, complete, impute
+from torchem.models.imputation import Completing, Gaps, complete, floating, in_turn, kinds_of
 from torchem.models.nodes import (
     Columns,
     Conditionals,
@@ -45,6 +45,7 @@ from torchem.models.nodes import (
 )
 from torchem.models.patterns import LIMIT, Part, blind, plan
 from torchem.models.pools import Data, Pool
+from torchem.models.unseen import Among, Beside, Names, Unseen
 from torchem.ops import reduce
 from torchem.ops.eliminate import Scope
 from torchem.stats import Stats
@@ -53,7 +54,7 @@ from torchem.stats import Stats
 Approximation = Literal["exact", "mean_field"]
 
 
-class BayesianNetwork(DiscreteModel):
+class BayesianNetwork(Completing, DiscreteModel):
     """p(z, x) = Π_v p(z_v | z_pa(v)) Π_l p(x_l | z_pa(l)): discrete nodes in a directed graph, and continuous leaves.
 
     Any node may be hidden, in all rows or in some: NaN stands where it was not seen. E-step: what is open of a row
@@ -659,43 +660,13 @@ class BayesianNetwork(DiscreteModel):
             z = z * self.cardinalities[parent] + codes[:, self._number[parent]]
         return z
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """The data with their missing entries filled in; see `LatentModel.impute`.
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        leaves = [kind for name in self._leaves for kind in kinds_of(self.conditionals[name])]
+        return [(True, True)] * len(self._columns) + leaves
 
-        States are names: of them the most probable one of each entry by itself stands for mean and mode.
-
-        Example:
-            >>> net = BayesianNetwork({"A": 2, "B": 2}, [("A", "B")])
-            >>> net.tables["B"] = [[0.9, 0.1], [0.2, 0.8]]
-            >>> net.impute(torch.tensor([[1.0, torch.nan]]))
-            tensor([[1., 1.]])
-        """
-        checked_draws(draws, self, variance)
-        one_of("how", how, ("auto", "mean", "mode"))
-        gaps = Gaps.of(data, self._read(data, fields), False)
-        rows = replace(gaps.batch[gaps.index].to(self.device), weight=None)
-        width = len(self._columns)
-        if draws is not None:
-            found = []
-            for times in [at_once(len(rows))] * (draws // at_once(len(rows))) + [draws % at_once(len(rows))]:
-                many = rows[torch.arange(len(rows), device=self.device).repeat(times)]
-                codes = self._drawn(many, generator) if len(many) else self._codes(many.x)
-                parts = [codes[:, list(self._columns)].to(self.dtype)]
-                for name, leaf in self._leaves.items():
-                    own = many.with_x(many.x[:, leaf.columns].to(self.dtype))
-                    parts.append(complete(self.conditionals[name], own, self._joint(codes, leaf)[None], generator)[0])
-                found.append(torch.cat(parts, -1).unflatten(0, (times, len(rows))))
-            return gaps.filled(torch.cat(found), not self._leaves)
+    def unseen(self, batch: Batch, index: Tensor) -> Beside:
+        """See `Completing.unseen`: posteriors of nodes, and of leaves those of their parents."""
+        rows = floating(batch[index], self)
         asked: dict[str, Scope] = {f"asked.{v}": (v,) for v in self._columns}
         asked |= {f"leaf.{name}": tuple(self._number[p] for p in leaf.parents) for name, leaf in self._leaves.items()}
 
@@ -705,20 +676,29 @@ class BayesianNetwork(DiscreteModel):
                     for name in asked}  # fmt: skip
 
         share = self._each(rows, query)
-        for value in share.values():
-            _check_possible(value, gaps.index)
-        best = [share[f"asked.{v}"].max(-1) for v in self._columns]
-        values = [found.indices.to(self.dtype).unsqueeze(-1) for found in best]
-        spreads = [1 - found.values.unsqueeze(-1) for found in best]
+        parts: list[tuple[list[int], Unseen]] = []
+        for column, v in enumerate(self._columns):
+            parts.append(([column], Names(rows.with_x(rows.x[:, [column]]), share[f"asked.{v}"])))
         for name, leaf in self._leaves.items():
-            own = rows.with_x(rows.x[:, leaf.columns].to(self.dtype))
             posterior = share[f"leaf.{name}"]
             posterior = posterior if leaf.parents else posterior.unsqueeze(-1)
-            value, spread = impute(self, self.conditionals[name], gaps, how, posterior, own)
-            values.append(value.to(self.dtype))
-            spreads.append(spread.to(self.dtype))
-        filled = gaps.filled(torch.cat(values, -1), len(gaps.rows[0]) == width if len(gaps.rows) else True)
-        return (filled, gaps.beside(torch.cat(spreads, -1))) if variance else filled
+            own = rows.with_x(rows.x[:, leaf.columns])
+            parts.append((list(leaf.columns), Among(self.conditionals[name], own, posterior)))
+        return Beside(rows, parts, lambda some: self.log_prob(self.check(some)))
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: states of all nodes that are open, together, and leaves given these."""
+        rows = replace(gaps.batch[gaps.index].to(self.device), weight=None)
+        found = []
+        for times in in_turn(draws, len(rows)):
+            many = rows[torch.arange(len(rows), device=self.device).repeat(times)]
+            codes = self._drawn(many, generator) if len(many) else self._codes(many.x)
+            parts = [codes[:, list(self._columns)].to(self.dtype)]
+            for name, leaf in self._leaves.items():
+                own = many.with_x(many.x[:, leaf.columns].to(self.dtype))
+                parts.append(complete(self.conditionals[name], own, self._joint(codes, leaf)[None], generator)[0])
+            found.append(torch.cat(parts, -1).unflatten(0, (times, len(rows))))
+        return torch.cat(found)
 
     # ---- starts and health ------------------------------------------------------------------------------------
 

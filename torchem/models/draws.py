@@ -61,7 +61,8 @@ class Draw:
         z = self._states(self.n, self.length, self.u)
         return self._observations(z, self.u), z
 
-    def _pick(self, probs: Tensor) -> Tensor:
+    def pick(self, probs: Tensor) -> Tensor:
+        """One of the columns for each row of ``probs [n, K]``."""
         if not len(probs):
             return torch.empty(0, dtype=torch.long, device=probs.device)
         return torch.multinomial(probs, 1, generator=self.generator)[:, 0]
@@ -75,11 +76,11 @@ class Draw:
         model = self.model
         blank = Batch(torch.zeros(n, length, 1, device=model.device), u=u)
         table = model.transition.log_table(blank).exp()
-        z = self._pick(self._first(blank).expand(n, -1))
+        z = self.pick(self._first(blank).expand(n, -1))
         path = [z]
         for t in range(1, length):
             matrix = table[:, t] if model.varying(table) else table
-            z = self._pick(matrix.expand(n, -1, -1)[torch.arange(n), z])
+            z = self.pick(matrix.expand(n, -1, -1)[torch.arange(n), z])
             path.append(z)
         return torch.stack(path, 1)
 
@@ -109,13 +110,13 @@ class Draw:
         blank = Batch(torch.zeros(1, 1, 1, device=model.device))
         table = model.transition_matrix
         for _ in range(self.n):
-            z = self._pick(self._first(blank))
+            z = self.pick(self._first(blank))
             path = [z]
             # Bounded: a chain that never ends is cut after a million frames.
             while len(path) < 1_000_000 and not bool(
                 torch.rand((), generator=self.generator).to(stop) < stop[path[-1]]
             ):
-                path.append(self._pick(table[path[-1]]))
+                path.append(self.pick(table[path[-1]]))
             zs.append(torch.cat(path))
             xs.append(self._observations(zs[-1].unsqueeze(0), None)[0])
         return xs, zs

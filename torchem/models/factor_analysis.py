@@ -14,7 +14,8 @@ from torchem.factor import Factor, Kernel
 from torchem.factors import LowRankGaussian
 from torchem.factors.low_rank import ScorePass
 from torchem.model import DiscreteModel, EStep, Reduction
-from torchem.models.imputation import Gaps, How, checked_draws, complete, finished, floating, impute
+from torchem.models.imputation import Completing, Gaps, complete, floating, kinds_of
+from torchem.models.unseen import Among
 from torchem.ops import linalg, reduce
 from torchem.ops.gaussian import LOG_2PI
 from torchem.stats import Stats
@@ -22,7 +23,7 @@ from torchem.stats import Stats
 Noise = Literal["diag", "spherical"]
 
 
-class FactorAnalysis(DiscreteModel):
+class FactorAnalysis(Completing, DiscreteModel):
     """x = μ + W z + e with scores z ~ N(0, I_q) and noise e ~ N(0, Ψ): p(x) = N(x; μ, W Wᵀ + Ψ).
 
     With a noise variance for each column (``"diag"``) factor analysis, with one for all (``"spherical"``) probabilistic
@@ -215,36 +216,20 @@ class FactorAnalysis(DiscreteModel):
         """The most probable scores of each row, ``[N, q]``: those expected."""
         return self.transform(data)
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """The data with their missing entries filled in; see `LatentModel.impute`.
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return kinds_of(self.component)
 
-        Example:
-            >>> m = FactorAnalysis(2, 1)
-            >>> m.loadings, m.noise_variance = [[1.0], [1.0]], [1.0, 1.0]
-            >>> m.impute(torch.tensor([[2.0, torch.nan]]))
-            tensor([[2., 1.]])
-        """
-        checked_draws(draws, self, variance)
-        batch = self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
-        gaps = Gaps.of(data, batch, False)
+    def unseen(self, batch: Batch, index: Tensor) -> Among:
+        """See `Completing.unseen`: the normal law of a row given the entries that were seen."""
+        rows = floating(batch[index], self)
+        share = torch.ones(*self.replicas, len(rows), 1, dtype=self.dtype, device=self.device)
+        return Among(self.component, rows, share)
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`."""
         rows = floating(gaps.batch[gaps.index], self)
-        if draws is None:
-            share = torch.ones(*self.replicas, len(rows), 1, dtype=self.dtype, device=self.device)
-            found = impute(self, self.component, gaps, how, share, rows)
-        else:
-            states = torch.zeros(draws, len(rows), dtype=torch.long, device=self.device)
-            found = complete(self.component, rows, states, generator)
-        return finished(gaps, self.component, how, found, variance)
+        states = torch.zeros(draws, len(rows), dtype=torch.long, device=self.device)
+        return complete(self.component, rows, states, generator)
 
     @torch.no_grad()
     def sample(self, n: int, *, latents: bool = False, generator: torch.Generator | None = None) -> Any:

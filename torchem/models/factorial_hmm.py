@@ -17,7 +17,8 @@ from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.factors.linear_gaussian import CovarianceType
 from torchem.model import EStep, LatentModel, Uniforms, global_uniforms, weighted
-from torchem.models.imputation import Gaps, How, at_once, checked_draws
+from torchem.models.imputation import Completing, Gaps, floating, in_turn, places
+from torchem.models.unseen import Moments as Given
 from torchem.ops import chain, linalg, observed, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.ops.missing import any_missing
@@ -37,7 +38,7 @@ _PER_STATE = 6
 Marginals = tuple[Tensor, ...]
 
 
-class FactorialHMM(LatentModel):
+class FactorialHMM(Completing):
     """p(x, z) = Π_m p(z_1^m) Π_t p(z_{t+1}^m | z_t^m) · Π_t N(x_t | Σ_m W^m_{z_t^m}, Σ): M chains, one observation.
 
     The chains are independent until x is seen and all dependent after; exact inference takes Π_m K_m states. Instead
@@ -526,75 +527,66 @@ class FactorialHMM(LatentModel):
         with torch.no_grad():
             return self._each(data, fields, paths)
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in under q; see `LatentModel.impute`.
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return [(False, False)] * self.contributions[0].shape[-1]
+
+    def unseen(self, batch: Batch, index: Tensor) -> Given:
+        """See `Completing.unseen`: frames under q.
 
         A mean is exact if the marginals of q are; the variance is that of independent chains unless ``q="exact"``.
         """
-        checked_draws(draws, self, variance)
-        batch = self._read(data, fields)
-        gaps, lead = Gaps.of(data, batch, True), len(self.replicas)
-        one_of("how", how, ("auto", "mean", "mode"))
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
+        lead, place = len(self.replicas), places(batch, index, self.device)
 
         def missing(value: Tensor) -> Tensor:
             return value.flatten(lead, lead + 1).index_select(lead, place)
 
-        def states(kind: EStep, piece: Batch) -> Tensor:
-            """E_q of the indicators of all chains' states, or one draw of them."""
-            found = self._infer(piece, kind, uniforms=draw if kind == "sample" else None)
-            return torch.cat(found.marginals if found.paths is None else found.paths, -1)
+        def states(piece: Batch) -> Tensor:
+            return torch.cat(self._infer(piece, "soft").marginals, -1)
+
+        weight = self.emission.weight.squeeze(-3).mT.to(torch.float64)
+        rows = floating(batch.rows()[index], self)
+        law, x = self._completion(rows.x)
+        expected = missing(self._each(batch, {}, states)).to(torch.float64)
+        joint = missing(self._each(batch, {}, self._product)).to(expected) if self.q == "exact" else None
+        pull = (law.follows @ weight.mT.unsqueeze(-3))[..., law.holes.which, :, :]
+        spread = ((pull @ self._covariance(expected, joint)) * pull).sum(-1).clamp(min=0.0)
+        noise = law.covariance.diagonal(dim1=-2, dim2=-1)[..., law.holes.which, :]
+        best = [nn.functional.one_hot(g.argmax(-1), g.shape[-1]) for g in expected.split(self.n_states, -1)]
+        likely = law.completed(x, torch.cat(best, -1).to(weight) @ weight)
+        found = law.completed(x, expected @ weight), noise + spread, likely
+        return Given(rows, *(value.to(self.dtype) for value in found))
+
+    def _completion(self, rows: Tensor) -> tuple[observed.Observed, Tensor]:
+        """How what is missing of some rows follows what was observed, given all states; and the rows in float64."""
+        x = rows.to(self.device, torch.float64)
+        return observed.Observed(self._root(torch.float64), observed.Holes.everywhere(x)), x
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: paths of all chains, and the frames given these."""
+        batch, place = gaps.batch, places(gaps.batch, gaps.index, self.device)
 
         def draw(shape: torch.Size) -> Tensor:
             return torch.rand(shape, dtype=torch.float64, generator=generator).to(self.device)
 
-        weight = self.emission.weight.squeeze(-3).mT.to(torch.float64)
-        rows = gaps.rows[gaps.index].to(self.device, torch.float64)
-        law = observed.Observed(self._root(torch.float64), observed.Holes.everywhere(rows))
-        if draws is not None:
-            drawn, step = [], at_once(batch.x.shape[0] * batch.x.shape[1])
-            for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
-                many = batch[torch.arange(len(batch)).repeat(times)]
-                hot = self._each(many, {}, lambda piece: states("sample", piece))
-                u = hot.unflatten(0, (times, len(batch))).flatten(1, 2)[:, place]
-                z = torch.zeros(u.shape[:-1].numel(), dtype=torch.long, device=self.device)
-                around = Batch(u.flatten(0, 1), u=u.flatten(0, 1))
-                # A draw of all columns, moved by what was observed.
-                free = self.emission.sample(z, around, generator).unflatten(0, u.shape[:-1])
-                drawn.append(law.completed(rows, free.to(torch.float64)))
-            return gaps.filled(torch.cat(drawn), False)
-        expected = missing(self._each(batch, {}, lambda piece: states("soft", piece))).to(torch.float64)
-        mean = expected @ weight
-        joint = missing(self._each(batch, {}, self._product)).to(mean) if self.q == "exact" else None
-        pull = (law.follows @ weight.mT.unsqueeze(-3))[..., law.holes.which, :, :]
-        spread = ((pull @ self._covariance(expected, joint)) * pull).sum(-1).clamp(min=0.0)
-        noise = law.covariance.diagonal(dim1=-2, dim2=-1)[..., law.holes.which, :]
-        if how == "mode":
-            best = [nn.functional.one_hot(g.argmax(-1), g.shape[-1]) for g in expected.split(self.n_states, -1)]
-            mean = torch.cat(best, -1).to(weight) @ weight
-        mean = law.completed(rows, mean)
-        value = gaps.filled(mean, False)
-        return (value, gaps.beside((noise + spread).to(self.dtype))) if variance else value
+        def states(piece: Batch) -> Tensor:
+            found = self._infer(piece, "sample", uniforms=draw)
+            return torch.cat(found.marginals if found.paths is None else found.paths, -1)
+
+        drawn, (law, x) = [], self._completion(gaps.rows[gaps.index])
+        for times in in_turn(draws, batch.x.shape[:2].numel()):
+            many = batch[torch.arange(len(batch)).repeat(times)]
+            u = self._each(many, {}, states).unflatten(0, (times, len(batch))).flatten(1, 2)[:, place]
+            z = torch.zeros(u.shape[:-1].numel(), dtype=torch.long, device=self.device)
+            around = Batch(u.flatten(0, 1), u=u.flatten(0, 1))
+            # A draw of all columns, moved by what was observed.
+            free = self.emission.sample(z, around, generator).unflatten(0, u.shape[:-1])
+            drawn.append(law.completed(x, free.to(torch.float64)))
+        return torch.cat(drawn)
 
     def _product(self, piece: Batch) -> Tensor:
         joint = self._infer(piece, "soft").joint
         assert joint is not None
         return joint
-
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
 
     def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
         batch = self._read(data, fields)

@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor, values_known
 from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Adjustment, Moments, Quadratic
 from torchem.factors import Gaussian, LinearGaussian
-from torchem.model import LatentModel
+from torchem.models.imputation import Completing, floating, places
+from torchem.models.unseen import Normal, total_covariance
 from torchem.ops import kalman, linalg
+from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
 from torchem.ops.missing import any_missing
 
@@ -29,7 +32,7 @@ _MESSAGES = {"cpu": 256 << 20, "cuda": 4 << 30}
 _DOUBT = 0.1
 
 
-class GaussMarkovModel(LatentModel):
+class GaussMarkovModel(Completing):
     """A law of the first state, laws of its steps, and linear observations of it with normal noise.
 
     Args:
@@ -198,8 +201,176 @@ class GaussMarkovModel(LatentModel):
     def _roots(self) -> bool:
         return self.dtype == torch.float32 if self.square_root is None else self.square_root
 
-    def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
-        return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return [(False, False)] * self.n_features
+
+    @abstractmethod
+    def _smoothed(self, piece: Batch) -> tuple["Plan", kalman.Smoothed]:
+        """The (approximate) posterior of the states of a piece."""
+
+    def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
+        """A function of the pieces of data, joined along the sequences."""
+        batch = self._read(data, fields)
+        with declared_precision(self.device):
+            parts = [function(piece) for piece in self.stream(batch)]
+        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
+
+    def unseen(self, batch: Batch, index: Tensor) -> Normal:
+        """See `Completing.unseen`: the normal law of each frame."""
+        lead, place = len(self.replicas), places(batch, index, self.device)
+
+        def completed(piece: Batch) -> tuple[Tensor, Tensor]:
+            plan, found = self._smoothed(piece)
+            return plan.completed(found)
+
+        found = self._each(replace(batch, weight=None), {}, completed)
+        mean, spread = (value.flatten(lead, lead + 1).index_select(lead, place) for value in found)
+        return Normal.of(floating(batch.rows()[index], self), mean, spread)
+
+    # ---- forecasts and draws ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _latest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean ``[N, L]`` and covariance of the last state of each sequence, and law ``[N, K]`` of its regime."""
+
+    @abstractmethod
+    def _switches(self) -> tuple[Tensor, Tensor]:
+        """Probabilities of the first regime ``[K]`` and of its steps ``[K, K]``."""
+
+    def forecast(
+        self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> "Forecast":  # fmt: skip
+        """What follows each sequence: laws of states and observations ``1 … steps`` frames ahead.
+
+        With one law of steps they are normal. Where regimes switch there is a normal law for each path of them; the
+        means and covariances of all together are exact given the posterior of the last frame, by a recursion over the
+        moments in each regime.
+
+        Args:
+            data: Sequences, as for `torchem.fit`.
+            steps: H, how far to look.
+            inputs: Covariates ``[N, H, M]`` or ``[H, M]`` of the frames to come.
+            n: Number of continuations to draw.
+            generator: Source of the draws.
+            **fields: ``lengths``, ``u``, … of the data.
+
+        Source: O. L. V. Costa, M. D. Fragoso, R. P. Marques (2005), section 3.3, for moments of switching states.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.LinearGaussianStateSpace(1, 1)
+            >>> m.forecast(torch.zeros(5, 1), 3).mean.shape
+            torch.Size([1, 3, 1])
+        """
+        whole_number("steps", steps, 1, "give how many frames to look ahead")
+        if self.replicas:
+            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
+        batch = self._read(data, fields)
+        with torch.no_grad():
+            u = self._ahead(inputs, len(batch), steps)
+            mean, covariance, regimes = self._latest(batch)
+            draws = self._continued(n, mean, covariance, regimes, u, steps, generator) if n else None
+            laws = [
+                torch.stack(found, 1) for found in zip(*self._onward(mean, covariance, regimes, u, steps), strict=True)
+            ]
+            see = Law.of(self.observation.quadratic(), self.n_latents)
+            shift = 0.0 if u is None or see.inputs is None else u @ see.inputs.mT
+            seen = see.states @ laws[1] @ see.states.mT + see.factor @ see.factor.mT
+            return Forecast(normal_law(*laws[:2]), normal_law(laws[0] @ see.states.mT + shift, seen), draws, laws[2])
+
+    def _onward(
+        self, mean: Tensor, covariance: Tensor, regimes: Tensor, u: Tensor | None, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Mean, covariance and regimes of the states of each frame to come."""
+        law, switches, size = self.transition.quadratic(), self._switches()[1], self.n_latents
+        a, b, noise = law.weight[..., :size], law.weight[..., size:], law.factor @ law.factor.mT
+        # Moments of the state in each regime.
+        means = mean.unsqueeze(-2).expand(-1, regimes.shape[-1], -1)
+        covs = covariance.unsqueeze(-3).expand(-1, regimes.shape[-1], -1, -1)
+        for h in range(steps):
+            joint = regimes.unsqueeze(-1) * switches
+            regimes = joint.sum(-2)
+            # From which regime, given the next one: ``[N, K, K]``, rows to.
+            share = (joint / torch.where(regimes > 0, regimes, 1.0).unsqueeze(-2)).mT
+            covs = total_covariance(share, means.unsqueeze(-3), covs.unsqueeze(-4))
+            means = share @ means
+            means = (a @ means.unsqueeze(-1)).squeeze(-1)
+            if u is not None and b.shape[-1]:
+                means = means + (b @ u[:, h, None, :, None]).squeeze(-1)
+            covs = a @ covs @ a.mT + noise
+            whole = total_covariance(regimes, means, covs)
+            yield (regimes.unsqueeze(-1) * means).sum(-2), whole, regimes
+
+    def _continued(
+        self, n: int, mean: Tensor, covariance: Tensor, regimes: Tensor, u: Tensor | None, steps: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:  # fmt: skip
+        """Draws ``[n, N, H, D]`` of the frames to come."""
+        noise = torch.randn(n, *mean.shape, dtype=self.dtype, device=self.device, generator=generator)
+        z = (mean + (linalg.cholesky(covariance) @ noise.unsqueeze(-1)).squeeze(-1)).flatten(0, 1)
+        many = None if u is None else u.repeat(n, 1, 1)
+        path = self._path(regimes.repeat(n, 1), steps + 1, generator)[:, 1:]
+        return self._rolled(z, path, many, generator, first=False)[0].unflatten(0, (n, len(mean)))
+
+    def _path(self, first: Tensor, length: int, generator: torch.Generator | None) -> Tensor:
+        """Drawn regimes ``[n, length]``, of which the first have laws ``[n, K]``."""
+        step, path = self._switches()[1], []
+        law = first
+        for _ in range(length):
+            alone = law.shape[-1] == 1 or not len(law)
+            path.append(
+                torch.zeros(len(law), dtype=torch.long, device=law.device)
+                if alone else torch.multinomial(law, 1, generator=generator)[:, 0]
+            )  # fmt: skip
+            law = step[path[-1]]
+        return torch.stack(path, 1)
+
+    def _rolled(
+        self, z: Tensor, path: Tensor, u: Tensor | None, generator: torch.Generator | None, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Observations and states in regimes ``path [n, T]``, from the frame of ``z [n, L]`` or that after it."""
+        blank, states, seen = torch.zeros_like(path[:, 0]), [], []
+        for t in range(path.shape[1]):
+            own = None if u is None else u[:, t]
+            if t or not first:
+                z = self.transition.sample(path[:, t], with_inputs(z, own, self.inputs != "observation"), generator)
+            states.append(z)
+            seen.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
+        return torch.stack(seen, 1), torch.stack(states, 1)
+
+    def _latents(self, z: Tensor, path: Tensor) -> Any:
+        """What `sample` gives beside observations."""
+        return z
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int = 1,
+        length: int | None = None,
+        *,
+        latents: bool = False,
+        inputs: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Draw ``n`` sequences ``[n, length, D]``, and their states ``[n, length, L]`` when ``latents`` is True.
+
+        Args:
+            n: Number of sequences.
+            length: Frames of each.
+            latents: Whether to return the states as well; where regimes switch, the pair of states and regimes
+                ``[n, length]``.
+            inputs: Covariates ``[n, length, M]`` or ``[length, M]``, where the model reads them.
+            generator: Source of the draws.
+        """
+        for name, value, least in (("n", n, 0), ("length", length, 1)):
+            whole_number(name, value, least)
+        assert length is not None
+        u = self._ahead(inputs, n, length)
+        start = self.initial.sample(torch.zeros(n, dtype=torch.long, device=self.device), None, generator)
+        path = self._path(self._switches()[0].expand(n, -1), length, generator)
+        x, z = self._rolled(start, path, u, generator, first=True)
+        return (x, self._latents(z, path)) if latents else x
 
     def _ahead(self, inputs: Any, size: int, steps: int) -> Tensor | None:
         """Covariates of frames that no data tell of, ``[N, H, M]``."""
@@ -228,9 +399,12 @@ class GaussMarkovModel(LatentModel):
         def paired(value: Tensor) -> Tensor:
             return torch.cat([value, value.gather(1, after.unsqueeze(-1).expand(value.shape))], -1)
 
-        x = paired(batch.x)
+        x, known = paired(batch.x), batch.evidence
         d = batch.x.shape[-1]
-        rows = replace(batch, x=x, u=None if batch.u is None else paired(batch.u)).rows()
+        if known is not None:  # of the frame that a step leads to
+            ahead = torch.cat([known[:, 1:], torch.zeros_like(known[:, :1])], 1)
+            known = torch.where((torch.arange(frames, device=ends.device) < ends - 1).unsqueeze(-1), ahead, 0.0)
+        rows = replace(batch, x=x, u=None if batch.u is None else paired(batch.u), evidence=known).rows()
         gone = rows.x[:, :d].isnan().all(-1)
         return rows[~gone] if bool(gone.any()) else rows
 
@@ -301,19 +475,23 @@ class GaussMarkovModel(LatentModel):
             "observation": self.observation.moment_stats(*moments(x[0], beside(now, before, seen), 0.0, True)),
         }
         moved = beside(now, then, steps)
-        self._begin_steps(after, moved, mass, lambda: moments(after, moved, loose_z, True))
+        self._begin_steps(after, moved, mass, batch.evidence, lambda: moments(after, moved, loose_z, True))
         factors = dict(self.slots())
         self.assign({f"{slot}.{name}": value for slot, stats in values.items()
                      for name, value in factors[slot].maximize(factors[slot].penalized(stats)).items()})  # fmt: skip
 
     @abstractmethod
-    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _begin_steps(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None,
+        moments: Callable[[], tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
         """First laws of steps, in place.
 
         Args:
             after: First scores of states ``[*r, F, L]``.
             now: Of those before them, beside covariates, ``[*r, F, L + M]``.
             mass: ``[F]`` weights.
+            known: ``[F, K]`` what labels say of the steps, or None.
             moments: Gives count and moments of all steps together, unsure as the scores are.
         """
 
@@ -379,7 +557,12 @@ class GaussMarkovModel(LatentModel):
             remedy = "leave them out, or build it with n_inputs" if not self.n_inputs else "pass inputs=u"
             raise invalid("inputs", f"{self.n_inputs} columns of covariates", columns or "none", remedy)
         if batch.evidence is not None:
-            raise invalid("labels", "none: the latents are not one discrete state", "some", "leave them out")
+            k = self.takes_labels()
+            if batch.evidence.shape[-1] != k:
+                raise invalid(
+                    "evidence", f"{k} columns, one per regime", batch.evidence.shape[-1],
+                    "give a log-potential for each regime",
+                )  # fmt: skip
         return batch
 
     def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
@@ -400,6 +583,34 @@ class GaussMarkovModel(LatentModel):
             yield piece if piece.x.device == self.device else piece.to(self.device)
 
 
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What follows a sequence.
+
+    Attributes:
+        states: Laws of the states to come, batch ``[N, H]``. Where regimes switch they are mixtures: these are normal
+            laws of the same means and covariances.
+        observations: Laws of the observations to come, batch ``[N, H]``, likewise.
+        draws: Continuations ``[n, N, H, D]``, if any were asked for.
+        regimes: Probability of each regime, ``[N, H, K]``; of a single one all is one.
+    """
+
+    states: MultivariateNormal
+    observations: MultivariateNormal
+    draws: Tensor | None
+    regimes: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_{T+h} | x], ``[N, H, D]``."""
+        return self.observations.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each column, ``[N, H, D]``."""
+        return self.observations.variance
+
+
 @dataclass(frozen=True)
 class Columns:
     """Moments of some columns."""
@@ -414,6 +625,12 @@ def normal_law(mean: Tensor, covariance: Tensor) -> MultivariateNormal:
     """A batch of normal laws; factors are taken in float64, where the covariances of float32 are positive definite."""
     root = linalg.cholesky(covariance.to(torch.float64)).to(covariance)
     return MultivariateNormal(mean, scale_tril=root, validate_args=False)
+
+
+def root_of(covariance: Tensor) -> Tensor:
+    """A matrix R with R Rᵀ = C, for C that may be singular, or short of it by rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)
 
 
 def with_inputs(z: Tensor, u: Tensor | None, reads: bool) -> Batch:
@@ -711,16 +928,26 @@ class Plan:
         return torch.where(self.entries, x, level + more)
 
     def completed(self, found: kalman.Smoothed) -> tuple[Tensor, Tensor]:
-        """Observations completed by their expectations given all that was observed, and the variances of these."""
+        """Observations completed by their expectations given all that was observed, and covariances ``[…, D, D]``."""
         mean, covariance = self.laws(found)
         if self.known is None:
             x = self.x.expand(*mean.shape[:-1], self.x.shape[-1])
-            return x, torch.zeros_like(x)
+            return x, torch.zeros_like(x).diag_embed()
         gain, left = self._gains()
         filled = self._filled(mean.to(torch.float64), gain)
         pull, rest = (v[..., self.frame, :, :] for v in self._pulled(gain, left))
-        spread = ((pull @ covariance.to(torch.float64)) * pull).sum(-1) + rest.diagonal(dim1=-2, dim2=-1)
+        spread = pull @ covariance.to(torch.float64) @ pull.mT + rest
         return filled.to(mean), spread.to(mean)
+
+    def completed_along(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Observations completed by draws given states ``z [n, N, T, L]`` and what was observed, ``[n, N, T, D]``."""
+        if self.known is None:
+            return self.x.expand(*z.shape[:-1], -1)
+        gain, left = self._gains()
+        filled = self._filled(z.to(torch.float64), gain)
+        noise = torch.randn(filled.shape, dtype=torch.float64, device=z.device, generator=generator)
+        more = (root_of(left)[self.frame] @ noise.unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.entries, filled, filled + more).to(self.x)
 
 
 class _Moments:

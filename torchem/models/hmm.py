@@ -19,17 +19,17 @@ from torchem.model import DiscreteModel, Reduction, Tempered, Uniforms, weighted
 from torchem.models.draws import Draw, follow, reach
 from torchem.models.frames import FramesPass, is_light, window
 from torchem.models.imputation import (
+    Completing,
     Gaps,
-    How,
-    at_once,
     check_possible,
-    checked_draws,
     complete,
-    finished,
     floating,
-    impute,
+    in_turn,
+    kinds_of,
+    places,
 )
 from torchem.models.stationary import Stationary
+from torchem.models.unseen import Among
 from torchem.ops import chain, reduce
 from torchem.ops.dispatch import compiled_chain, threads_for_kernels
 from torchem.ops.expansion import Expansion
@@ -65,7 +65,7 @@ class Forecast:
     draws: Tensor | None
 
 
-class HMM(DiscreteModel):
+class HMM(Completing, DiscreteModel):
     """p(x, z) = p(z_1) Π_t p(z_{t+1} | z_t, u_{t+1}) Π_t p(x_t | z_t, u_t): Markov states, any factor as emission.
 
     E-step: the posterior of each state and the expected number of each step, by forward–backward. M-step: each factor
@@ -436,9 +436,8 @@ class HMM(DiscreteModel):
         """p(z_t | x_1, …, x_t) of each frame, ``[N, T, K]``: what could be known at the time."""
         return self._each(self._read(data, fields), self._filtered)
 
-    def _filtered(self, potentials: dict[str, Tensor], batch: Batch, present: bool = True) -> Tensor:
-        law = chain.filter(*self._chain(potentials, batch), batch.lengths)[1]
-        return self._present(law) if present else law
+    def _filtered(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return self._present(chain.filter(*self._chain(potentials, batch), batch.lengths)[1])
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely path of states, ``[N, T]`` (Viterbi); −1 in the padding and where there is none."""
@@ -453,77 +452,69 @@ class HMM(DiscreteModel):
         earlier = self.n_components**self.emission.memory
         return path if earlier == 1 else path.div(earlier, rounding_mode="floor")
 
-    def _codes(self, path: Tensor) -> Tensor:
-        """Paths of the chain that inference runs on as the states that index the emission."""
-        return path
-
     def best_paths(self, data: Any, count: int, **fields: Any) -> tuple[Tensor, Tensor]:
         """The ``count`` most likely paths: joint log-probabilities ``[N, count]`` and states ``[N, count, T]``."""
         whole_number("count", count, 1, "give how many paths to list")
 
         def paths(potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-            scores, found = chain.best_paths(*self._chain(potentials, batch), count, batch.lengths)
-            return scores, self._digits(found)
+            return self._best(potentials, batch, count)
 
         return self._each(self._read(data, fields), paths)
+
+    def _best(self, potentials: dict[str, Tensor], batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        scores, found = chain.best_paths(*self._chain(potentials, batch), count, batch.lengths)
+        return scores, self._digits(found)
 
     def sample_posterior(
         self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
     ) -> Int[Tensor, "n_draws n t"]:
         """``n`` draws of the path of states given the data, ``[n, N, T]``."""
+        whole_number("n", n, 1, "give the number of draws")
+        if self.replicas:
+            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
 
         def paths(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-            parts = self._chain(potentials, batch)
-            return torch.stack([chain.sample(*parts, batch.lengths, generator) for _ in range(n)], -2)
+            return self._paths(potentials, batch, n, generator).transpose(0, 1)
 
-        return self._digits(self._each(self._read(data, fields), paths)).movedim(-2, 0)
+        return self._digits(self._each(self._read(data, fields), paths)).transpose(0, 1)
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in given all frames; see `LatentModel.impute`.
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return kinds_of(self.emission)
 
-        Example:
-            >>> m = GaussianHMM(2, 1)
-            >>> m.means, m.transition_matrix = [[-1.0], [1.0]], [[0.9, 0.1], [0.1, 0.9]]
-            >>> m.impute(torch.tensor([1.2, torch.nan, 0.8]))
-            tensor([1.2000, 0.9...,  0.8000])
-        """
-        checked_draws(draws, self, variance)
-        gaps = Gaps.of(data, self._read(data, fields), True)
-        batch, lead = gaps.batch, len(self.replicas)
+    def unseen(self, batch: Batch, index: Tensor) -> Among:
+        """See `Completing.unseen`: the emission under the smoothed states of each frame."""
         self._refuse_gaps(batch, True)
-        rows = floating(replace(self.emission.context(batch), x=batch.x).rows()[gaps.index], self)
-        bare = replace(batch, weight=None)
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
-        if draws is None:
-            found = self._each(bare, lambda p, b: self.infer(p, b)[1]["emission"])
-            share = found.flatten(lead, lead + 1).index_select(lead, place)
-            return finished(gaps, self.emission, how, impute(self, self.emission, gaps, how, share, rows), variance)
+        bare, lead = replace(batch, weight=None), len(self.replicas)
+        found = self._each(bare, lambda p, b: self.infer(p, b)[1]["emission"])
+        share = found.flatten(lead, lead + 1).index_select(lead, places(batch, index, self.device))
+        return Among(self.emission, self._frames(batch, index), share)
+
+    def _frames(self, batch: Batch, index: Tensor) -> Batch:
+        """Some frames of sequences as rows, with what the emission reads of those before them."""
+        return floating(replace(self.emission.context(batch), x=batch.x).rows()[index], self)
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: whole paths of states, and the frames given these."""
+        batch = gaps.batch
+        self._refuse_gaps(batch, True)
+        rows, place = self._frames(batch, gaps.index), places(batch, gaps.index, self.device)
 
         def paths(potentials: dict[str, Tensor], piece: Batch) -> Tensor:
-            (*tables, emission), found = self._chain(potentials, piece), []
-            step = at_once(emission.shape[:2].numel())
-            for times in [step] * (draws // step) + [draws % step] * (draws % step > 0):
-                first, move = (v if v.shape[0] == 1 else _repeated(v, times) for v in tables)
-                lengths = None if piece.lengths is None else piece.lengths.repeat(times)
-                path = chain.sample(first, move, _repeated(emission, times), lengths, generator)
-                found.append(path.unflatten(0, (times, len(piece))))
-            return torch.cat(found).transpose(0, 1)
+            return self._paths(potentials, piece, draws, generator).transpose(0, 1)
 
-        states = self._codes(self._each(bare, paths)).movedim(-2, 0).flatten(1, 2)[:, place]
-        check_possible((states >= 0).all(0).to(torch.float64).unsqueeze(-1), gaps)
-        return finished(gaps, self.emission, how, complete(self.emission, rows, states, generator), variance)
+        states = self._each(replace(batch, weight=None), paths).transpose(0, 1).flatten(1, 2)[:, place]
+        check_possible((states >= 0).all(0), gaps)
+        return complete(self.emission, rows, states, generator)
+
+    def _paths(self, potentials: dict[str, Tensor], piece: Batch, n: int, generator: torch.Generator | None) -> Tensor:
+        """Draws of the states that index the emission, ``[n, N, T]``; −1 in the padding and where there is no path."""
+        (*tables, emission), found = self._chain(potentials, piece), []
+        for times in in_turn(n, emission.shape[:2].numel()):
+            first, move = (v if v.shape[0] == 1 else repeated(v, times) for v in tables)
+            lengths = None if piece.lengths is None else piece.lengths.repeat(times)
+            path = chain.sample(first, move, repeated(emission, times), lengths, generator)
+            found.append(path.unflatten(0, (times, len(piece))))
+        return torch.cat(found)
 
     def forecast(
         self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
@@ -555,31 +546,38 @@ class HMM(DiscreteModel):
                 int(batch.frames().min()), "leave shorter ones out",
             )  # fmt: skip
         self._refuse_gaps(batch)
+        if n and self.replicas:
+            raise invalid("n", "no draws, of a model with replicas", n, "use take_replicas(0)")
         with torch.no_grad():
-            filtered = self._each(batch, lambda p, b: self._filtered(_going_on(p), b, present=False))
-            last = batch.frames().to(filtered.device)
-            place = (last - 1).view(-1, 1, 1).expand(*filtered.shape[:-2], 1, filtered.shape[-1])
-            code = filtered.gather(-2, place).squeeze(-2)
-            state = self._present(code)
-            u = None if inputs is None else as_tensor(inputs, "inputs").to(filtered)
+            code, last = self._latest(batch), batch.frames().to(self.device)
+            u = None if inputs is None else as_tensor(inputs, "inputs").to(code)
             u = u.unsqueeze(0).expand(len(batch), *u.shape) if u is not None and u.dim() == 2 else u
             ahead = Batch(torch.zeros(len(batch), steps, batch.x.shape[-1], device=self.device), u=u)
-            table = self.transition.log_table(ahead).exp()
-            states = []
-            for step in range(steps):
-                matrix = table[..., step, :, :] if self.varying(table) else table
-                state = (state.unsqueeze(-2) @ matrix).squeeze(-2)
-                states.append(state)
-            laws = torch.stack(states, -2)
+            laws = self._onward(code, ahead)
             before = (last.unsqueeze(-1) - lags + torch.arange(lags, device=last.device)).unsqueeze(-1)
             recent = batch.x.to(self.device, self.dtype).gather(1, before.expand(-1, -1, batch.x.shape[-1]))
-            drawn = self._continued(n, code, recent, table, ahead, generator) if n else None
+            drawn = self._continued(n, code, recent, ahead, generator) if n else None
             if not lags:
                 mean, variance = self._outlook(laws, ahead)
             else:
                 mean = None if drawn is None else drawn.mean(0)
                 variance = drawn.var(0) if drawn is not None and n > 1 else None
         return Forecast(laws, mean, variance, drawn)
+
+    def _latest(self, batch: Batch) -> Tensor:
+        """Law of the chain that inference runs on at the last frame of each sequence, if it goes on: ``[*r, N, C]``."""
+        filtered = self._each(batch, lambda p, b: chain.filter(*self._chain(_going_on(p), b), b.lengths)[1])
+        place = (batch.frames().to(filtered.device) - 1).view(-1, 1, 1)
+        return filtered.gather(-2, place.expand(*filtered.shape[:-2], 1, filtered.shape[-1])).squeeze(-2)
+
+    def _onward(self, code: Tensor, ahead: Batch) -> Tensor:
+        """Laws of the states of frames to come after a last one of law ``code``, ``[*r, N, H, K]``."""
+        state, table, found = self._present(code), self.transition.log_table(ahead).exp(), []
+        for step in range(ahead.x.shape[1]):
+            matrix = table[..., step, :, :] if self.varying(table) else table
+            state = (state.unsqueeze(-2) @ matrix).squeeze(-2)
+            found.append(state)
+        return torch.stack(found, -2)
 
     def _refuse_gaps(self, batch: Batch, fills: bool = False) -> None:
         """Refuse sequences that end with missing frames, where what follows, or ``fills`` them, would read these."""
@@ -613,27 +611,30 @@ class HMM(DiscreteModel):
         return mean, (share * (spread + (center - mean.unsqueeze(-2)).square())).sum(-2)
 
     def _continued(
-        self, n: int, code: Tensor, recent: Tensor, table: Tensor, ahead: Batch, generator: torch.Generator | None
+        self, n: int, code: Tensor, recent: Tensor, ahead: Batch, generator: torch.Generator | None
     ) -> Tensor:
-        """``[n, N, H, D]`` draws of the frames to come, after a last state of law ``code [N, K^(memory + 1)]``."""
-        sequences, (steps, k, memory) = len(code), (ahead.x.shape[1], self.n_components, self.emission.memory)
-        varying = self.varying(table)
-        table = table.expand(sequences, *table.shape[1:]) if table.dim() > 2 else table.expand(sequences, k, k)
-        code, recent, table = (value.repeat(n, *[1] * (value.dim() - 1)) for value in (code, recent, table))
-        ahead = ahead.map(lambda value: value.repeat(n, *[1] * (value.dim() - 1)))
-        size = len(code)
-        last = torch.multinomial(code, 1, generator=generator)[:, 0]
-        # Digits of an expanded state from the lowest: the oldest first, the present one last.
-        path = [last // k**back % k for back in range(memory + 1)]
-        for step in range(steps):
-            matrix = table[:, step] if varying else table
-            path.append(torch.multinomial(matrix[torch.arange(size), path[-1]], 1, generator=generator)[:, 0])
-        z = torch.stack(path[-steps:], 1)
+        """``[n, N, H, D]`` draws of the frames to come, after a last one of law ``code``."""
+        sequences, steps = ahead.x.shape[:2]
+        code, recent = (repeated(value, n) for value in (code, recent))
+        ahead = ahead.map(lambda value: repeated(value, n))
+        past, z = self._future(torch.multinomial(code, 1, generator=generator)[:, 0], ahead, generator)
         if recent.shape[1]:
-            past = torch.stack(path[:-steps], 1)[:, 1:] if memory else z[:, :0]
             return follow(self, recent, past, z, ahead.u, generator).unflatten(0, (n, sequences))
         flat = ahead.map(lambda value: value.flatten(0, 1))
         return self.emission.sample(z.flatten(), flat, generator).unflatten(0, (n, sequences, steps))
+
+    def _future(self, code: Tensor, ahead: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """States that the emission remembers ``[N, memory]``, and drawn ones ``[N, H]``, after those of a code."""
+        k, memory, rows = self.n_components, self.emission.memory, torch.arange(len(code), device=code.device)
+        table = self.transition.log_table(ahead).exp()
+        # Digits of an expanded state from the lowest: the oldest first, the present one last.
+        path = [code // k**back % k for back in range(memory + 1)]
+        for step in range(ahead.x.shape[1]):
+            matrix = table[:, step] if self.varying(table) else table
+            law = matrix.expand(len(code), k, k)[rows, path[-1]]
+            path.append(torch.multinomial(law, 1, generator=generator)[:, 0])
+        both = torch.stack(path, 1)
+        return both[:, 1 : memory + 1], both[:, memory + 1 :]
 
     @torch.no_grad()
     def sample(
@@ -827,7 +828,7 @@ class HMM(DiscreteModel):
             yield piece
 
 
-def _repeated(value: Tensor, times: int) -> Tensor:
+def repeated(value: Tensor, times: int) -> Tensor:
     """Several copies of a tensor, one after the other."""
     return value.repeat(times, *[1] * (value.dim() - 1))
 

@@ -13,7 +13,8 @@ from torchem.factors import Categorical, Gaussian, NegativeBinomialDuration, Poi
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, Reduction, Uniforms
 from torchem.models.draws import Draw
-from torchem.models.hmm import HMM, Forecast
+from torchem.models.hmm import HMM, repeated
+from torchem.models.imputation import in_turn
 from torchem.ops import reduce, semi_markov
 from torchem.stats import Stats
 
@@ -141,18 +142,11 @@ class HSMM(HMM):
         initial, transition, duration = (potentials[name] for name in ("initial", "transition", "duration"))
         return initial, transition, duration, self._informed(potentials, batch)
 
-    def _chain(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The chain of states and how long they have lasted: what paths are listed and filtered on."""
-        return semi_markov.expanded(*self._parts(potentials, batch), self._last(batch), self.censored)
-
     def log_partition(self, potentials: dict[str, Tensor], batch: Batch, plus: Reduction = reduce.logsumexp) -> Tensor:
         return semi_markov.reference(*self._parts(potentials, batch), batch.lengths, plus, censored=self.censored)
 
-    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        def value(potentials: dict[str, Tensor], batch: Batch) -> Tensor:
-            return semi_markov.log_normalizer(*self._parts(potentials, batch), batch.lengths, censored=self.censored)
-
-        return self._each(data, value, score=True)
+    def log_normalizer(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return semi_markov.log_normalizer(*self._parts(potentials, batch), batch.lengths, censored=self.censored)
 
     def infer(self, potentials: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weight = None if batch.weight is None else batch.weight.expand(*self.replicas, -1)
@@ -210,14 +204,27 @@ class HSMM(HMM):
     # ---- use --------------------------------------------------------------------------------------------------
 
     def _present(self, value: Tensor) -> Tensor:
-        """What is known of the chain of states and how long they have lasted, of states alone."""
+        """What is known of states and how long they have lasted, of states alone."""
         return value if value.shape[-1] == self.n_components else value.unflatten(-1, (self.n_components, -1)).sum(-1)
 
-    def _codes(self, path: Tensor) -> Tensor:
-        return self._digits(path)
+    def _filtered(self, potentials: dict[str, Tensor], batch: Batch) -> Tensor:
+        return semi_markov.filter(*self._parts(potentials, batch), batch.lengths, censored=self.censored)
 
-    def _digits(self, path: Tensor) -> Tensor:
-        return path.div(self.max_duration, rounding_mode="floor")
+    def _best(self, potentials: dict[str, Tensor], batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        return semi_markov.best_paths(self._parts(potentials, batch), count, batch.lengths, self.censored)
+
+    def _paths(self, potentials: dict[str, Tensor], piece: Batch, n: int, generator: torch.Generator | None) -> Tensor:
+        def uniforms(shape: torch.Size) -> Tensor:
+            return torch.rand(shape, dtype=torch.float64, generator=generator).to(self.device)
+
+        found = []
+        for times in in_turn(n, piece.x.shape[:2].numel()):
+            many = Batch(piece.x, lengths=piece.lengths, evidence=piece.evidence).map(lambda v, m=times: repeated(v, m))
+            own = {**potentials, "emission": repeated(potentials["emission"], times)}
+            share = self.infer_sample(own, many, uniforms)[1]["emission"]
+            path = torch.where(share.sum(-1) > 0, reduce.first_max(share), -1)
+            found.append(path.unflatten(0, (times, len(piece))))
+        return torch.cat(found)
 
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely states of the frames, ``[N, T]`` (Viterbi); −1 in the padding and where there are none."""
@@ -229,45 +236,26 @@ class HSMM(HMM):
 
         return self._each(self._read(data, fields), best)
 
-    def forecast(
-        self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Forecast:  # fmt: skip
-        """What follows each sequence, if it goes on: laws of states and observations; see `HMM.forecast`.
+    def _latest(self, batch: Batch) -> Tensor:
+        # How long the present segment has lasted counts.
+        return self._each(batch, lambda p, b: semi_markov.lasting(*self._parts(p, b), b.lengths).flatten(-2))
 
-        A segment that has lasted for some time is left at a rate of its own. Laws are those of the chain of states and
-        frames lasted; none are drawn.
+    def _onward(self, code: Tensor, ahead: Batch) -> Tensor:
+        law, found = code.unflatten(-1, (self.n_components, -1)), []
+        tables = self.transition.log_table(ahead), self.duration.log_table(ahead)
+        for _ in range(ahead.x.shape[1]):
+            law = semi_markov.onward(law, *tables)
+            found.append(law.sum(-1))
+        return torch.stack(found, -2)
 
-        Raises:
-            InvalidArgument: If continuations are asked for, or the emission reads earlier frames.
-
-        Example:
-            >>> m = GaussianHSMM(2, 1, max_duration=4)
-            >>> m.forecast(torch.zeros(5, 1), 3).states.shape
-            torch.Size([1, 3, 2])
-        """
-        whole_number("steps", steps, 1, "give how many frames to look ahead")
-        if n or getattr(self.emission, "lags", 0):
-            raise invalid("n", "no draws, of an emission that reads no earlier frames", n, "use the laws of states")
-        batch = self._read(data, fields)
-        ahead = Batch(torch.zeros(len(batch), steps, batch.x.shape[-1], device=self.device))
-        if inputs is not None:
-            u = as_tensor(inputs, "inputs").to(self.device, self.dtype)
-            ahead = Batch(ahead.x, u=u.expand(len(batch), *u.shape[-2:]))
-
-        def laws(potentials: dict[str, Tensor], piece: Batch) -> Tensor:
-            parts = self._parts(potentials, piece)
-            matrix = semi_markov.expanded(*parts, self._last(piece), True)[1].exp()
-            law, found = semi_markov.lasting(*parts, piece.lengths).flatten(-2), []
-            for _ in range(steps):
-                law = (law.unsqueeze(-2) @ matrix).squeeze(-2)
-                found.append(self._present(law))
-            return torch.stack(found, -2)
-
-        with torch.no_grad():
-            states = self._each(batch, laws)
-            mean, variance = self._outlook(states, ahead)
-        return Forecast(states, mean, variance, None)
+    def _future(self, code: Tensor, ahead: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        state, lasted = code // self.max_duration, code % self.max_duration
+        # A duration that is no less than what was seen of it.
+        longer = torch.arange(self.max_duration, device=code.device) >= lasted.unsqueeze(-1)
+        draw = _SegmentDraw(self, 0, 1, None, generator)
+        left = draw.pick(torch.where(longer, self.duration_probs[state], 0.0)) - lasted
+        path = draw.segments(state, left, ahead.x.shape[1] + 1)
+        return path[:, :0], path[:, 1:]
 
     @torch.no_grad()
     def sample(
@@ -325,17 +313,17 @@ class _SegmentDraw(Draw):
     model: HSMM
 
     def _states(self, n: int, length: int, u: Tensor | None) -> Tensor:
-        model = self.model
-        lasts, step = model.duration_probs, model.transition_matrix
-        z = self._pick(model.initial_probs.expand(n, -1))
-        left = 1 + self._pick(lasts[z])
-        path = []
+        z = self.pick(self.model.initial_probs.expand(n, -1))
+        return self.segments(z, self.pick(self.model.duration_probs[z]), length)
+
+    def segments(self, z: Tensor, left: Tensor, length: int) -> Tensor:
+        """States ``[n, length]`` from a first one ``z [n]`` that goes on for so many frames more."""
+        lasts, step, path = self.model.duration_probs, self.model.transition_matrix, []
         for _ in range(length):
             path.append(z)
-            left = left - 1
-            over = left == 0
-            z = torch.where(over, self._pick(step[z]), z)
-            left = torch.where(over, 1 + self._pick(lasts[z]), left)
+            over, left = left == 0, left - 1
+            z = torch.where(over, self.pick(step[z]), z)
+            left = torch.where(over, self.pick(lasts[z]), left)
         return torch.stack(path, 1)
 
 

@@ -1,5 +1,6 @@
 """Missing entries filled in: by their conditional means, by what is most probable, or by draws."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import LatentModel
-from torchem.ops import directional, reduce
+from torchem.models.unseen import Unseen, most_probable
 from torchem.ops.dispatch import rows_per_piece
 
 #: Rows that are drawn together.
@@ -96,116 +97,56 @@ def _like(rows: Tensor, raw: Tensor, whole: bool) -> Tensor:
     return rows.to(raw.dtype) if floating or (whole and raw.dtype != torch.bool) else rows
 
 
-def impute(
-    model: LatentModel,
-    factor: Factor,
-    gaps: Gaps,
-    how: How,
-    share: Tensor,
-    rows: Batch,
-) -> tuple[Tensor, Tensor]:
+def fill(model: LatentModel, law: Unseen, gaps: Gaps, how: How) -> tuple[Tensor, Tensor]:
     """What stands for missing entries, and how unsure that is, both ``[*r, G, D]``.
 
     Args:
         model: Knows how much memory a piece may take.
-        factor: What emitted the rows.
+        law: Of the rows that miss an entry.
         gaps: The rows, for messages.
         how: What to fill in.
-        share: Posterior of the states ``[*r, G, K]``.
-        rows: The rows that miss an entry, with what the factor reads besides.
     """
-    one_of("how", how, ("auto", "mean", "mode"))
-    check_possible(share, gaps)
-    size = factor.row_size() + 6 * share.shape[-1] * gaps.rows.shape[-1]
-    step = rows_per_piece(
-        size * factor.dtype.itemsize * max(1, *factor.replicas, 1), factor.device, model.memory_budget
-    )
-    starts = range(0, max(1, len(rows)), step)
+    check_possible(law.possible(), gaps)
     try:
-        parts = [_fill(factor, how, share[..., i : i + step, :], rows[i : i + step]) for i in starts]
+        parts = [_fill(piece, how) for piece in pieces(model, law)]
     except NotImplementedError as error:
         raise invalid("model", "families with a mean and a variance", error, "ask for draws=1 instead") from error
     value, spread = (torch.cat(part, -2) for part in zip(*parts, strict=True))
     return value, spread
 
 
-def check_possible(share: Tensor, gaps: Gaps) -> None:
-    """Refuse rows of probability zero, whose states have no posterior."""
-    none = ~(share.sum(-1) > 0)
-    if bool(none.any()):
-        row = int(gaps.index[int(none.reshape(-1, none.shape[-1]).any(0).nonzero()[0])])
+def pieces(model: LatentModel, law: Unseen, numbers: int = 0) -> list[Unseen]:
+    """The law in pieces that fit the model's budget, at ``numbers`` for a row where that is more than moments take."""
+    size = max(numbers, law.numbers) * model.dtype.itemsize
+    step, rows = rows_per_piece(size, model.device, model.memory_budget), len(law.rows)
+    return [law] if rows <= step else [law[start : start + step] for start in range(0, rows, step)]
+
+
+def check_possible(possible: Tensor, gaps: Gaps) -> None:
+    """Refuse rows of probability zero, whose states have no posterior, where ``possible [*r, G]`` is False."""
+    if not bool(possible.all()):
+        row = int(gaps.index[int((~possible).reshape(-1, possible.shape[-1]).any(0).nonzero()[0])])
         raise invalid(
             "data", "observations of positive probability", f"probability zero at row {row}", "remove that outlier"
         )
 
 
-def _fill(factor: Factor, how: How, share: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-    mean, variance = factor.conditional(rows)
-    value, spread = total(share, mean, variance, factor.circular)
+def _fill(law: Unseen, how: How) -> tuple[Tensor, Tensor]:
+    value, spread = law.moments()
     if how == "mode":
-        best = reduce.first_max(share)[..., None, None].expand(*share.shape[:-1], 1, mean.shape[-1])
-        value = mean.expand(*share.shape, -1).gather(-2, best).squeeze(-2)
+        value = law.mode()
     if how != "mean":
-        value = factor.placed(rows, value)
-    for column, (outcomes, named) in enumerate(zip(factor.outcomes(), factor.nominal, strict=True)):
+        value = law.placed(value)
+    for column, (outcomes, named) in enumerate(zip(law.outcomes, law.nominal, strict=True)):
         if outcomes is None or (how == "mean" and not named):
             continue
-        where = rows.x[:, column].isnan().nonzero()[:, 0]
+        where = law.rows.x[:, column].isnan().nonzero()[:, 0]
         if len(where):
-            found, chance = _most_probable(factor, outcomes, column, share[..., where, :], rows[where])
+            found, chance = most_probable(law[where], column, outcomes)
             value[..., where, column] = found.to(value)
             if named:
                 spread[..., where, column] = (1 - chance).to(spread)
     return value, spread
-
-
-def total(share: Tensor, mean: Tensor, variance: Tensor, circular: Sequence[bool] = (False,)) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[…, D]`` of a mixture by shares ``[…, K]`` of parts ``[…, K, D]``.
-
-    The variance is that within the parts and that between them, Σ_k γ_k (σ²_k + (μ_k − μ)²). Of columns of angles both
-    are those of directions.
-    """
-    if any(circular):
-        angles = torch.tensor(circular, device=mean.device)
-        found = zip(directional.mixed(share, mean, variance), total(share, mean, variance), strict=True)
-        center, spread = (torch.where(angles, *pair) for pair in found)
-        return center, spread
-    share = share.unsqueeze(-1)
-    # A state that cannot be may have no variance that is finite.
-    center = torch.where(share > 0, share * mean, 0.0).sum(-2)
-    spread = variance + (mean - center.unsqueeze(-2)).square()
-    return center, torch.where(share > 0, share * spread, 0.0).sum(-2)
-
-
-def total_covariance(share: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Covariance ``[…, D, D]`` of a mixture by shares ``[…, K]`` of parts with means and covariances ``[…, K, D, D]``.
-
-    Σ_k γ_k (C_k + (μ_k − μ)(μ_k − μ)ᵀ).
-    """
-    each = share.unsqueeze(-1)
-    gap = mean - torch.where(each > 0, each * mean, 0.0).sum(-2, keepdim=True)
-    spread, each = covariance + gap.unsqueeze(-1) * gap.unsqueeze(-2), each.unsqueeze(-1)
-    return torch.where(each > 0, each * spread, 0.0).sum(-3)
-
-
-def _most_probable(factor: Factor, outcomes: Tensor, column: int, share: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-    """The most probable value of a missing entry, ``[*r, n]``, and its probability among all outcomes."""
-    before = factor.log_prob(rows.with_x(factor.cast(rows.x)))
-    weight = torch.where(share > 0, share.log() - before, -torch.inf)
-    best: Tensor | None = None
-    found: Tensor | None = None
-    mass: Tensor | None = None
-    for outcome in outcomes:
-        x = rows.x.clone()
-        x[:, column] = outcome
-        value = reduce.logsumexp(weight + factor.log_prob(rows.with_x(factor.cast(x))), -1)
-        if best is None or found is None or mass is None:
-            best, found, mass = value, outcome.expand(value.shape), value
-            continue
-        found = torch.where(value > best, outcome, found)
-        best, mass = torch.maximum(best, value), torch.logaddexp(mass, value)
-    assert best is not None and found is not None and mass is not None
-    return found, (best - mass).exp()
 
 
 def complete(factor: Factor, rows: Batch, states: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -218,6 +159,17 @@ def complete(factor: Factor, rows: Batch, states: Tensor, generator: torch.Gener
         return torch.cat(found)
     except NotImplementedError as error:
         raise invalid("model", "families that sample", error, "leave draws out") from error
+
+
+def kinds_of(factor: Factor) -> list[tuple[bool, bool]]:
+    """For each column whether its values are single numbers, and whether they are names."""
+    return [(values is not None, named) for values, named in zip(factor.outcomes(), factor.nominal, strict=True)]
+
+
+def in_turn(draws: int, rows: int) -> list[int]:
+    """How many draws of so many rows to make together, one lot after the other."""
+    step = at_once(rows)
+    return [step] * (draws // step) + [draws % step] * (draws % step > 0)
 
 
 def at_once(rows: int) -> int:
@@ -237,39 +189,149 @@ def checked_draws(draws: int | None, model: LatentModel, variance: bool) -> None
         raise invalid("draws", "a model without replicas", f"{model.replicas[0]} of them", "use take_replicas(0)")
 
 
-def finished(gaps: Gaps, factor: Factor, how: How, found: tuple[Tensor, Tensor] | Tensor, variance: bool) -> Any:
-    """Imputed values laid out as the data; with their variances where these are asked for."""
-    kinds = zip(factor.outcomes(), factor.nominal, strict=True)
-    whole = all(outcomes is not None and (how != "mean" or named) for outcomes, named in kinds)
-    if isinstance(found, Tensor):
-        return gaps.filled(found, all(outcomes is not None for outcomes in factor.outcomes()))
-    values = gaps.filled(found[0], whole)
-    return (values, gaps.beside(found[1])) if variance else values
+class Completing(LatentModel):
+    """A model that knows the law of what was not seen of its observations, given what was.
+
+    It says so by `unseen` and `drawn`; filling in gaps and predicting some columns from others follow.
+    """
+
+    @abstractmethod
+    def unseen(self, batch: Batch, index: Tensor) -> Unseen:
+        """The law of the missing entries of some rows, of sequences of their frames.
+
+        Args:
+            batch: All observations.
+            index: Numbers of the rows among all, those of sequences one after the other.
+        """
+
+    @abstractmethod
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """Draws of the rows that miss an entry, ``[m, G, D]``; the frames of a sequence are drawn together."""
+
+    @abstractmethod
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        """For each column whether its values are single numbers, and whether they are names."""
+
+    @torch.no_grad()
+    def impute(
+        self,
+        data: Any,
+        how: How = "auto",
+        *,
+        draws: int | None = None,
+        variance: bool = False,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Any:
+        """The data with their missing entries filled in, given all that was seen; see `LatentModel.impute`.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.GaussianMixture(1, 2)
+            >>> m.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
+            >>> m.impute(torch.tensor([[2.0, torch.nan]]))
+            tensor([[2., 1.]])
+            >>> m = torchem.LinearGaussianStateSpace(1, 1)
+            >>> m.observation_covariance = [[1e-4]]
+            >>> m.impute(torch.tensor([1.0, torch.nan, 3.0]))
+            tensor([1.0000, 2.0000, 3.0000])
+        """
+        checked_draws(draws, self, variance)
+        one_of("how", how, ("auto", "mean", "mode"))
+        gaps = Gaps.of(data, self._read(data, fields), self.sequential)
+        kinds = self.column_kinds()
+        if draws is not None:
+            return gaps.filled(self.drawn(gaps, draws, generator), all(discrete for discrete, _ in kinds))
+        value, spread = fill(self, self.unseen(gaps.batch, gaps.index), gaps, how)
+        values = gaps.filled(value, all(discrete and (how != "mean" or named) for discrete, named in kinds))
+        return (values, gaps.beside(spread)) if variance else values
+
+    def condition(self, data: Any, columns: Sequence[int] | None = None, **fields: Any) -> "Conditional":
+        """The law of the columns that are not known given those that are: prediction of some columns from others.
+
+        p(x_u | x_o) = Σ_k γ_k p(x_u | x_o, k), with the probabilities γ of the states given all that is known: of a
+        frame given its whole sequence.
+
+        Args:
+            data: Rows ``[N, D]`` or sequences with NaN where nothing is known, each its own; or the known ``columns``
+                alone.
+            columns: Numbers of the columns that ``data`` holds.
+            **fields: ``observed``, ``inputs``, ``lengths``, … as for `torchem.fit`.
+
+        Returns:
+            The law of each row or frame: ``.mean``, ``.variance``, ``.covariance_matrix``, ``.weights``,
+            ``.log_prob(x)``, ``.sample(n)``, ``.quantile(q)``; of the other columns in their order where ``columns``
+            are given, else of all of them.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.GaussianMixture(1, 2)
+            >>> m.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
+            >>> law = m.condition([[2.0], [0.0]], columns=[0])
+            >>> law.mean.tolist(), law.variance.tolist()
+            ([[1.0], [0.0]], [[0.75], [0.75]])
+            >>> m = torchem.GaussianHMM(2, 2)
+            >>> m.means, m.transition_matrix = [[-2.0, 5.0], [2.0, 7.0]], [[1.0, 0.0], [0.0, 1.0]]
+            >>> m.condition([-2.0, -2.0, 1.0], columns=[0]).mean[0, :, 0]
+            tensor([5.0..., 5.0..., 5.0...], grad_fn=<SelectBackward0>)
+        """
+        left = None
+        if columns is not None:
+            data, left = spread_out(data, columns, len(self.column_kinds()), self.sequential)
+        batch = floating(self._read(data, fields), self)
+        return Conditional.of(self, batch, left)
+
+
+def conditioned(model: Completing, batch: Batch) -> tuple[Unseen, Tensor, Tensor]:
+    """The law of every row or frame, and its mean and variance ``[*r, F, D]``."""
+    law = model.unseen(batch, torch.arange(int(batch.frames().sum()) if batch.x.dim() > 2 else len(batch)))
+    parts = [piece.moments() for piece in pieces(model, law)]
+    mean, variance = (torch.cat(part, -2) for part in zip(*parts, strict=True))
+    return law, mean, variance
+
+
+def places(batch: Batch, index: Tensor, device: torch.device) -> Tensor:
+    """Where rows of sequences, numbered one after the other, stand among all frames and padding."""
+    mask = batch.frames_mask()
+    if mask is None:
+        return index.to(device)
+    return mask.flatten().nonzero()[:, 0].to(device)[index.to(device)]
 
 
 @dataclass(frozen=True, eq=False)
 class Conditional:
-    """The law of the columns of each row that are not known, given those that are; see `Mixture.condition`.
+    """The law of the columns that are not known of each row or frame, given what is; see `Completing.condition`.
 
     Attributes:
-        model: The mixture.
-        known: The rows, NaN where nothing is known.
+        model: Whose law it is.
+        known: The rows ``[N, D]``, or sequences ``[N, T, D]``, NaN where nothing is known.
         columns: Which columns this is about.
-        weights: Probabilities of the components given what is known, ``[N, K]``.
-        mean: ``[N, U]`` means of those columns; what is known is its own mean.
-        variance: ``[N, U]`` variances, within components and between them; zero where known.
+        weights: Probabilities of the states given what is known, ``[N, K]``; of frames ``[N, T, K]``.
+        mean: ``[N, U]`` means of those columns, of frames ``[N, T, U]``; what is known is its own mean.
+        variance: Their variances, within states and between them; zero where known. In the padding all is zero.
+        law: Of the rows, or of the frames one after the other.
     """
 
-    model: Any
+    model: Completing
     known: Batch
     columns: list[int]
     weights: Tensor
     mean: Tensor
     variance: Tensor
+    law: Unseen
+
+    @classmethod
+    def of(cls, model: Completing, batch: Batch, columns: list[int] | None) -> "Conditional":
+        """The law of some columns, or of all."""
+        law, mean, variance = conditioned(model, batch)
+        columns = list(range(mean.shape[-1])) if columns is None else columns
+        found = (law.share, mean[..., columns], variance[..., columns])
+        weights, mean, variance = (_laid(batch, value, 1) for value in found)
+        return cls(model, batch, columns, weights, mean, variance, law)
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """``[N, U, U]`` covariances of those columns, within components and between them; zero beside what is known.
+        """``[N, U, U]`` covariances of those columns, within states and between them; zero beside what is known.
 
         Raises:
             NotImplementedError: If the family has none.
@@ -280,25 +342,21 @@ class Conditional:
             >>> m.condition([[0.0]], columns=[1]).covariance_matrix.tolist()
             [[[1.0, 0.0], [0.0, 1.0]]]
         """
-        component: Factor = self.model.component
-        if any(component.circular):
+        if any(self.law.circular):
             raise NotImplementedError("angles have no covariances; see variance")
         width = self.known.x.shape[-1]
-        numbers = 4 * self.weights.shape[-1] * width * (width + 1)
-        rows = rows_per_piece(numbers * component.dtype.itemsize, component.device, self.model.memory_budget)
-        parts = []
-        for start in range(0, max(1, len(self.known)), rows):
-            piece, share = self.known[start : start + rows], self.weights[start : start + rows]
-            mean, holes = component.conditional(piece)[0], piece.x.isnan()
-            found = total_covariance(share, mean, component.conditional_covariance(piece))
-            parts.append(torch.where(holes.unsqueeze(-1) & holes.unsqueeze(-2), found, 0.0))
-        return torch.cat(parts)[:, self.columns][..., self.columns]
+        numbers = 4 * self.law.share.shape[-1] * width * (width + 1)
+        parts = [piece.covariance() for piece in pieces(self.model, self.law, numbers)]
+        return _laid(self.known, torch.cat(parts, -3)[..., self.columns, :][..., self.columns], 2)
 
     def log_prob(self, x: Any) -> Tensor:
-        """log p(unknown | known) of each row, ``[*s, N]``: the joint density less that of what is known.
+        """log p(unknown | known) of each row, ``[*s, N]``, or of each frame by itself, ``[*s, N, T]``.
+
+        That of a whole sequence together is ``model.log_prob(full) - model.log_prob(known)``.
 
         Args:
-            x: ``[*s, N, U]`` values of the columns, NaN for those to be left out. What was known already is not read.
+            x: ``[*s, N, U]`` or ``[*s, N, T, U]`` values of the columns, NaN for those to be left out. What was known
+                already is not read.
 
         Example:
             >>> import torchem
@@ -306,28 +364,27 @@ class Conditional:
             >>> float(m.condition([[0.0]], columns=[0]).log_prob([[0.0]]).detach())
             -0.918938...
         """
-        own = as_tensor(x, "x").to(self.mean)
-        n = len(self.known)
-        if own.dim() < 2 or own.shape[-2:] != (n, len(self.columns)):
-            raise invalid("x", f"shape [{n}, {len(self.columns)}]", list(own.shape), "give the unknown columns")
-        base = self.known.x.to(own)
-        full = base.expand(*own.shape[:-2], *base.shape).clone()
+        own, shape = as_tensor(x, "x").to(self.mean), [*self.known.x.shape[:-1], len(self.columns)]
+        if list(own.shape[own.dim() - len(shape) :]) != shape:
+            raise invalid("x", f"shape {shape}", list(own.shape), "give the unknown columns")
+        lead, mask = own.shape[: own.dim() - len(shape)], self.known.frames_mask()
+        own = own.flatten(len(lead), -2) if mask is None else own[..., mask, :]
+        base = self.law.rows.x.to(own)
+        full = base.expand(*lead, *base.shape).clone()
         place = full[..., self.columns]
         full[..., self.columns] = torch.where(place.isnan(), own, place)
-        many = full.shape[:-2].numel()
-        rows = self.known.map(lambda value: value.repeat(many, *[1] * (value.dim() - 1))).with_x(full.flatten(0, -2))
-        joint = self.model.log_prob(self.model.check(rows)).unflatten(0, full.shape[:-1])
-        return joint - self.model.log_prob(self.known)
+        many = self.law[torch.arange(len(base), device=base.device).repeat(lead.numel())] if lead else self.law
+        value = many.log_prob(full.flatten(0, -2))
+        return _laid(self.known, value.unflatten(-1, (*lead, len(base))), 0)
 
     @torch.no_grad()
     def sample(self, n: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of the columns, ``[n, N, U]``."""
+        """``n`` draws of the columns, ``[n, N, U]`` or ``[n, N, T, U]``; a sequence is drawn as a whole."""
         whole_number("n", n, 1, "give the number of draws")
-        z = torch.multinomial(self.weights, n, replacement=True, generator=generator).mT
-        return complete(self.model.component, self.known, z, generator)[..., self.columns]
+        return self.model.impute(self.known, draws=n, generator=generator)[..., self.columns]
 
     def quantile(self, q: Any, draws: int = 1000, *, generator: torch.Generator | None = None) -> Tensor:
-        """Quantiles of each column, ``[*q, N, U]``, from draws.
+        """Quantiles of each column, ``[*q, N, U]`` or ``[*q, N, T, U]``, from draws.
 
         Args:
             q: Probabilities, a number or several.
@@ -340,25 +397,47 @@ class Conditional:
         return self.sample(draws, generator=generator).quantile(levels, dim=0)
 
 
-def spread_out(known: Tensor, columns: Any, width: int) -> tuple[Tensor, list[int]]:
+def _laid(batch: Batch, value: Tensor, events: int) -> Tensor:
+    """What rows have, ``[*r, F, …]`` with ``events`` axes more, as the batch is laid out; zero in padding."""
+    if batch.x.dim() < 3:
+        return value
+    axis, shape, mask = value.dim() - events - 1, batch.x.shape[:2], batch.frames_mask()
+    if mask is None:
+        return value.unflatten(axis, shape)
+    place = mask.flatten().nonzero()[:, 0].to(value.device)
+    size = (*value.shape[:axis], shape.numel(), *value.shape[axis + 1 :])
+    return value.new_zeros(size).index_copy(axis, place, value).unflatten(axis, shape)
+
+
+def spread_out(data: Any, columns: Any, width: int, sequential: bool) -> tuple[Any, list[int]]:
     """Known columns among all, the others NaN, and which the others are.
 
     Args:
-        known: ``[N, C]``.
+        data: ``[…, C]``, one column also without that axis; or a list of tensors or arrays, one for each sequence.
         columns: Which columns these are.
         width: D.
+        sequential: Whether a list of arrays holds sequences.
     """
     given = [int(column) for column in columns]
     if len(set(given)) < len(given) or not set(given) <= set(range(width)) or len(given) == width:
         raise invalid(
             "columns", f"different columns from 0 to {width - 1}, not all", given, "name those that are known"
         )
-    if known.shape[-1] != len(given):
-        raise invalid("data", f"{len(given)} columns, those that are known", known.shape[-1], "give one for each name")
-    x = known if known.is_floating_point() else known.to(torch.float64)
-    full = x.new_full((len(x), width), torch.nan)
-    full[:, given] = x
-    return full, [column for column in range(width) if column not in given]
+
+    def spread(own: Any) -> Tensor:
+        known = as_tensor(own, "data")
+        known = known.unsqueeze(-1) if known.dim() == 1 and len(given) == 1 else known
+        if known.shape[-1:] != (len(given),):
+            raise invalid(
+                "data", f"{len(given)} columns, those that are known", known.shape[-1], "give one for each name"
+            )
+        x = known if known.is_floating_point() else known.to(torch.float64)
+        full = x.new_full((*x.shape[:-1], width), torch.nan)
+        full[..., given] = x
+        return full
+
+    many = sequential and isinstance(data, (list, tuple)) and all(getattr(item, "ndim", 0) > 0 for item in data)
+    return [spread(item) for item in data] if many else spread(data), [c for c in range(width) if c not in given]
 
 
 def floating(batch: Batch, model: LatentModel) -> Batch:

@@ -16,25 +16,24 @@ from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
 from torchem.model import DiscreteModel, LatentModel, Reduction, Tempered, Uniforms
 from torchem.models.imputation import (
+    Completing,
     Conditional,
     Gaps,
-    How,
+    at_once,
     check_possible,
-    checked_draws,
     complete,
-    finished,
     floating,
-    impute,
-    spread_out,
-    total,
+    kinds_of,
+    places,
 )
-from torchem.models.nested import Models, Taken, models_of, nested
+from torchem.models.nested import Models, Taken, inside, models_of, nested
 from torchem.models.prediction import Prediction
+from torchem.models.unseen import Among, Blend, Components, Unseen
 from torchem.ops import reduce
 from torchem.stats import Stats
 
 
-class Mixture(DiscreteModel):
+class Mixture(Completing, DiscreteModel):
     """p(x) = Σ_k p(z = k | u) p(x | z = k): any factor in either slot.
 
     E-step: γ_nk ∝ p(z = k) p(x_n | z = k), the responsibilities. M-step: each factor under them. A gate that reads
@@ -226,16 +225,17 @@ class Mixture(DiscreteModel):
         """The most probable component of each observation, ``[N]``; ties go to the lowest index."""
         return self._each(self._read(data, fields), lambda p, b: reduce.first_max(self._joint(p, b).detach()))
 
-    def predict(self, inputs: Any, *, offset: Any = None, trials: Any = None) -> Prediction:
+    def predict(self, inputs: Any, *, offset: Any = None, trials: Any = None) -> Prediction | Conditional:
         """The law of x given covariates: its mean, variance, quantiles and density, and what the gate says.
 
         Args:
-            inputs: Covariates ``[N, M]``.
+            inputs: Covariates ``[N, M]``; of sequences ``[N, T, M]``, or ``[T, M]`` of one.
             offset: Known terms of linear predictors, ``[N]``.
             trials: Numbers of trials, ``[N]``.
 
         Returns:
-            A `torchem.models.prediction.Prediction` of N rows.
+            A `torchem.models.prediction.Prediction` of N rows; of frames of sequences a
+            `torchem.models.imputation.Conditional`, as `condition` gives it where nothing of them is known.
 
         Example:
             >>> from torchem.factors import PoissonRegression
@@ -244,89 +244,70 @@ class Mixture(DiscreteModel):
             >>> m.predict([[0.0], [2.0]]).quantile(0.5).tolist()
             [[1.0], [7.0]]
         """
-        self._refuse_models("predict")
         u = as_tensor(inputs, "inputs")
+        models = self.models
+        if self.whole:
+            blank = torch.full((*u.shape[:-1], len(self.column_kinds())), torch.nan, dtype=self.dtype)
+            return self.condition(blank, inputs=u, offset=offset, trials=trials)
+        if models is not None:
+            blank = torch.full((len(u), len(self.column_kinds())), torch.nan, dtype=self.dtype)
+            batch = floating(self.batch(blank, u=u, offset=offset, trials=trials), self)
+            law = self.unseen(batch, torch.arange(len(batch)))
+            assert isinstance(law, Blend)
+            return Prediction(Components(law), batch, law.share)
         blank = torch.zeros(len(u), self.component.n_features or 1, dtype=self.dtype)
         batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_empty=True).to(self.device)
         self.check(batch)
         weights = self.mixing.log_table(batch).exp()
         return Prediction(self.component, batch, weights.expand(len(u), -1))
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """The data with their missing entries filled in; see `LatentModel.impute`.
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        return kinds_of(self.component) if self.models is None else self.models.column_kinds()
 
-        Example:
-            >>> m = GaussianMixture(1, 2)
-            >>> m.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
-            >>> m.impute(torch.tensor([[2.0, torch.nan]]))
-            tensor([[2., 1.]])
-        """
-        checked_draws(draws, self, variance)
-        self._refuse_models("impute")
-        gaps = Gaps.of(data, self._read(data, fields), False)
-        batch = gaps.batch[gaps.index]
-        rows, share = floating(batch, self), self.posterior(batch)
-        if draws is None:
-            found = impute(self, self.component, gaps, how, share, rows)
-        else:
-            check_possible(share, gaps)
+    def unseen(self, batch: Batch, index: Tensor) -> Unseen:
+        """See `Completing.unseen`: under models as components the mixture of their laws, by responsibilities."""
+        if self.models is None:
+            rows = floating(batch[index], self)
+            return Among(self.component, rows, self.posterior(rows))
+        share = self.posterior(replace(batch, weight=None))
+        owner = places(batch, index, self.device) // batch.x.shape[1] if self.whole else index.to(self.device)
+        return Blend(share[..., owner, :], self.models.unseen(batch, index))
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: a component by responsibilities, then what that draws."""
+        if self.models is None:
+            rows = floating(gaps.batch[gaps.index], self)
+            share = self.posterior(rows)
+            check_possible(share.sum(-1) > 0, gaps)
             states = share.new_zeros(draws, 0, dtype=torch.long)
             if len(rows):
                 states = torch.multinomial(share, draws, replacement=True, generator=generator).mT
-            found = complete(self.component, rows, states, generator)
-        return finished(gaps, self.component, how, found, variance)
-
-    def condition(self, data: Any, columns: Sequence[int] | None = None, **fields: Any) -> Conditional:
-        """The law of the columns that are not known given those that are: prediction of some columns from others.
-
-        p(x_u | x_o) = Σ_k γ_k p(x_u | x_o, k), with the responsibilities γ given x_o.
-
-        Args:
-            data: Rows ``[N, D]`` with NaN where nothing is known, each its own; or the known ``columns`` alone.
-            columns: Numbers of the columns that ``data`` holds.
-            **fields: ``observed``, ``inputs``, … as for `torchem.fit`.
-
-        Returns:
-            The law of each row: ``.mean``, ``.variance``, ``.covariance_matrix``, ``.weights``, ``.log_prob(x)``,
-            ``.sample(n)``, ``.quantile(q)``; of the other columns in their order where ``columns`` are given, else of
-            all of them.
-
-        Example:
-            >>> m = GaussianMixture(1, 2)
-            >>> m.covariances = [[[1.0, 0.5], [0.5, 1.0]]]
-            >>> law = m.condition([[2.0], [0.0]], columns=[0])
-            >>> law.mean.tolist(), law.variance.tolist()
-            ([[1.0], [0.0]], [[0.75], [0.75]])
-        """
-        self._refuse_models("condition")
-        width, left = self.component.n_features or len(self.component.outcomes()), None
-        if columns is not None:
-            data, left = spread_out(as_tensor(data, "data"), columns, width)
-        batch = self._read(data, fields)
-        rows, share = floating(batch, self), self.posterior(batch)
-        means, variances = self.component.conditional(rows)
-        mean, variance = total(share, means, variances, self.component.circular)
-        missing = rows.x.isnan()
-        mean, variance = torch.where(missing, mean, rows.x), torch.where(missing, variance, 0.0)
-        left = list(range(mean.shape[-1])) if left is None else left
-        return Conditional(self, rows, left, share, mean[..., left], variance[..., left])
-
-    def _refuse_models(self, method: str) -> None:
-        if self.models is not None:
-            raise invalid(
-                method, "a mixture whose components are factors", "one of models",
-                f"use model.component[k].{method}, weighed by model.posterior",
-            )  # fmt: skip
+            return complete(self.component, rows, states, generator)
+        batch = replace(gaps.batch, weight=None)
+        size = batch.x.shape[1] if self.whole else 1
+        owner = (places(batch, gaps.index, self.device) if self.whole else gaps.index.to(self.device)) // size
+        share = self.posterior(batch)
+        check_possible(share[owner].sum(-1) > 0, gaps)
+        gone, count = owner.unique(return_counts=True)
+        found = share.new_zeros(draws, len(owner), batch.x.shape[-1])
+        if not len(gone):
+            return found
+        first = count.cumsum(0) - count
+        z = torch.multinomial(share[gone], draws, replacement=True, generator=generator).mT
+        for k, model in enumerate(self.models):
+            turn, which = (z == k).nonzero().unbind(-1)
+            step = at_once(size)
+            for many, own in zip(turn.split(step), which.split(step), strict=True):
+                if not len(own):
+                    continue
+                some = inside(batch)[gone[own].to(batch.x.device)]
+                filled = Gaps.of(some, some, self.whole)
+                value = filled.batch.with_x(model.impute(some, draws=1, generator=generator)[0])
+                place = torch.arange(int(count[own].sum()), device=owner.device)
+                begin = count[own].cumsum(0) - count[own]
+                column = place + (first[own] - begin).repeat_interleave(count[own])
+                found[many.repeat_interleave(count[own]), column] = value.rows().x[filled.index].to(found)
+        return found
 
     @torch.no_grad()
     def sample(

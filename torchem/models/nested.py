@@ -15,6 +15,8 @@ from torchem.errors import invalid, wrong_type
 from torchem.factor import Adjustment, Factor, Kernel
 from torchem.factors._composite import Composite
 from torchem.model import DiscreteModel, EStep, LatentModel, Uniforms
+from torchem.models.imputation import Completing
+from torchem.models.unseen import Unseen
 from torchem.ops import kmeans
 from torchem.stats import Stats
 
@@ -177,6 +179,15 @@ class Models(Composite):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
+    @abstractmethod
+    def unseen(self, batch: Batch, index: Tensor) -> list[Unseen] | Unseen:
+        """What each model knows of what is missing, as `torchem.models.unseen.Blend` takes it."""
+
+    def column_kinds(self) -> list[tuple[bool, bool]]:
+        """For each column whether its values are single numbers, and whether they are names, to all models."""
+        each = [completing(model).column_kinds() for model in self._models]
+        return [(all(own[0] for own in column), column[0][1]) for column in zip(*each, strict=True)]
+
     def draw(
         self, z: Tensor, length: int | None, inputs: Tensor | None, generator: torch.Generator | None
     ) -> Tensor | list[Tensor]:
@@ -207,6 +218,17 @@ def models_of(factor: Factor) -> Models | None:
     """The models that a component is made of, if it is."""
     found = factor.unwrapped
     return found if isinstance(found, Models) else None
+
+
+def completing(model: LatentModel) -> Completing:
+    """A model that knows what was not seen.
+
+    Raises:
+        InvalidArgument: If it does not.
+    """
+    if not isinstance(model, Completing):
+        raise invalid("model", "components that complete observations", type(model).__name__, "use torchem's own")
+    return model
 
 
 def inside(batch: Batch) -> Batch:
@@ -460,6 +482,9 @@ class Copies(Models):
     def row_size(self) -> int:
         return self.model.row_size() // math.prod(self.replicas)
 
+    def unseen(self, batch: Batch, index: Tensor) -> Unseen:
+        return completing(self.model).unseen(inside(batch), index)
+
     # ---- EM ---------------------------------------------------------------------------------------------------
 
     def maximize(self, stats: Stats) -> dict[str, Tensor]:
@@ -586,6 +611,9 @@ class Several(Models):
 
     def row_size(self) -> int:
         return sum(model.row_size() for model in self._models) // math.prod(self.replicas)
+
+    def unseen(self, batch: Batch, index: Tensor) -> list[Unseen]:
+        return [completing(model).unseen(inside(batch), index) for model in self._models]
 
     # ---- EM ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid
 from torchem.factor import Factor
-from torchem.models.imputation import total_covariance
+from torchem.models.unseen import Components, total_covariance
 from torchem.ops import reduce
 
 #: Halvings of a bracket: more than float64 can tell apart.
@@ -37,7 +37,7 @@ class Prediction:
         ([[0.0]], [[10.0]])
     """
 
-    component: Factor
+    component: Factor | Components
     batch: Batch
     weights: Tensor
 

@@ -1,49 +1,23 @@
 """Linear Gaussian state spaces: a continuous state that moves linearly behind a sequence of observations."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
-from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, whole_number
+from torchem.errors import invalid, one_of
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
-from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law, with_inputs
-from torchem.models.imputation import Gaps, How, at_once, checked_draws
-from torchem.ops import kalman, linalg
+from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law
+from torchem.models.imputation import Gaps, in_turn, places
+from torchem.ops import kalman
 from torchem.ops.dispatch import declared_precision
 from torchem.stats import Stats
-
-
-@dataclass(frozen=True, eq=False)
-class Forecast:
-    """What follows a sequence.
-
-    Attributes:
-        states: Laws of the states to come, batch ``[N, H]``.
-        observations: Laws of the observations to come, batch ``[N, H]``.
-        draws: Continuations ``[n, N, H, D]``, if any were asked for.
-    """
-
-    states: MultivariateNormal
-    observations: MultivariateNormal
-    draws: Tensor | None
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x_{T+h} | x], ``[N, H, D]``."""
-        return self.observations.mean
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of each column, ``[N, H, D]``."""
-        return self.observations.variance
 
 
 class LinearGaussianStateSpace(GaussMarkovModel):
@@ -248,11 +222,11 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def _each(self, data: Any, fields: dict[str, Any], function: Callable[["Plan"], Any], certain: bool = False) -> Any:
-        batch = self._read(data, fields)
-        with declared_precision(self.device):
-            parts = [function(self._plan(piece, certain)) for piece in self.stream(batch)]
-        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
+    def _planned(
+        self, data: Any, fields: dict[str, Any], function: Callable[[Plan], Any], certain: bool = False
+    ) -> Any:
+        """A function of the pieces of data as chains, joined along the sequences."""
+        return self._each(data, fields, lambda piece: function(self._plan(piece, certain)))
 
     def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
         """log p(x) of each sequence, states summed out; of posteriors of parameters, at their means.
@@ -265,7 +239,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         def value(plan: "Plan") -> Tensor:
             return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
 
-        return self._each(data, fields, value, certain=True)
+        return self._planned(data, fields, value, certain=True)
 
     def posterior(self, data: Any, **fields: Any) -> MultivariateNormal:
         """Laws of the states given all frames: ``.mean [N, T, L]`` and ``.covariance_matrix [N, T, L, L]``.
@@ -279,11 +253,11 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         return self._law(data, fields, lambda plan: plan.laws(kalman.filtered(plan.chain(), self._roots())))
 
     def _law(self, data: Any, fields: dict[str, Any], laws: Callable[["Plan"], tuple[Tensor, Tensor]]) -> Any:
-        return normal_law(*self._each(data, fields, laws))
+        return normal_law(*self._planned(data, fields, laws))
 
     def most_likely(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t l"]:
         """The most likely path of states, ``[N, T, L]``: the smoothed means."""
-        return self._each(data, fields, lambda plan: plan.laws(kalman.smoothed(plan.chain(), self._roots()))[0])
+        return self._planned(data, fields, lambda plan: plan.laws(kalman.smoothed(plan.chain(), self._roots()))[0])
 
     def smooth(self, data: Any, **fields: Any) -> Normal:
         """Law of each column of C z_t + D u_t given all frames, ``[N, T, D]``: observations without their noise.
@@ -303,106 +277,16 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             loadings = loadings.unsqueeze(-3)
             return mean, ((loadings @ covariance) * loadings).sum(-1).sqrt()
 
-        return Normal(*self._each(data, fields, level), validate_args=False)
+        return Normal(*self._planned(data, fields, level), validate_args=False)
 
-    def forecast(
-        self, data: Any, steps: int, *, inputs: Any = None, n: int = 0, generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Forecast:  # fmt: skip
-        """What follows each sequence: laws of states and observations ``1 … steps`` frames ahead.
+    def _latest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        mean, covariance = self._planned(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
+        # Padding repeats the law of the last frame.
+        return mean[:, -1], covariance[:, -1], torch.ones_like(mean[:, -1, :1])
 
-        Args:
-            data: Sequences, as for `torchem.fit`.
-            steps: H, how far to look.
-            inputs: Covariates ``[N, H, M]`` or ``[H, M]`` of the frames to come.
-            n: Number of continuations to draw.
-            generator: Source of the draws.
-            **fields: ``lengths``, ``u``, … of the data.
-
-        Example:
-            >>> m = LinearGaussianStateSpace(1, 1)
-            >>> m.forecast(torch.zeros(5, 1), 3).mean.shape
-            torch.Size([1, 3, 1])
-        """
-        whole_number("steps", steps, 1, "give how many frames to look ahead")
-        if self.replicas:
-            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
-        batch = self._read(data, fields)
-        with torch.no_grad():
-            mean, covariance = self._each(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
-            # Padding repeats the law of the last frame.
-            mean, covariance = mean[:, -1], covariance[:, -1]
-            u = self._ahead(inputs, len(batch), steps)
-            move, see = (Law.of(f.quadratic(), self.n_latents) for f in (self.transition, self.observation))
-            drift = None if u is None or move.inputs is None else u @ move.inputs.mT
-            shift = None if u is None or see.inputs is None else u @ see.inputs.mT
-            noise, observed = move.factor @ move.factor.mT, see.factor @ see.factor.mT
-            draws = self._continued(n, mean, covariance, u, steps, generator) if n else None
-            means, covariances = [], []
-            for h in range(steps):
-                mean = mean @ move.states.mT + (0.0 if drift is None else drift[:, h])
-                covariance = move.states @ covariance @ move.states.mT + noise
-                means.append(mean)
-                covariances.append(covariance)
-            mean, covariance = torch.stack(means, 1), torch.stack(covariances, 1)
-            seen = mean @ see.states.mT + (0.0 if shift is None else shift)
-            return Forecast(
-                normal_law(mean, covariance),
-                normal_law(seen, see.states @ covariance @ see.states.mT + observed),
-                draws,
-            )
-
-    def _continued(
-        self, n: int, mean: Tensor, covariance: Tensor, u: Tensor | None, steps: int, generator: torch.Generator | None
-    ) -> Tensor:
-        size = len(mean)
-        root = linalg.cholesky(covariance)
-        noise = torch.randn(n, size, self.n_latents, dtype=self.dtype, device=self.device, generator=generator)
-        z = (mean + (root @ noise.unsqueeze(-1)).squeeze(-1)).flatten(0, 1)
-        many = None if u is None else u.repeat(n, 1, 1)
-        return self._rolled(z, many, steps, generator, first=False)[0].unflatten(0, (n, size))
-
-    def _rolled(
-        self, z: Tensor, u: Tensor | None, steps: int, generator: torch.Generator | None, first: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Observations and states of frames from the one where ``z [n, L]`` stands (``first``), or after it."""
-        blank = torch.zeros(len(z), dtype=torch.long, device=self.device)
-        states, seen = [], []
-        for t in range(steps):
-            own = None if u is None else u[:, t]
-            if t or not first:
-                z = self.transition.sample(blank, with_inputs(z, own, self.inputs != "observation"), generator)
-            states.append(z)
-            seen.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
-        return torch.stack(seen, 1), torch.stack(states, 1)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int = 1,
-        length: int | None = None,
-        *,
-        latents: bool = False,
-        inputs: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """Draw ``n`` sequences ``[n, length, D]``, and their states ``[n, length, L]`` when ``latents`` is True.
-
-        Args:
-            n: Number of sequences.
-            length: Frames of each.
-            latents: Whether to return the states as well.
-            inputs: Covariates ``[n, length, M]`` or ``[length, M]``, where the model reads them.
-            generator: Source of the draws.
-        """
-        for name, value, least in (("n", n, 0), ("length", length, 1)):
-            whole_number(name, value, least)
-        assert length is not None
-        u = self._ahead(inputs, n, length)
-        blank = torch.zeros(n, dtype=torch.long, device=self.device)
-        start = self.initial.sample(blank, None, generator)
-        x, z = self._rolled(start, u, length, generator, first=True)
-        return (x, z) if latents else x
+    def _switches(self) -> tuple[Tensor, Tensor]:
+        one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        return one[0], one
 
     @torch.no_grad()
     def sample_posterior(
@@ -424,60 +308,36 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     def _twins(self, batch: Batch, n: int, generator: torch.Generator | None) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Copies of a batch, ``n`` in all, drawn anew, that miss what it misses; with all entries, and the states."""
-        step = at_once(batch.x.shape[0] * batch.x.shape[1])
-        for times in [step] * (n // step) + [n % step] * (n % step > 0):
+        for times in in_turn(n, batch.x.shape[:2].numel()):
             many = replace(batch, weight=None)[torch.arange(len(batch), device=batch.x.device).repeat(times)]
             u = None if many.u is None else many.u.to(self.device, self.dtype)
             x, z = self.sample(len(many), many.x.shape[1], latents=True, inputs=u, generator=generator)
             yield many.with_x(torch.where(many.x.to(self.device).isnan(), torch.nan, x)), x, z
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in given all that was observed; see `LatentModel.impute`.
+    def _smoothed(self, piece: Batch) -> tuple[Plan, kalman.Smoothed]:
+        plan = self._plan(piece)
+        return plan, kalman.smoothed(plan.chain(), self._roots())
 
-        Example:
-            >>> m = LinearGaussianStateSpace(1, 1)
-            >>> m.observation_covariance = [[1e-4]]
-            >>> m.impute(torch.tensor([1.0, torch.nan, 3.0]))
-            tensor([1.0000, 2.0000, 3.0000])
-        """
-        one_of("how", how, ("auto", "mean", "mode"))
-        checked_draws(draws, self, variance)
-        batch, lead = self._read(data, fields), len(self.replicas)
-        gaps = Gaps.of(data, batch, True)
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: as `sample_posterior` draws states."""
+        batch, place = gaps.batch, places(gaps.batch, gaps.index, self.device)
 
-        def missing(value: Tensor) -> Tensor:
-            return value.flatten(lead, lead + 1).index_select(lead, place)
+        def completed(piece: Batch) -> Tensor:
+            plan, found = self._smoothed(replace(piece, weight=None))
+            return plan.completed(found)[0]
 
-        def completed(batch: Batch) -> tuple[Tensor, Tensor]:
-            bare = replace(batch, weight=None)
-            return self._each(bare, {}, lambda p: p.completed(kalman.smoothed(p.chain(), self._roots())))
-
-        mean, spread = completed(batch)
-        if draws is not None:
-            found = []
-            for twin, x, _ in self._twins(batch, draws, generator):
-                moved = mean + (x - completed(twin)[0]).unflatten(0, (-1, len(batch)))
-                found.append(moved.flatten(1, 2)[:, place])
-            return gaps.filled(torch.cat(found), False)
-        value = gaps.filled(missing(mean), False)
-        return (value, gaps.beside(missing(spread))) if variance else value
+        mean, parts = self._each(batch, {}, completed), []
+        for twin, x, _ in self._twins(batch, draws, generator):
+            moved = mean + (x - self._each(twin, {}, completed)).unflatten(0, (-1, len(batch)))
+            parts.append(moved.flatten(1, 2)[:, place])
+        return torch.cat(parts)
 
     # ---- starts -----------------------------------------------------------------------------------------------
 
-    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _begin_steps(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None,
+        moments: Callable[[], tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
         factor = self.transition
         values = factor.maximize(factor.penalized(factor.moment_stats(*moments())))
         self.assign({f"transition.{name}": value for name, value in values.items()})

@@ -1,8 +1,10 @@
 """Switching linear dynamics: a continuous state whose law of motion is chosen by a hidden Markov chain."""
 
+import functools
 import math
+import operator
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
-from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, whole_number
+from torchem.errors import invalid, whole_number
 from torchem.factor import Factor
 from torchem.factors import Categorical, LinearGaussian
 from torchem.model import EStep, LatentModel, weighted
@@ -25,10 +26,10 @@ from torchem.models.gauss_markov import (
     Plan,
     lookable,
     normal_law,
-    with_inputs,
+    root_of,
 )
-from torchem.models.imputation import Gaps, How, checked_draws
-from torchem.ops import chain, kalman, linalg
+from torchem.models.imputation import Gaps, in_turn, places
+from torchem.ops import chain, kalman, linalg, reduce
 from torchem.ops.dispatch import declared_precision
 from torchem.ops.gaussian import LOG_2PI
 from torchem.stats import Stats
@@ -80,8 +81,9 @@ class SwitchingLinearDynamics(GaussMarkovModel):
     So that the bound never falls, an E-step in a fit sets out from where the last one on the same data ended: on the
     same `Batch`, as long as it lives, or on the batch that a loader gives in the same place of each pass.
 
-    NaN entries and whole frames of x are missing at random. The regime of the first frame has no step to explain. Hard
-    and sampled E-steps, annealing and labels are refused: the states are continuous.
+    NaN entries and whole frames of x are missing at random. The regime of the first frame has no step to explain.
+    Labels are of regimes: known ones, sets of candidates or soft labels are potentials of their chain; where all are
+    known nothing is approximated. Hard and sampled E-steps and annealing are refused: the states are continuous.
 
     Args:
         n_states: K, the number of regimes.
@@ -152,6 +154,11 @@ class SwitchingLinearDynamics(GaussMarkovModel):
     @property
     def replicas(self) -> tuple[int, ...]:
         return self.observation.replicas
+
+    @property
+    def labelled(self) -> int:
+        """K: labels are of regimes."""
+        return self.n_states
 
     # ---- views ------------------------------------------------------------------------------------------------
 
@@ -256,19 +263,22 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         if kind != "soft":
             raise invalid("e_step", "'soft', for the latents are continuous", repr(kind), "use a discrete model")
         with declared_precision(self.device):
-            start, row, total, ends = self._start(batch), 0, None, []
-            for piece in self.stream(batch):
-                warm = None if start is None else start.narrow(-3, row, len(piece))
-                row += len(piece)
-                found = self._infer(piece, warm, piece.weight)
-                ends.append(found.regimes)
-                stats = self._stats(piece, found)
-                total = stats if total is None else total + stats
-            assert total is not None
-            self._remember(batch, ends)
+            parts = [self._stats(piece, found) for piece, found in self._ascents(batch)]
+            total = functools.reduce(operator.add, parts)
             total["entropy"] = total["log_likelihood"] - self.expected_log_prob(total)
             total["count"] = self.count(batch).to(total["entropy"]).expand_as(total["entropy"])
         return total
+
+    def _ascents(self, batch: Batch) -> Iterator[tuple[Batch, "_Found"]]:
+        """Pieces of a batch with q of each, from where the last ascent on these data ended."""
+        start, row, ends = self._start(batch), 0, []
+        for piece in self.stream(batch):
+            warm = None if start is None else start.narrow(-3, row, len(piece))
+            row += len(piece)
+            found = self._infer(piece, warm, piece.weight)
+            ends.append(found.regimes)
+            yield piece, found
+        self._remember(batch, ends)
 
     def _stats(self, batch: Batch, found: "_Found") -> Stats:
         stats = Stats()
@@ -311,12 +321,6 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def _each(self, data: Any, fields: dict[str, Any], function: Callable[[Batch], Any]) -> Any:
-        batch = self._read(data, fields)
-        with declared_precision(self.device):
-            parts = [function(piece) for piece in self.stream(batch)]
-        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
-
     def elbo(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
         """The evidence lower bound of each sequence, ``[N]``, below `log_prob` by the divergence of q.
 
@@ -349,7 +353,7 @@ class SwitchingLinearDynamics(GaussMarkovModel):
             problem = self._problem(many, certain=True)
             value = problem.along(some.repeat_interleave(n, 0))
             values.append(value.unflatten(-1, (len(some), n)))
-        return torch.cat(values, -2).logsumexp(-2).to(self.dtype)
+        return reduce.logsumexp(torch.cat(values, -2), -2).to(self.dtype)
 
     def log_score(self, batch: Batch) -> Tensor:
         """`log_prob` where sequences have few enough paths for it, else `elbo`."""
@@ -358,7 +362,12 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of q: differential, of states and of what is missing, and that of regimes; ``[*r]``."""
-        return self.e_step(batch)["entropy"]
+        total = self.e_step(batch)["entropy"]
+        if batch.evidence is None:
+            return total
+        with declared_precision(self.device):
+            known = [weighted(found.problem.told(found.regimes), piece) for piece, found in self._ascents(batch)]
+        return total - torch.stack(known).sum(0)
 
     def posterior(self, data: Any, **fields: Any) -> SwitchingPosterior:
         """q of the states and the regimes: ``.mean [N, T, L]``, ``.covariance_matrix`` and ``.regimes [N, T, K]``.
@@ -397,94 +406,72 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
         def path(batch: Batch) -> Tensor:
             found = self._infer(batch)
-            first, step = found.problem.tables
-            return chain.viterbi(first, step, found.problem.fit(found.second), batch.lengths)[1]
+            return chain.viterbi(*found.problem.of_regimes(found.second), batch.lengths)[1]
 
         with torch.no_grad():
             return self._each(data, fields, path)
 
-    @torch.no_grad()
-    def impute(
-        self,
-        data: Any,
-        how: How = "auto",
-        *,
-        draws: int | None = None,
-        variance: bool = False,
-        generator: torch.Generator | None = None,
-        **fields: Any,
-    ) -> Any:
-        """Sequences with missing entries and frames filled in by their means under q; see `LatentModel.impute`.
+    def _smoothed(self, piece: Batch) -> tuple[Plan, kalman.Smoothed]:
+        found = self._infer(piece)
+        return found.problem.plan, found.smoothed
 
-        Raises:
-            InvalidArgument: If draws are asked for, which q does not give jointly.
-        """
-        one_of("how", how, ("auto", "mean", "mode"))
-        checked_draws(draws, self, variance)
-        if draws is not None:
-            raise invalid("draws", "None: q is no joint law of observations", draws, "take means and variances")
-        batch, lead = self._read(data, fields), len(self.replicas)
-        gaps = Gaps.of(data, batch, True)
-        mask = batch.frames_mask()
-        inside = torch.ones_like(batch.x[..., 0], dtype=torch.bool) if mask is None else mask
-        place = inside.flatten().nonzero()[:, 0][gaps.index].to(self.device)
-
-        def completed(piece: Batch) -> tuple[Tensor, Tensor]:
+    def _latest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        def laws(piece: Batch) -> tuple[Tensor, Tensor, Tensor]:
             found = self._infer(piece)
-            return found.problem.plan.completed(found.smoothed)
+            mean, covariance = found.problem.plan.laws(found.smoothed)
+            place = (piece.frames() - 1).view(-1, 1, 1).expand(-1, 1, self.n_states)
+            return mean[:, -1], covariance[:, -1], found.regimes.gather(1, place).squeeze(1)
 
-        mean, spread = (
-            value.flatten(lead, lead + 1).index_select(lead, place) for value in self._each(batch, {}, completed)
-        )
-        value = gaps.filled(mean, False)
-        return (value, gaps.beside(spread)) if variance else value
+        return self._each(batch, {}, laws)
+
+    def _switches(self) -> tuple[Tensor, Tensor]:
+        return self.initial_probs, self.transition_matrix
+
+    def _latents(self, z: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+        return z, path
 
     @torch.no_grad()
-    def sample(
-        self,
-        n: int = 1,
-        length: int | None = None,
-        *,
-        latents: bool = False,
-        inputs: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """Draw ``n`` sequences ``[n, length, D]``; with ``latents`` also states ``[n, length, L]`` and regimes.
+    def sample_posterior(
+        self, data: Any, n: int = 1, *, generator: torch.Generator | None = None, **fields: Any
+    ) -> tuple[Float[Tensor, "n_draws n t l"], Int[Tensor, "n_draws n t"]]:
+        """``n`` draws of the paths of states ``[n, N, T, L]`` and of regimes ``[n, N, T]`` from q.
 
-        Args:
-            n: Number of sequences.
-            length: Frames of each.
-            latents: Whether to return the pair of states and regimes ``[n, length]`` as well.
-            inputs: Covariates ``[n, length, M]`` or ``[length, M]``, where the model reads them.
-            generator: Source of the draws.
+        In q they are independent of each other.
         """
-        for name, value, least in (("n", n, 0), ("length", length, 1)):
-            whole_number(name, value, least)
-        assert length is not None
-        u = self._ahead(inputs, n, length)
-        blank = torch.zeros(n, dtype=torch.long, device=self.device)
-        z, step = self.initial.sample(blank, None, generator), self.transition_matrix
-        s = self.initial_probs.expand(n, -1)
-        s = torch.multinomial(s, 1, generator=generator)[:, 0] if n else blank
-        xs, zs, path = [], [], []
-        for t in range(length):
-            own = None if u is None else u[:, t]
-            if t:
-                s = torch.multinomial(step[s], 1, generator=generator)[:, 0] if n else s
-                z = self.transition.sample(s, with_inputs(z, own, self.inputs != "observation"), generator)
-            path.append(s)
-            zs.append(z)
-            xs.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
-        x = torch.stack(xs, 1)
-        return (x, (torch.stack(zs, 1), torch.stack(path, 1))) if latents else x
+        if self.replicas:
+            raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
+
+        def paths(piece: Batch) -> tuple[Tensor, Tensor]:
+            found = self._infer(piece)
+            first, step, fit = found.problem.of_regimes(found.second)
+            many = [chain.sample(first, step, fit, piece.lengths, generator) for _ in range(n)]
+            return found.drawn(n, generator).transpose(0, 1), torch.stack(many, 1)
+
+        states, regimes = self._each(data, fields, paths)
+        return states.transpose(0, 1), regimes.transpose(0, 1)
+
+    def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
+        """See `Completing.drawn`: whole paths of states from q, and the frames given these."""
+        place = places(gaps.batch, gaps.index, self.device)
+
+        def completed(piece: Batch) -> Tensor:
+            found, times = self._infer(piece), in_turn(draws, piece.x.shape[:2].numel())
+            parts = [found.problem.plan.completed_along(found.drawn(m, generator), generator) for m in times]
+            return torch.cat(parts).transpose(0, 1)
+
+        whole = self._each(replace(gaps.batch, weight=None), {}, completed).transpose(0, 1)
+        return whole.flatten(1, 2)[:, place]
 
     # ---- starts and state -------------------------------------------------------------------------------------
 
-    def _begin_steps(self, after: Tensor, now: Tensor, mass: Tensor, moments: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _begin_steps(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None,
+        moments: Callable[[], tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
         """A mixture of regressions of first scores on those before them, the best of a few; regimes that last."""
         many = after.dim() > 2
         pairs = zip(after, now, strict=True) if many else [(after, now)]
-        found = [self._regressions(y, v, mass, r) for r, (y, v) in enumerate(pairs)]
+        found = [self._regressions(y, v, mass, known, r) for r, (y, v) in enumerate(pairs)]
         parts = {name: torch.stack([own[name] for own in found]) if many else found[0][name] for name in found[0]}
         factor = self.transition.unwrapped
         kept = {name: factor.keep_frozen(name, value.to(self.dtype)) for name, value in parts.items()}
@@ -500,24 +487,28 @@ class SwitchingLinearDynamics(GaussMarkovModel):
             values = table.maximize(table.penalized(counts))
             self.assign({f"{slot}.{name}": value for name, value in values.items()})
 
-    def _regressions(self, after: Tensor, now: Tensor, mass: Tensor, replica: int) -> dict[str, Tensor]:
-        """Parameters of K regressions of ``after [F, L]`` on ``now [F, L + M]``."""
+    def _regressions(
+        self, after: Tensor, now: Tensor, mass: Tensor, known: Tensor | None, replica: int
+    ) -> dict[str, Tensor]:
+        """Parameters of K regressions of ``after [F, L]`` on ``now [F, L + M]``; labels say which are whose."""
         own = self.transition
         generator = self._generators[replica] if replica < len(self._generators) else torch.Generator().manual_seed(0)
         batch, k = Batch(after, u=now), self.n_states
         best: tuple[float, dict[str, Tensor]] | None = None
+        told = torch.zeros(len(after), k).to(after) if known is None else known.to(after)
         for _ in range(_TRIES if k > 1 else 1):
             line = LinearGaussian(k, own.n_inputs, own.n_outputs, self.dynamics_covariance_type, (), 1e-3).double()
             line = line.to(after.device)
             index = torch.randint(len(after), (k,), generator=generator).to(after.device)
             share, value = line.near(batch, index).to(torch.float64), -math.inf
+            share = (share.clamp(min=1e-300).log() + told).softmax(-1)
             log_weight = torch.full((k,), -math.log(k)).to(share)
             for _ in range(_BEGIN):
                 heavy = share * mass.unsqueeze(-1)
                 for name, new in line.maximize(line.stats(batch, heavy)).items():
                     line.get_parameter(name).data = new
                 log_weight = (heavy.sum(0) / heavy.sum()).clamp(min=1e-12).log()
-                joint = line.log_prob(batch) + log_weight
+                joint = line.log_prob(batch) + log_weight + told
                 value, share = float((joint.logsumexp(-1) * mass).sum()), joint.softmax(-1)
             if best is None or value > best[0]:
                 best = value, {name: p.detach().clone() for name, p in line.named_parameters()}
@@ -547,7 +538,9 @@ def _mark(batch: Batch) -> tuple[float, ...]:
     x = batch.x.to(torch.float64).nan_to_num(nan=0.5).flatten(1)
     place = torch.arange(len(x), device=x.device, dtype=torch.float64)
     rows = x @ torch.linspace(1, 2, x.shape[1], device=x.device, dtype=torch.float64)
-    return len(x), x.shape[1], float(rows.sum()), float((place + 1).log() @ rows), float(batch.frames().sum())
+    known = torch.zeros_like(rows) if batch.evidence is None else batch.evidence.to(rows).exp().flatten(1).sum(1)
+    told = float(place @ known)
+    return len(x), x.shape[1], float(rows.sum()), float((place + 1).log() @ rows), float(batch.frames().sum()), told
 
 
 @dataclass(frozen=True)
@@ -617,6 +610,21 @@ class _Found:
     first: Tensor
     steps: Tensor
 
+    def drawn(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Paths of states from q(z), ``[n, N, T, L]``: each state given the one before it."""
+        mean, covariance = (value.to(torch.float64) for value in self.problem.plan.laws(self.smoothed))
+        cross = self.smoothed.cross.to(torch.float64).transpose(-4, -3)
+        shape = (n, *mean.shape)
+        noise = torch.randn(shape, dtype=torch.float64, device=mean.device, generator=generator).unsqueeze(-1)
+        gap = root_of(covariance[:, 0]) @ noise[:, :, 0]
+        path = [gap]
+        for t in range(1, shape[2]):
+            gain = torch.linalg.solve(covariance[:, t - 1], cross[:, t - 1].mT).mT
+            left = covariance[:, t] - gain @ cross[:, t - 1].mT
+            gap = gain @ gap + root_of(left) @ noise[:, :, t]
+            path.append(gap)
+        return mean + torch.stack(path, 2).squeeze(-1)
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -628,11 +636,13 @@ class _Problem:
     square_root: bool
 
     def even(self, replicas: tuple[int, ...]) -> Tensor:
-        """Regimes of which nothing is known."""
+        """Regimes of which no more is known than labels say."""
         n, t = self.plan.x.shape[:2]
         k = self.laws.states.shape[-3]
-        inside = self.plan.inside
+        inside, known = self.plan.inside, self.plan.batch.evidence
         even = torch.full((*replicas, n, t, k), 1 / k).to(self.plan.x)
+        if known is not None:
+            even = known.to(even).softmax(-1).nan_to_num(1 / k).expand(even.shape)
         return even if inside is None else torch.where(inside.unsqueeze(-1), even, 0.0)
 
     def _mixed(self, regimes: Tensor) -> tuple[kalman.GaussMarkov, Tensor, Tensor, Tensor]:
@@ -642,8 +652,8 @@ class _Problem:
         γ_k P_k: the first is a step, the second a potential W, h, c of the state before it.
         """
         laws, base = self.laws, self.plan.chain()
-        inside = self.plan.inside
-        share = regimes if inside is None else torch.where(inside.unsqueeze(-1), regimes, 1 / regimes.shape[-1])
+        # Beyond the end of a sequence, and where labels leave no path of regimes, there is no posterior of them.
+        share = torch.where(regimes.sum(-1, keepdim=True) > 0, regimes, 1 / regimes.shape[-1])
 
         def mix(value: Tensor) -> Tensor:
             """Σ_k γ_tk value_k ``[*r, N, T, …]`` of ``[*r, K, …]``."""
@@ -681,7 +691,7 @@ class _Problem:
                 linear = linear - (unsure[..., :k, k:] @ u).squeeze(-1)
                 constant = constant - 0.5 * (u.mT @ unsure[..., k:, k:] @ u)[..., 0, 0]
         # What a step says of the state before it stands in that frame.
-        goes_on = self.plan.goes_on(inside)
+        goes_on = self.plan.goes_on(self.plan.inside)
 
         def before(value: Tensor, events: int) -> Tensor:
             axis = value.dim() - events - 1
@@ -705,12 +715,24 @@ class _Problem:
         states = self._of_states(smoothed.filtered, more, linear, constant)
         second = self._second(smoothed)
         fit = self.fit(second)
-        parts = *self.tables, fit.to(self.plan.x), self.plan.batch.lengths
+        parts = *self.of_regimes(second), self.plan.batch.lengths
         log_z, first, steps, found = chain.expectations(*parts)
         if weight is not None:
             first, steps = chain.expectations(*parts, weight.to(found).expand(log_z.shape))[1:3]
         value = states + log_z - (regimes * fit).sum((-2, -1))
         return _Found(self, value, smoothed, second, found, first, steps)
+
+    def of_regimes(self, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials of the chain of regimes: tables, and the fit of each law with what labels say."""
+        fit, known = self.fit(second).to(self.plan.x), self.plan.batch.evidence
+        return *self.tables, fit if known is None else fit + known.to(fit)
+
+    def told(self, regimes: Tensor) -> Tensor:
+        """What labels add to the bound of each sequence, ``[*r, N]``."""
+        known = self.plan.batch.evidence
+        assert known is not None
+        each = torch.where(regimes > 0, regimes * known.to(regimes), 0.0)
+        return each.sum((-2, -1), dtype=torch.float64)
 
     def _second(self, smoothed: kalman.Smoothed) -> Tensor:
         """E[(y, v)(y, v)ᵀ] of states y and what their steps read, v: the states before and covariates; float64."""
@@ -763,12 +785,24 @@ class _Problem:
         made, more, linear, constant = self._mixed(hot.expand(*lead, *hot.shape))
         value = self._of_states(kalman.filtered(made, self.square_root), more, linear, constant)
         first, step = self.tables
-        after = (first.unsqueeze(-1) + step).logsumexp(-2).squeeze(-2)
-        lengths = self.plan.batch.frames()
+        known, lengths = self.plan.batch.evidence, self.plan.batch.frames()
+        if known is not None:
+            known = known.to(first)
+            first = first + known[:, 0]
+        start = reduce.logsumexp(first, -1)
+        if t == 1:
+            return value + start
+        rows, after = torch.arange(len(paths), device=paths.device), reduce.logsumexp(first.unsqueeze(-1) + step, -2)
         for i in range(1, t):
-            own = after[..., paths[:, 0]] if i == 1 else step.squeeze(-3)[..., paths[:, i - 2], paths[:, i - 1]]
+            now = paths[:, i - 1]
+            if i == 1:
+                own = after.expand(*after.shape[:-2], len(paths), k)[..., rows, now]
+            else:
+                own = step.squeeze(-3)[..., paths[:, i - 2], now]
+            own = own if known is None else own + known[rows, i, now]
             # Paths that differ beyond the end of a sequence are one: each has an even share of it.
-            value = value + torch.where(i < lengths, own.to(value), -math.log(k))
+            beyond = (start if i == 1 else 0.0) - math.log(k)
+            value = value + torch.where(i < lengths, own.to(value), beyond)
         return value
 
     def _of_states(self, found: kalman.Filtered, more: Tensor, linear: Tensor, constant: Tensor) -> Tensor:

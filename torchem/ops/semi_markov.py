@@ -14,7 +14,7 @@ That sum is no choice of a configuration: it stays one where ``plus`` is a maxim
 loops (`numba_.semi_markov`) where there are any.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,16 +89,130 @@ def _forward(
     initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None, plus: Any
 ) -> Tensor:
     """Messages ``[*b, K, D]`` at the last frame: entry e of segments that have lasted e + 1 frames, and go on."""
+    *_, message = _messages(initial, transition, duration, emission, lengths, plus)
+    return message
+
+
+def _messages(
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None, plus: Any
+) -> Iterator[Tensor]:
+    """Those of each frame; after the last frame of a sequence its messages stay."""
     size = torch.broadcast_shapes(initial.shape[:-1], duration.shape[:-2], emission.shape[:-2])
     start = initial.expand(*size, initial.shape[-1])
     lasted = torch.full((*size, *duration.shape[-2:-1], duration.shape[-1] - 1), -torch.inf).to(start)
     message = torch.cat([start.unsqueeze(-1), lasted], -1) + emission[..., 0, :, None]
+    yield message
     for t in range(1, emission.shape[-2]):
         ended = plus(message + duration, -1)
         start = plus(ended.unsqueeze(-1) + transition, -2)
         new = torch.cat([start.unsqueeze(-1), message[..., :-1]], -1) + emission[..., t, :, None]
         message = new if lengths is None else torch.where((t < lengths)[..., None, None], new, message)
-    return message
+        yield message
+
+
+def filter(  # noqa: A001  the field's name
+    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, lengths: Tensor | None = None,
+    *, censored: bool = True,
+) -> Tensor:  # fmt: skip
+    """p(state of a frame | frames so far) ``[*b, T, K]``, in time O(T (K² + K D)).
+
+    A segment that is under way counts with its survival; that it ends with an uncensored sequence is known at the last
+    frame. Zero in the padding, and from where no path is possible.
+
+    Example:
+        >>> apart = torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]])
+        >>> lasts = torch.tensor([[0.0, 1.0], [0.5, 0.5]]).log()  # state 0: two frames, state 1: one or two
+        >>> filter(torch.tensor([0.5, 0.5]).log(), apart, lasts, torch.zeros(2, 2))
+        tensor([[0.5000, 0.5000],
+                [0.7500, 0.2500]])
+    """
+    parts, alive = (initial, transition, duration, emission), survival(duration)
+    kernel = None if _followed(*parts) else _kernel(*parts)
+    if kernel is not None:
+        return kernel.filter(*parts[:3], alive, emission, lengths, not censored).to(emission.dtype)
+    frames = emission.shape[-2]
+    ends = torch.tensor(frames, device=emission.device) if lengths is None else lengths
+    found = []
+    for t, message in enumerate(_messages(*parts, lengths, reduce.logsumexp)):
+        ended = (ends == t + 1)[..., None, None] & (not censored)
+        law = reduce.logsumexp(message + torch.where(ended, duration, alive), -1)
+        share = reduce.responsibilities(law)[1]
+        found.append(torch.where((ends > t).unsqueeze(-1), share, 0.0))
+    return torch.stack(found, -2)
+
+
+@torch.no_grad()
+def best_paths(
+    potentials: tuple[Tensor, Tensor, Tensor, Tensor], count: int, lengths: Tensor | None, censored: bool
+) -> tuple[Tensor, Tensor]:
+    """The ``count`` best paths: scores ``[*b, count]``, falling, and states ``[*b, count, T]``.
+
+    The list Viterbi algorithm over segments: of each state the best beginnings of segments at a frame are kept, and the
+    best ends. Where there are fewer paths, scores are −inf and states −1. Time O(T K (D + K) count).
+
+    Source: N. Seshadri, C.-E. W. Sundberg (1994).
+
+    Example:
+        >>> apart = torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]])
+        >>> parts = torch.zeros(2), apart, torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> best_paths(parts, 2, None, False)[1]
+        tensor([[0, 0],
+                [0, 1]])
+    """
+    size = torch.broadcast_shapes(*(v.shape[: v.dim() - r] for v, r in zip(potentials, (1, 2, 2, 2), strict=True)))
+    flat = []
+    for value, rank in zip(potentials, (1, 2, 2, 2), strict=True):
+        own = value.shape[value.dim() - rank :]
+        flat.append(value.detach().to(torch.float64).expand(*size, *own).reshape(-1, *own))
+    initial, transition, duration, emission = flat
+    (n, frames, k), d = emission.shape, duration.shape[-1]
+    ends = torch.full((n,), frames, device=emission.device)
+    ends = ends if lengths is None else lengths.expand(size).reshape(-1)
+    tail = survival(duration) if censored else duration
+
+    def best(value: Tensor) -> tuple[Tensor, Tensor]:
+        found, place = value.sort(dim=-1, descending=True, stable=True)
+        return found[..., :count], place[..., :count]
+
+    # Begun [N, K, count], and all that is under way by how long it has lasted [N, K, D, count].
+    begun = torch.full((n, k, count), -torch.inf).to(emission)
+    begun[..., 0] = initial
+    window = torch.full((n, k, d, count), -torch.inf).to(emission)
+    origin = torch.zeros(frames, n, k, count, dtype=torch.long, device=emission.device)
+    length = torch.zeros_like(origin)
+    scores = torch.full((n, count), -torch.inf).to(emission)
+    cell = torch.zeros(n, count, dtype=torch.long, device=emission.device)
+    for t in range(frames):
+        window = torch.cat([begun.unsqueeze(-2), window[..., :-1, :]], -2) + emission[:, t, :, None, None]
+        ended, length[t] = best((window + duration.unsqueeze(-1)).flatten(-2))
+        last = (ends == t + 1).unsqueeze(-1)
+        value, place = (_filled_up(v, count, w) for v, w in zip(
+            best((window + tail.unsqueeze(-1)).flatten(1)), (-torch.inf, 0), strict=True))  # fmt: skip
+        scores, cell = torch.where(last, value, scores), torch.where(last, place, cell)
+        if t + 1 < frames:
+            arrivals = (ended.unsqueeze(-1) + transition.unsqueeze(-2)).flatten(1, 2).mT  # [N, to, K · count]
+            begun, origin[t + 1] = best(arrivals)
+    # Backwards: the state of a segment, frames of it that are left, and which of its beginnings.
+    state, rest = cell // (d * count), cell % (d * count)
+    left, rank = rest // count + 1, rest % count
+    path = torch.full((n, count, frames), -1, dtype=torch.long, device=emission.device)
+    for t in range(frames - 1, -1, -1):
+        inside = (ends > t).unsqueeze(-1)
+        path[..., t] = torch.where(inside, state, -1)
+        left = torch.where(inside, left - 1, left)
+        if t:
+            turn = inside & (left == 0)
+            came = origin[t].flatten(1).gather(-1, state * count + rank)
+            before = length[t - 1].flatten(1).gather(-1, came)
+            state = torch.where(turn, came // count, state)
+            left, rank = torch.where(turn, before // count + 1, left), torch.where(turn, before % count, rank)
+    path = torch.where((scores == -torch.inf).unsqueeze(-1), -1, path)
+    return scores.to(potentials[-1].dtype).reshape(*size, count), path.reshape(*size, count, frames)
+
+
+def _filled_up(value: Tensor, count: int, filler: float) -> Tensor:
+    """The last axis brought up to a length."""
+    return torch.nn.functional.pad(value, (0, count - value.shape[-1]), value=filler)
 
 
 def lasting(
@@ -109,31 +223,22 @@ def lasting(
     return reduce.responsibilities(message.flatten(-2))[1].unflatten(-1, message.shape[-2:])
 
 
-def expanded(
-    initial: Tensor, transition: Tensor, duration: Tensor, emission: Tensor, last: Tensor, censored: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The potentials of a chain on (state, frames lasted), of the same Z for every end: S·D states, S·D × S·D steps.
+def onward(law: Tensor, transition: Tensor, duration: Tensor) -> Tensor:
+    """The law of (state, frames that it has lasted) ``[*b, K, D]`` a frame later, by normalised tables.
 
-    A segment goes on with the ratio of survivals, and ends with what is left of one. ``last [*b, T]`` marks the last
-    frame of each sequence, which is where an uncensored one must end.
+    Example:
+        >>> law, apart = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]).log()
+        >>> onward(law, apart, torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
+        tensor([[0.0000, 0.7500],
+                [0.2500, 0.0000]])
     """
-    k, d = duration.shape[-2:]
     alive = survival(duration)
-    safe = torch.where(alive > -torch.inf, alive, 0.0)
-    ends = duration - safe
-    after = torch.cat([alive[..., 1:], torch.full_like(alive[..., :1], -torch.inf)], -1) - safe
-    begins = torch.full((*initial.shape[:-1], k, d), -torch.inf).to(initial)
-    begins = torch.cat([(initial + alive[..., 0]).unsqueeze(-1), begins[..., 1:]], -1).flatten(-2)
-    # Rows (k, e), columns (j, f).
-    moves = ends[..., :, :, None, None] + transition[..., :, None, :, None] + alive[..., None, None, :, :1]
-    eye = torch.eye(k, dtype=torch.bool, device=initial.device)[:, None, :, None]
-    shift = torch.eye(d, dtype=torch.bool, device=initial.device).roll(1, -1)[None, :, None, :]
-    first = (torch.arange(d, device=initial.device) == 0).view(1, 1, 1, d)
-    steps = torch.where(first, moves, torch.where(eye & shift, after[..., :, :, None, None], -torch.inf))
-    seen = emission.repeat_interleave(d, -1)
-    if not censored:
-        seen = seen + torch.where(last.unsqueeze(-1), ends.flatten(-2).unsqueeze(-2), 0.0)
-    return begins, steps.flatten(-4, -3).flatten(-2), seen
+    some = alive > -torch.inf
+    safe = torch.where(some, alive, 0.0)
+    leave = torch.where(some, (duration - safe).exp(), 0.0)
+    stay = torch.where(some[..., 1:], (alive[..., 1:] - safe[..., :-1]).exp(), 0.0)
+    start = ((law * leave).sum(-1).unsqueeze(-2) @ transition.exp()).squeeze(-2)
+    return torch.cat([start.unsqueeze(-1), law[..., :-1] * stay], -1)
 
 
 def expectations(

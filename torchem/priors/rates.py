@@ -101,15 +101,23 @@ class Beta(_Cells):
 class Gamma(_Cells):
     """Rates of a `Poisson` or an `Exponential` a priori Gamma: p(λ) ∝ λ^{shape − 1} exp(−rate · λ).
 
+    Those of a `PoissonDuration`, whose law is cut off above D frames, have instead the conjugate of what is left,
+
+        p(λ) ∝ λ^{shape − 1} Z(λ)^{−rate},  Z(λ) = Σ_{y < D} λ^y / y!,
+
+    which is Gamma where nothing is cut off, for Z(λ) is then exp λ. Its norm is an integral over log λ by quadrature;
+    expectations under it have no closed form, so it serves modes and no posteriors (`torchem.Variational`).
+
     Args:
-        shape: One number or a tensor that broadcasts to ``[K, D]``; at least 1 for a mode inside.
+        shape: One number or a tensor that broadcasts to ``[K, D]`` (of durations to ``[K]``); at least 1 for a mode
+            inside.
         rate: Likewise, in observations (of waiting times, in their units); None for the one under which the law has a
-            priori the mean of the data.
+            priori the mean of the data (of durations: the rates that they begin with, D / 4).
 
     Raises:
         InvalidArgument: If an entry is not positive.
 
-    Source: A. Gelman et al. (2013), section 2.6.
+    Source: A. Gelman et al. (2013), section 2.6; P. Diaconis, D. Ylvisaker (1979) for durations.
 
     Example:
         >>> import torchem
@@ -129,7 +137,7 @@ class Gamma(_Cells):
         self._open = self.rate is None
 
     def completed(self, factor: Factor, moments: Moments) -> Prior:
-        if not self._open or moments.mean.shape != (factor.n_features,):
+        if not self._open or self._lasting(factor) or moments.mean.shape != (factor.n_features,):
             return self
         mean = moments.mean.to(torch.float64)
         # A column of zeros has no scale of its own.
@@ -139,7 +147,8 @@ class Gamma(_Cells):
         return out
 
     def selected(self, factor: Factor, keep: Tensor) -> Prior:
-        out = Gamma(chosen(self.shape, keep, 2), chosen(self.rate, keep, 2))
+        rank = 1 if self._lasting(factor) else 2
+        out = Gamma(chosen(self.shape, keep, rank), chosen(self.rate, keep, rank))
         out._open = self._open
         return out
 
@@ -147,6 +156,33 @@ class Gamma(_Cells):
     def _times(factor: Factor) -> bool:
         """Whether rates are multiplied by times observed, and counted by observations; else it is the other way."""
         return getattr(factor, "exposure", "count") == "total"
+
+    @staticmethod
+    def _lasting(factor: Factor) -> bool:
+        """Whether the rates are those of durations."""
+        return hasattr(factor, "prior_counts")
+
+    def _of_durations(self, factor: Any) -> tuple[Tensor, Tensor]:
+        """Shape and rate of each state, ``[K]``."""
+        rate = 4 * self.shape / factor.max_duration if self.rate is None else self.rate
+        size, like = (factor.n_states,), factor.log_rate
+        return expand("shape", self.shape, size, like), expand("rate", rate, size, like)
+
+    def posterior_stats(self, factor: Any) -> Stats:
+        if not self._lasting(factor):
+            return super().posterior_stats(factor)
+        return Stats(counts=factor.prior_counts(*self._of_durations(factor)))
+
+    def mode_stats(self, factor: Any) -> Stats:
+        if not self._lasting(factor):
+            return super().mode_stats(factor)
+        shape, rate = self._of_durations(factor)
+        return Stats(counts=factor.prior_counts(shape - 1, rate))
+
+    def log_prob(self, factor: Any) -> Tensor:
+        if not self._lasting(factor):
+            return super().log_prob(factor)
+        return factor.expected_log_prob(self.mode_stats(factor)) - factor.prior_norm(*self._of_durations(factor))
 
     def pseudo(self, factor: Factor) -> tuple[Tensor, Tensor]:
         rate = self.shape if self.rate is None else self.rate
@@ -156,8 +192,16 @@ class Gamma(_Cells):
     def surplus(self, factor: Factor) -> tuple[float, float]:
         return (1.0, 0.0) if self._times(factor) else (0.0, 1.0)
 
-    def check(self, factor: Factor) -> None:
-        self.pseudo(factor)
+    def check(self, factor: Any) -> None:
+        if self._lasting(factor):
+            shape, rate = self._of_durations(factor)
+            if bool((rate * (factor.max_duration - 1) <= shape).any()):
+                raise invalid(
+                    "rate", f"above shape / {factor.max_duration - 1}: else the law is improper, for durations are cut "
+                    "off", float((rate / shape).min()), "raise it",
+                )  # fmt: skip
+        else:
+            self.pseudo(factor)
         if bool((self.shape < 1).any()):
             raise invalid(
                 "shape", "at least 1 (the mode of a lower one is at zero)", float(self.shape.min()),

@@ -204,6 +204,44 @@ def _normalize_many(p, begin_at, stop, log_z):
 
 
 @vec.kernel
+def _filter_many(p, begin_at, stop, ended, law):
+    k, d = p.k, p.d
+    for s in range(begin_at, stop):
+        b, _ = _relative(p, s)
+        frames, g = p.lengths[s], s // p.shared
+        window, out, few = np.empty(k * 2 * d), np.empty(d), np.empty(k)
+        begin, end, now = np.empty(k), np.empty(k), np.empty(k)
+        start, size = 0, 0
+        for j in range(k):
+            begin[j] = p.initial[g * k + j]
+        for t in range(frames):
+            new_start, new_size = start, size
+            for j in range(k):
+                new_start, new_size = _entered(window, j, d, start, size, begin[j])
+                place, row = j * 2 * d + new_start, (g * k + j) * d + d - new_size
+                _grown(window, place, new_size, b[t * k + j], p.law, row, out)
+                end[j] = _sum_exp(out, new_size)[0]
+                now[j] = end[j]
+                if not (ended and t == frames - 1):
+                    for i in range(new_size):
+                        out[i] = window[place + i] + p.tail[row + i]
+                    now[j] = _sum_exp(out, new_size)[0]
+            start, size = new_start, new_size
+            total = _sum_exp(now, k)[0]
+            if total == -np.inf:
+                break
+            whole = 0.0
+            for j in range(k):
+                whole += now[j]
+            for j in range(k):
+                law[(s * p.frames + t) * k + j] = now[j] / whole
+            for j in range(k):
+                for i in range(k):
+                    few[i] = end[i] + p.transition[(g * k + i) * k + j]
+                begin[j] = _sum_exp(few, k)[0]
+
+
+@vec.kernel
 def _expect_many(p, begin_at, stop, weight, log_z, gamma):
     g = len(p.initial)
     first, pairs = np.zeros(g), np.zeros(len(p.transition))
@@ -379,6 +417,17 @@ def log_normalizer(
     log_z = torch.empty(len(p.lengths), dtype=torch.float64)
     threads.run(_normalize_many, [(p, *part, log_z.numpy()) for part in _parts(p)], _work(p))
     return _restored(log_z, lead)
+
+
+def filter(  # noqa: A001  the field's name
+    initial: Tensor, transition: Tensor, duration: Tensor, tail: Tensor, emission: Tensor, lengths: Tensor | None,
+    ended: bool,
+) -> Tensor:  # fmt: skip
+    """p(state of a frame | frames so far) ``[*b, T, K]``, float64; ``tail``: survivals; ``ended``: with a segment."""
+    p, lead = _layout(initial, transition, duration, tail, emission, lengths)
+    law = torch.zeros(len(p.lengths) * p.frames * p.k, dtype=torch.float64)
+    chain._run(_filter_many, [(p, *part, ended, law.numpy()) for part in _parts(p)], 2 * _work(p))
+    return _restored(law.view(len(p.lengths), p.frames, p.k), lead)
 
 
 def expectations(
