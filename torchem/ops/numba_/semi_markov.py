@@ -426,7 +426,7 @@ def filter(  # noqa: A001  the field's name
     """p(state of a frame | frames so far) ``[*b, T, K]``, float64; ``tail``: survivals; ``ended``: with a segment."""
     p, lead = _layout(initial, transition, duration, tail, emission, lengths)
     law = torch.zeros(len(p.lengths) * p.frames * p.k, dtype=torch.float64)
-    chain._run(_filter_many, [(p, *part, ended, law.numpy()) for part in _parts(p)], 2 * _work(p))
+    threads.run(_filter_many, [(p, *part, ended, law.numpy()) for part in _parts(p)], 2 * _work(p))
     return _restored(law.view(len(p.lengths), p.frames, p.k), lead)
 
 
