@@ -859,7 +859,7 @@ AB = {"A": 2, "B": 3}
         (lambda: BayesianNetwork({"A": 0}), "positive"),
         (lambda: BayesianNetwork({}), "cardinalities"),
         (lambda: BayesianNetwork(AB, states={"A": ["x"]}), "2 different names"),
-        (lambda: BayesianNetwork(AB, inference="loopy"), "mean_field"),
+        (lambda: BayesianNetwork(AB, inference="loopy"), "mean_field"),  # pyright: ignore[reportArgumentType]
         (lambda: BayesianNetwork(AB, leaves={"X": (("A",), Gaussian(3, 1))}), "2 components"),
         (lambda: BayesianNetwork(AB, leaves={"A": (("A",), Gaussian(2, 1))}), "names of their own"),
         (lambda: BayesianNetwork(AB, leaves={"X": (("Z",), Gaussian(2, 1))}), "'Z'"),
