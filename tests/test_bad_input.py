@@ -27,6 +27,7 @@ from torchem.errors import (
     require,
 )
 from torchem.factors import Categorical, Gaussian, Poisson
+from torchem.sequences import as_buckets
 
 #: ``argument: expected …, got …; remedy.``
 FORM = re.compile(r"(?s)^([^:\n]+): expected (.+), got (.+); (.+)[.?]$")
@@ -487,7 +488,7 @@ DOMAINS: dict[str, tuple[Callable[[int], Any], float, str]] = {
 
 
 @pytest.mark.parametrize("family", DOMAINS)
-def test_a_bad_entry_is_named_by_its_place(family: str) -> None:
+def test_a_bad_entry_is_named_by_its_place(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a table, beside columns of other families, and in sequences of very different lengths."""
     build, bad, kind = DOMAINS[family]
     rows = torch.ones(14, 1)
@@ -500,15 +501,18 @@ def test_a_bad_entry_is_named_by_its_place(family: str) -> None:
     with pytest.raises(InvalidArgument) as error:
         torchem.Mixture(Categorical(2), product).log_prob(wide)
     told(error, "data", kind, f"{bad:g} at row 12, column 3 (read by ")
-    # The second of two long ones: long sequences make a batch of their own.
-    sequences = [torch.ones(n, 1) for n in (3, 40_000, 2, 40_000)]
-    sequences[3][7] = bad
+    # The second of two long ones, which make a batch of their own.
+    monkeypatch.setattr("torchem.sequences._PADDING", 0)
+    sequences = [torch.ones(n, 1) for n in (3, 40, 2, 2, 3, 2, 2, 40)]
+    sequences[7][7] = bad
     hmm = torchem.HMM(Categorical(2), Categorical(2, 2), build(2))
-    for use in (lambda: torchem.fit(hmm, sequences), lambda: hmm.batch(sequences[2:])):
-        with pytest.raises(InvalidArgument) as error:
-            use()
-        at = 1 if use.__code__.co_names[-1] == "batch" else 3
-        told(error, "data", kind, f"got {bad:g} at sequence {at}, frame 7, column 0")
+    assert len(as_buckets(sequences)) > 1
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(hmm, sequences)
+    told(error, "data", kind, f"got {bad:g} at sequence 7, frame 7, column 0")
+    with pytest.raises(InvalidArgument) as error:
+        hmm.batch(sequences[6:])
+    told(error, "data", kind, f"got {bad:g} at sequence 1, frame 7, column 0")
 
 
 def test_a_bad_row_is_named_too() -> None:
