@@ -534,7 +534,7 @@ def test_modes_of_durations_are_stationary_and_fits_climb_the_posterior(tmp_path
         assert float(torchem.load(tmp_path / "m.safetensors").log_prior()) == pytest.approx(prior)
     free = torchem.GaussianHSMM(2, 1, 9, "poisson").double()
     free.duration.prior = Gamma(2.0)
-    close(free.duration.prior.mode_stats(free.duration)["counts"].sum(-1), torch.full((2,), 8 / 9).double())
+    close(free.duration.prior.mode_stats(free.duration)["counts"].sum(-1), torch.full((2,), 8 / 9, dtype=torch.float64))
     torchem.fit(free, x, max_iter=2, tol=0.0, progress=False, seed=0, restarts=2)
     for prior, message in (
         (Gamma(0.5, 1.0), "shape: expected at least 1"), (Gamma(8.0, 1.0), "rate: expected above shape / 8"),

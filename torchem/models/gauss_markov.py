@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributions
 from torch.distributions import MultivariateNormal
 from torch.utils import _pytree as pytree
 
@@ -214,6 +214,28 @@ class GaussMarkovModel(Completing):
         with declared_precision(self.device):
             parts = [function(piece) for piece in self.stream(batch)]
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
+
+    def smooth(self, data: Any, **fields: Any) -> distributions.Normal:
+        """Law of each column of C z_t + D u_t given all frames, ``[N, T, D]``: observations without their noise.
+
+        Unlike the state itself this does not depend on the basis: the level of a series, for example.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.LinearGaussianStateSpace(2, 1)
+            >>> m.smooth(torch.tensor([1.0, 2.0, 4.0])).variance.shape
+            torch.Size([1, 3, 1])
+        """
+
+        def level(piece: Batch) -> tuple[Tensor, Tensor]:
+            plan, found = self._smoothed(piece)
+            mean, covariance = plan.laws(found)
+            loadings = plan.seen.states.unsqueeze(-3)
+            mean = mean @ loadings.mT if plan.shift is None else mean @ loadings.mT + plan.shift
+            loadings = loadings.unsqueeze(-3)
+            return mean, ((loadings @ covariance) * loadings).sum(-1).sqrt()
+
+        return distributions.Normal(*self._each(data, fields, level), validate_args=False)
 
     def unseen(self, batch: Batch, index: Tensor) -> Normal:
         """See `Completing.unseen`: the normal law of each frame."""

@@ -660,8 +660,12 @@ class HMM(Completing, DiscreteModel):
             free = name == "length" and value is None and self.end is not None
             if not free and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise invalid(name, f"a whole number of at least {least}", repr(value), "correct it")
-        x, z = Draw(self, n, length, inputs, generator).run()
+        x, z = self._draw(n, length, inputs, generator).run()
         return (x, z) if latents else x
+
+    def _draw(self, n: int, length: int | None, inputs: Any, generator: torch.Generator | None) -> Draw:
+        """What `sample` draws sequences with."""
+        return Draw(self, n, length, inputs, generator)
 
     # ---- starts and health ------------------------------------------------------------------------------------
 

@@ -252,29 +252,13 @@ class HSMM(HMM):
         state, lasted = code // self.max_duration, code % self.max_duration
         # A duration that is no less than what was seen of it.
         longer = torch.arange(self.max_duration, device=code.device) >= lasted.unsqueeze(-1)
-        draw = _SegmentDraw(self, 0, 1, None, generator)
+        draw = self._draw(0, 1, None, generator)
         left = draw.pick(torch.where(longer, self.duration_probs[state], 0.0)) - lasted
         path = draw.segments(state, left, ahead.x.shape[1] + 1)
         return path[:, :0], path[:, 1:]
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int = 1,
-        length: int | None = None,
-        *,
-        latents: bool = False,
-        inputs: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """Draw ``n`` sequences ``[n, length, D]``, and their states ``[n, length]`` when ``latents`` is True.
-
-        Segments are drawn one after the other and cut off at the length. See `HMM.sample`.
-        """
-        for name, value, least in (("n", n, 0), ("length", length, 1)):
-            whole_number(name, value, least)
-        x, z = _SegmentDraw(self, n, length, inputs, generator).run()
-        return (x, z) if latents else x
+    def _draw(self, n: int, length: int | None, inputs: Any, generator: torch.Generator | None) -> "_SegmentDraw":
+        return _SegmentDraw(self, n, length, inputs, generator)
 
     # ---- health -----------------------------------------------------------------------------------------------
 
@@ -308,7 +292,7 @@ class HSMM(HMM):
 
 
 class _SegmentDraw(Draw):
-    """Sequences drawn segment by segment."""
+    """Sequences drawn segment by segment, and cut off at the length."""
 
     model: HSMM
 

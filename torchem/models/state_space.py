@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
@@ -258,26 +258,6 @@ class LinearGaussianStateSpace(GaussMarkovModel):
     def most_likely(self, data: Any, **fields: Any) -> Float[Tensor, "*r n t l"]:
         """The most likely path of states, ``[N, T, L]``: the smoothed means."""
         return self._planned(data, fields, lambda plan: plan.laws(kalman.smoothed(plan.chain(), self._roots()))[0])
-
-    def smooth(self, data: Any, **fields: Any) -> Normal:
-        """Law of each column of C z_t + D u_t given all frames, ``[N, T, D]``: observations without their noise.
-
-        Unlike the state itself this does not depend on the basis: the level of a series, for example.
-
-        Example:
-            >>> m = LinearGaussianStateSpace(2, 1)
-            >>> m.smooth(torch.tensor([1.0, 2.0, 4.0])).variance.shape
-            torch.Size([1, 3, 1])
-        """
-
-        def level(plan: "Plan") -> tuple[Tensor, Tensor]:
-            mean, covariance = plan.laws(kalman.smoothed(plan.chain(), self._roots()))
-            loadings = plan.seen.states.unsqueeze(-3)
-            mean = mean @ loadings.mT if plan.shift is None else mean @ loadings.mT + plan.shift
-            loadings = loadings.unsqueeze(-3)
-            return mean, ((loadings @ covariance) * loadings).sum(-1).sqrt()
-
-        return Normal(*self._planned(data, fields, level), validate_args=False)
 
     def _latest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         mean, covariance = self._planned(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, whole_number
@@ -384,20 +384,6 @@ class SwitchingLinearDynamics(GaussMarkovModel):
         mean, covariance, regimes = self._each(data, fields, laws)
         return SwitchingPosterior(normal_law(mean, covariance), regimes)
 
-    def smooth(self, data: Any, **fields: Any) -> Normal:
-        """Law of each column of C z_t + D u_t under q, ``[N, T, D]``: observations without their noise."""
-        found = self._each(data, fields, lambda batch: self._level(self._infer(batch)))
-        return Normal(*found, validate_args=False)
-
-    @staticmethod
-    def _level(found: "_Found") -> tuple[Tensor, Tensor]:
-        plan = found.problem.plan
-        mean, covariance = plan.laws(found.smoothed)
-        loadings = plan.seen.states.unsqueeze(-3)
-        level = mean @ loadings.mT if plan.shift is None else mean @ loadings.mT + plan.shift
-        loadings = loadings.unsqueeze(-3)
-        return level, ((loadings @ covariance) * loadings).sum(-1).sqrt()
-
     def most_likely(self, data: Any, **fields: Any) -> Int[Tensor, "*r n t"]:
         """The most likely path of regimes under the expected fit of each law, ``[N, T]``; −1 in the padding.
 
@@ -438,6 +424,7 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
         In q they are independent of each other.
         """
+        whole_number("n", n, 1, "give the number of draws")
         if self.replicas:
             raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
 
