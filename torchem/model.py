@@ -334,6 +334,13 @@ class LatentModel(nn.Module, ABC):
         """What held-out rows or sequences are judged by, ``[*r, N]``: `log_prob`, or a bound where that is too dear."""
         return self.log_prob(batch)
 
+    def log_bound(self, batch: Batch) -> Tensor:
+        """What the objective has of each row or sequence, ``[*r, N]``, and a mixture weighs models by.
+
+        It is `log_prob`; under posteriors of parameters an expectation.
+        """
+        return self.log_prob(batch)
+
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of the posteriors of all latents, ``[*r]`` in nats."""
         raise invalid("model", "one that knows the entropy of its posteriors", type(self).__name__, "compare bounds")
@@ -438,7 +445,7 @@ class LatentModel(nn.Module, ABC):
 
     def prepare(self, moments: Moments) -> None:
         """Tell every factor the scale of the data."""
-        for factor in _all_factors(self):
+        for factor in _own_factors(self):
             factor.prepare(moments)
 
     def project(self) -> None:
@@ -469,6 +476,15 @@ class LatentModel(nn.Module, ABC):
 
 def _all_factors(model: nn.Module) -> list[Factor]:
     return [module for module in model.modules() if isinstance(module, Factor)]
+
+
+def _own_factors(module: nn.Module) -> list[Factor]:
+    """All factors but those of models inside a factor, which alone know what scale theirs have."""
+    found = [module] if isinstance(module, Factor) else []
+    for child in module.children():
+        if not isinstance(child, LatentModel):
+            found += _own_factors(child)
+    return list(dict.fromkeys(found))
 
 
 class DiscreteModel(LatentModel):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -515,6 +516,59 @@ def test_criteria_and_forecasts_of_components() -> None:
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------
+
+
+def _components() -> dict[str, Any]:
+    ss = torchem.LinearGaussianStateSpace
+    leaf = {"x": (("A",), Gaussian(2, 2, "diag"))}
+    return {
+        "state space": ss(1, 2),
+        "state spaces of two sizes": [ss(1, 2), ss(2, 2)],
+        "a chain and a state space": [GaussianHMM(2, 2), ss(1, 2)],
+        "durations": torchem.HSMM(Categorical(2), Categorical(2, 2), Categorical(2, 3), Gaussian(2, 2)),
+        "a network with a leaf": torchem.BayesianNetwork({"A": 2}, [], hidden=("A",), leaves=leaf),
+        "factor analysis": torchem.FactorAnalysis(2, 1),
+    }
+
+
+def test_bounds_of_continuous_latents_under_posteriors_never_fall() -> None:
+    components = [torchem.LinearGaussianStateSpace(1, 2), torchem.LinearGaussianStateSpace(2, 2)]
+    model = torchem.variational(Mixture(Categorical(2), components).double())
+    x = randn(6, 8, 2, seed=4)
+    result = torchem.fit(model, x, seed=0, max_iter=12, tol=0, progress=False)
+    assert result.status == "max_iter"
+    # The posterior of components is that of the objective: what it says is what their own bounds say.
+    batch = model.batch(x)
+    own = torch.stack([part.log_bound(batch) for part in model.component], -1)
+    expected = (model.mixing.log_potential(batch).reshape(-1, 2)[:1] + own).logsumexp(-1).sum()
+    close(model.e_step(batch)["log_likelihood"], expected)
+    assert float(model.log_prob(batch).sum().detach()) != pytest.approx(float(expected.detach()))
+
+
+@pytest.mark.parametrize(
+    ("name", "variational"),
+    [
+        ("state space", False),
+        ("state space", True),
+        ("state spaces of two sizes", False),
+        ("a chain and a state space", False),
+        ("a chain and a state space", True),
+        ("durations", True),
+        ("a network with a leaf", False),
+        ("a network with a leaf", True),
+        ("factor analysis", False),
+    ],
+)
+def test_mixtures_of_models_are_equivariant_to_units(name: str, variational: bool) -> None:
+    x = randn(5, 6, 2, seed=4)
+    x = x if Mixture(Categorical(2), _components()[name]).sequential else x.flatten(0, 1)
+    bounds = []
+    for unit in (1.0, 1e-6):
+        model = Mixture(Categorical(2), _components()[name]).double()
+        model = torchem.variational(model) if variational else model
+        result = torchem.fit(model, x * unit, seed=0, max_iter=3, tol=0, progress=False)
+        bounds.append(result.bound + x.numel() * math.log(unit))
+    assert bounds == pytest.approx(bounds[:1] * 2, abs=1e-6)
 
 
 def test_what_cannot_be_a_component_is_refused() -> None:

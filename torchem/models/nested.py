@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchem.batch import Batch
 from torchem.errors import invalid, wrong_type
-from torchem.factor import Adjustment, Factor, Kernel
+from torchem.factor import Adjustment, Factor, Kernel, Moments
 from torchem.factors._composite import Composite
 from torchem.model import DiscreteModel, EStep, LatentModel, Uniforms
 from torchem.models.imputation import Completing
@@ -106,8 +106,9 @@ class Models(Composite):
         return x
 
     def rows(self, batch: Batch) -> Batch:
-        """The rows or frames that moments are taken of."""
-        return self._models[0].rows(inside(batch))
+        """The rows or frames that moments are taken of: of models that look at several frames at once the first."""
+        rows = [model.rows(inside(batch)) for model in {type(model): model for model in self._models}.values()]
+        return min(rows, key=lambda found: found.x.shape[-1])
 
     def stream(self, batch: Batch, budget: int | None) -> Iterator[Batch]:
         """Sequences in pieces that fit a budget of bytes: those of the model that needs most."""
@@ -136,6 +137,11 @@ class Models(Composite):
     def penalized(self, stats: Stats) -> Stats:
         """Statistics alone: the M-steps of the models add their priors."""
         return stats
+
+    def prepare(self, moments: Moments) -> None:
+        """Tell every model the scale of the data: what scale its factors have is known to the model alone."""
+        for model in self._models:
+            model.prepare(moments)
 
     def replace_components(self, which: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         merged = {}
@@ -333,12 +339,12 @@ class _Whole(Kernel):
     Hard and sampled E-steps choose the component; inside it the posterior is the model's own.
     """
 
-    def __init__(self, model: LatentModel):
-        self.model = model
+    def __init__(self, model: LatentModel, score: bool):
+        self.model, self.score = model, score
         self.total: Stats | None = None
 
     def log_potential(self, batch: Batch) -> Tensor:
-        return self.model.log_prob(inside(batch))
+        return self.model.log_prob(inside(batch)) if self.score else self.model.log_bound(inside(batch))
 
     def collect(self, batch: Batch, expected: Tensor) -> None:
         if expected.dim() == 1:
@@ -364,7 +370,7 @@ class _SeveralPass(Kernel):
     def __init__(self, models: "Several", score: bool, taken: Taken):
         self.models = models
         self.kernels = [
-            _Pass(model, score, taken) if isinstance(model, DiscreteModel) else _Whole(model)
+            _Pass(model, score, taken) if isinstance(model, DiscreteModel) else _Whole(model, score)
             for model in models._models
         ]
 

@@ -235,11 +235,13 @@ class LinearGaussianStateSpace(GaussMarkovModel):
             data: Sequences, as for `torchem.fit`.
             **fields: ``inputs``, ``lengths``, … as for `LatentModel.batch`.
         """
+        return self._planned(data, fields, self._value, certain=True)
 
-        def value(plan: "Plan") -> Tensor:
-            return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
+    def log_bound(self, batch: Batch) -> Tensor:
+        return self._planned(batch, {}, self._value)
 
-        return self._planned(data, fields, value, certain=True)
+    def _value(self, plan: "Plan") -> Tensor:
+        return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
 
     def posterior(self, data: Any, **fields: Any) -> MultivariateNormal:
         """Laws of the states given all frames: ``.mean [N, T, L]`` and ``.covariance_matrix [N, T, L, L]``.
