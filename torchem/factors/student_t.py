@@ -17,11 +17,15 @@ from torchem.ops.special import shape_from_gap
 from torchem.stats import Stats
 
 #: Degrees of freedom stay between these: the density of fewer has no use, more are a Gaussian's.
-_LEAST, _MOST = 0.1, 1e4
+_LEAST, _MOST = 0.1, 1e6
 #: What they start at: tails that notice outliers, and a variance.
 _START = 10.0
 #: Mass below which a component keeps its degrees of freedom.
 _EMPTY = 1e-30
+#: Steps of Newton's method for the degrees of freedom, and how far one goes at most, as a ratio.
+_STEPS, _STRIDE = 12, 5.0
+#: Variance of log ν over statistics up to which they count as taken at one ν: rounding.
+_SAME = 1e-9
 
 
 class StudentT(Composite):
@@ -36,6 +40,15 @@ class StudentT(Composite):
     *M-step.* The likelihood does not change when u has any mean α and Σ grows by it, so the bound may be taken at the
     best α: its maximum divides the scatter by Σ u instead of by the number of observations, and converges much faster
     than EM at α = 1, to which the M-step falls back where a covariance is shared or fixed, has a prior, or is floored.
+
+    The degrees of freedom do not climb Q, along which they would crawl, but the likelihood itself (ECME), of which few
+    statistics tell nearly all. With r = δ²/(ν₀ + δ²) at the present ν₀,
+
+        log(1 + δ²/ν) = log(1 + δ²/ν₀) + log(1 + c r),    c = ν₀/ν − 1,
+
+    and the fourth derivative of log(1 + c r) in r is negative. So Gauss's rule of two nodes, which has the first three
+    moments of r, lies above its mean, and the likelihood as a function of ν above what that makes of it: a bound that
+    touches in value and three derivatives, whose maximum over ν is found by Newton's method.
 
     *Posterior of the parameters.* Location and scale have that of a `Gaussian` (make the part ``normal`` a
     `torchem.Variational`, or the whole model by `torchem.variational`); degrees of freedom have no conjugate prior and
@@ -52,7 +65,8 @@ class StudentT(Composite):
         InvalidArgument: For sizes below one or options that do not exist.
 
     Source: G. J. McLachlan, D. Peel (2000), chapter 7; C. Liu, D. B. Rubin, Y. N. Wu (1998) for the expansion;
-        M. Svensén, C. M. Bishop (2005) for the posterior.
+    C. Liu, D. B. Rubin (1995), section 4, for ECME; W. Gautschi (2004), section 1.4, for the error of Gauss's rule;
+    M. Svensén, C. M. Bishop (2005) for the posterior.
 
     Example:
         >>> t = StudentT(1, 1)
@@ -99,6 +113,12 @@ class StudentT(Composite):
     def handles_missing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """True."""
         return True
+
+    @property
+    def minorizes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """False while ν is learnt: it and Σ climb at once, each given what the other was."""
+        mask = self.frozen("log_freedom")
+        return mask is not None and bool(mask.all())
 
     @property
     def means(self) -> Tensor:
@@ -178,7 +198,12 @@ class StudentT(Composite):
         return _StudentKernel(self, direct=True, score=True).log_potential(batch)
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
-        """``normal`` under expectations times E u; ``count``, ``scale`` Σ E u and ``log`` Σ E log u, ``[*r, K]``."""
+        """``normal`` under expectations times E u; ``count``, ``scale`` Σ E u and ``log`` Σ E log u, ``[*r, K]``.
+
+        What the likelihood says of ν: ``sizes [*r, K, D + 1]``, the mass of rows with so many entries; ``tails``
+        ``[*r, K, 2, 4]``, Σ of log(1 + δ²/ν₀), r, r² and r³ and of these times the entries; and ``at [*r, K, 2]``,
+        Σ of log ν₀ and its square, by which statistics that were taken at several ν₀ are known.
+        """
         kernel = _StudentKernel(self, direct=True)
         kernel.log_potential(batch)
         kernel.collect(batch, expected)
@@ -255,9 +280,10 @@ class StudentT(Composite):
         return not coupled and normal.prior is None and normal.frozen("scale") is None
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
-        """−½ Σ n log |Σ| − ½ (N + ν n) log α − (B + ν A) / 2α + n (½ν log ½ν − log Γ(½ν)) + ½ν L, at the best α or 1.
+        """−½ Σ n log |Σ| − ½ (N + ν₀ n) log (B + ν₀ A) (or −½ B at α = 1) + what the likelihood says of ν.
 
-        With N = n D (or the entries observed), A = Σ u, B = Σ u δ², L = Σ log u, all expected.
+        With N = n D (or the entries observed), A = Σ u, B = Σ u δ², L = Σ log u, all expected at ν₀. Of statistics
+        that were taken at several ν₀ it is Q, with ν for ν₀: there ν has n (½ν log ½ν − log Γ(½ν)) + ½ν (L − A).
         """
         normal, structure = self.normal, self.normal.structure
         if normal.averages:
@@ -265,15 +291,21 @@ class StudentT(Composite):
             own = stats["count"] * (half * half.log() - half.lgamma()) + half * (stats["log"] - stats["scale"])
             return normal.expected_log_prob(stats["normal"]) + own.sum(-1)
         count, scale, log = stats["count"], stats["scale"], stats["log"]
-        raw, half = normal.scale.to(torch.float64), self.log_freedom.to(torch.float64).exp() / 2
+        raw, freedom = normal.scale.to(torch.float64), self.log_freedom.to(torch.float64).exp()
         distance = self._distances(stats["normal"], normal.mean, raw)
         value = -0.5 * structure.normalizer(stats["normal"]["dof"], raw, self.n_components, self.n_features)
-        own = count * (half * half.log() - half.lgamma()) + half * log
-        if not self.expands or stats.mixed:
-            return value + own.sum(-1) - (distance.sum(-1) + 2 * (half * scale).sum(-1)) / 2
-        freedom = self._entries(stats) + 2 * half * count
-        mean = (distance + 2 * half * scale) / freedom.clamp(min=_EMPTY)
-        own = own - torch.where(count > _EMPTY, freedom * (mean.clamp(min=1e-300).log() + 1), 0.0) / 2
+        own = count * (freedom / 2 * (freedom / 2).log() - (freedom / 2).lgamma()) + freedom / 2 * log
+        if stats.mixed:
+            return value + own.sum(-1) - (distance.sum(-1) + (freedom * scale).sum(-1)) / 2
+        tails = _Tails(stats)
+        own = torch.where(tails.same, tails.log_likelihood(freedom), own)
+        old = torch.where(tails.same, tails.freedom, freedom)
+        if not self.expands:
+            rest = torch.where(tails.same, 0.0, freedom * scale)
+            return value + own.sum(-1) - (distance.sum(-1) + rest.sum(-1)) / 2
+        mass = self._entries(stats) + old * count
+        mean = (distance + old * scale) / mass.clamp(min=_EMPTY)
+        own = own - torch.where(count > _EMPTY, mass * (mean.clamp(min=1e-300).log() + 1), 0.0) / 2
         return value + own.sum(-1)
 
     def _distances(self, stats: Stats, mean: Tensor, raw: Tensor) -> Tensor:
@@ -309,7 +341,10 @@ class StudentT(Composite):
             target = torch.where(free, ratio.log() - log, target)
             shape = free.reshape(*free.shape, *[1] * (wider["scale"].dim() - free.dim()))
             values["scale"] = torch.where(shape, wider["scale"], values["scale"])
-        freedom = torch.where(alive, _freedom(target).log().to(self.dtype), self.log_freedom)
+        freedom = _freedom(target)
+        if not stats.mixed:
+            freedom = _Tails(stats).maximum(freedom)
+        freedom = torch.where(alive, freedom.log().to(self.dtype), self.log_freedom)
         return {"log_freedom": self.keep_frozen("log_freedom", freedom)} | self.joined({"normal": values})
 
     def opened(self, stats: Stats) -> dict[str, Stats]:
@@ -386,6 +421,82 @@ def _freedom(target: Tensor) -> Tensor:
     return 2 * shape_from_gap(target, _LEAST / 2, _MOST / 2)
 
 
+class _Tails:
+    """The bound of the likelihood as a function of ν, ``[*r, K]``, that statistics tell: all of it in float64.
+
+    Σ log Γ(½(ν + o)) − n log Γ(½ν) − ½ O log ν − ½ Σ (ν + o) log(1 + δ²/ν), with o entries in a row and O in all.
+    """
+
+    def __init__(self, stats: Stats):
+        alive = stats["count"] > _EMPTY
+        at = stats["at"] / torch.where(alive, stats["count"], 1.0).unsqueeze(-1)
+        #: ν₀, and whether all statistics are of it.
+        self.freedom = at[..., 0].exp()
+        self.same = alive & (at[..., 1] - at[..., 0].square() <= _SAME)
+        self.sizes = stats["sizes"]
+        self.size = torch.arange(self.sizes.shape[-1], device=self.sizes.device, dtype=torch.float64)
+        #: Rows and entries, ``[2, *r, K]``, and Σ log(1 + δ²/ν₀) over both.
+        self.mass = torch.stack([self.sizes.sum(-1), self.sizes @ self.size])
+        tails = stats["tails"].movedim(-2, 0)
+        self.log, moments = tails[..., 0], tails[..., 1:] / self.mass.clamp(min=_EMPTY).unsqueeze(-1)
+        self.nodes, self.weights = _gauss(*moments.unbind(-1))
+
+    def log_likelihood(self, freedom: Tensor) -> Tensor:
+        half = freedom / 2
+        own = (self.sizes * (half.unsqueeze(-1) + self.size / 2).lgamma()).sum(-1) - self.mass[0] * half.lgamma()
+        ratio = (self.freedom / freedom - 1).unsqueeze(-1)
+        rows, entries = self.log + self.mass * (self.weights * (ratio * self.nodes).log1p()).sum(-1)
+        return own - (self.mass[1] * freedom.log() + freedom * rows + entries) / 2
+
+    def maximum(self, otherwise: Tensor) -> Tensor:
+        """The ν within bounds that maximises, by Newton's method in 1/ν, in which the end of the scale is near.
+
+        Args:
+            otherwise: ν where statistics are not of one ν₀, or the way led down.
+        """
+        start = self.freedom.clamp(min=_LEAST, max=_MOST)
+        freedom = start
+        for _ in range(_STEPS):
+            slope, bend = self._derivatives(freedom)
+            # Both times ν: in s = 1/ν the step is −s slope / |2 slope + bend|, upwards where that is not concave too.
+            curvature = (2 * slope + bend).abs()
+            change = 1 - slope / curvature.clamp(min=1e-300)
+            freedom = (freedom / change.clamp(min=1 / _STRIDE, max=_STRIDE)).clamp(min=_LEAST, max=_MOST)
+        before, after = self.log_likelihood(start), self.log_likelihood(freedom)
+        good = self.same & (after >= before - 1e-9 * (1 + before.abs()))
+        return torch.where(good, freedom, otherwise)
+
+    def _derivatives(self, freedom: Tensor) -> tuple[Tensor, Tensor]:
+        """ν L′ and ν² L″."""
+        half, each = freedom / 2, freedom.unsqueeze(-1) / 2 + self.size / 2
+        ratio = (self.freedom / freedom).unsqueeze(-1)
+        inner = (ratio - 1) * self.nodes
+        # ν times the derivative of log(1 + c r) is −q, with q = r ν₀/ν / (1 + c r).
+        q = ratio * self.nodes / (1 + inner)
+        total = self.log + self.mass * (self.weights * inner.log1p()).sum(-1)
+        first = self.mass * (self.weights * q).sum(-1)
+        second = self.mass * (self.weights * q * (2 - q)).sum(-1)
+        count, entries = self.mass
+        slope = (self.sizes * each.digamma()).sum(-1) - count * half.digamma() - total[0] + first[0]
+        slope = (freedom * slope - entries + first[1]) / 2
+        bend = (self.sizes * torch.polygamma(1, each)).sum(-1) - count * torch.polygamma(1, half)
+        bend = freedom * (freedom * bend / 2 + 2 * first[0] - second[0]) + entries - second[1]
+        return slope, bend / 2
+
+
+def _gauss(first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss's rule of two nodes for a law on [0, 1] of these moments: nodes and weights, ``[…, 2]``."""
+    variance = second - first.square()
+    # A law at one point has one node.
+    wide = variance > 1e-12 * second
+    variance = torch.where(wide, variance, 1.0)
+    skew = torch.where(wide, (third - first * (3 * second - 2 * first.square())) / variance, 0.0)
+    root = (skew.square() + 4 * variance).sqrt()
+    nodes = torch.stack([first + (skew - root) / 2, first + (skew + root) / 2], -1).clamp(min=0.0, max=1.0)
+    share = (1 + skew / root) / 2
+    return torch.where(wide.unsqueeze(-1), nodes, first.unsqueeze(-1)), torch.stack([share, 1 - share], -1)
+
+
 class _StudentKernel(Kernel):
     """A pass of the Gaussian; distances tell the scales of the observations."""
 
@@ -409,6 +520,8 @@ class _StudentKernel(Kernel):
         self.scale: Tensor | float = 0.0
         self.log: Tensor | float = 0.0
         self.dof: Tensor | float = 0.0
+        self.sizes: Tensor | float = 0.0
+        self.tails: Tensor | float = 0.0
 
     def log_potential(self, batch: Batch) -> Tensor:
         x = batch.x if batch.observed is None else torch.where(batch.observed, batch.x, torch.nan)
@@ -429,12 +542,17 @@ class _StudentKernel(Kernel):
         distance = distance.clamp(min=0.0)
         if self.blurs is not None:
             distance, log_det = self._blurred(distance, log_det, size)
-        half = (self.freedom + size) / 2
+        # In float64: of many degrees of freedom logarithms of Γ are large, and cancel.
+        freedom, size = self.freedom.to(torch.float64), size.to(torch.float64)
+        half = (freedom + size) / 2
+        constant = ops.student_constant(log_det.to(torch.float64), size, freedom).to(value)
+        center, half = (half.digamma() - (freedom / 2).log()).to(value), half.to(value)
+        self.distance, self.size = distance, size
         # One logarithm of each distance serves the density and the expected logarithm of the scale.
-        beyond = (distance / self.freedom).log1p()
+        self.beyond = beyond = (distance / self.freedom).log1p()
         self.mean = 2 * half / (self.freedom + distance)
-        self.mean_log = half.digamma() - (self.freedom / 2).log() - beyond
-        value = (ops.student_constant(log_det, size, self.freedom) - half * beyond).mT
+        self.mean_log = center - beyond
+        value = (constant - half * beyond).mT
         return value.unflatten(-2, self.axes) if len(self.axes) != 1 else value
 
     def _blurred(self, distance: Tensor, log_det: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -464,10 +582,29 @@ class _StudentKernel(Kernel):
         self.count = self.count + total
         self.scale = self.scale + scaled.sum(-1, dtype=torch.float64)
         self.log = self.log + (weight * self.mean_log).sum(-1, dtype=torch.float64)
+        self._collect_tails(weight, total)
         if self.seen is not None and isinstance(self.structure, ops.Entrywise):
             self.dof = self.dof + (weight @ self.seen.to(weight)).to(torch.float64)
         else:
             self.dof = self.dof + self.structure.counts(total, self.d)
+
+    def _collect_tails(self, weight: Tensor, total: Tensor) -> None:
+        # In float64: of the moments differences are taken.
+        weight, beyond = weight.to(torch.float64), self.beyond.to(torch.float64)
+        r = self.distance.to(torch.float64)
+        r = r / (self.freedom + r)
+        square = weight * r * r
+        terms = [weight * beyond, weight * r, square, square * r]
+        rows = torch.stack([term.sum(-1) for term in terms], -1)
+        if self.seen is None:
+            entries = rows * self.d
+            sizes = torch.nn.functional.pad(total.unsqueeze(-1), (self.d, 0))
+        else:
+            size = self.size.to(torch.float64)
+            entries = torch.stack([term @ size for term in terms], -1)
+            sizes = weight @ torch.nn.functional.one_hot(self.size.long(), self.d + 1).to(torch.float64)
+        self.sizes = self.sizes + sizes
+        self.tails = self.tails + torch.stack([rows, entries], -2)
 
     def stats(self) -> Stats:
         count, first, second = self.sweep.moments()
@@ -475,7 +612,11 @@ class _StudentKernel(Kernel):
             count=count, dof=self.dof, first=first, second=second, shared=self.structure.shared,
             version=self.factor.normal.version,
         )  # fmt: skip
-        return Stats(normal=normal, count=self.count, scale=self.scale, log=self.log)
+        at = self.factor.log_freedom.to(torch.float64)
+        at = torch.stack([self.count * at, self.count * at.square()], -1)
+        return Stats(
+            normal=normal, count=self.count, scale=self.scale, log=self.log, sizes=self.sizes, tails=self.tails, at=at
+        )
 
     def inner(self) -> Tensor:
         return self.factor.expected_log_prob(self.stats())
