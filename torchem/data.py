@@ -128,6 +128,10 @@ class Source:
             )  # fmt: skip
         self.loader = loader
 
+    def _checked(self, batch: Batch) -> Batch:
+        self.model.refuse_unread(batch)
+        return self.model.check(batch)
+
     def _hold(self, data: Any, fields: dict[str, Any]) -> None:
         fields["allow_empty"] = distributed.active()
         if self.sequential:
@@ -136,7 +140,7 @@ class Source:
                 "n_states": self.model.labelled if fields.get("labels") is None else self.model.takes_labels(),
                 "whole": self.model.whole,
             }
-            found = [(number, self.model.check(batch)) for number, batch in as_buckets(data, **fields)]
+            found = [(number, self._checked(batch)) for number, batch in as_buckets(data, **fields)]
         else:
             found = [(None, self.model.batch(data, **fields))]
         numbers = [number for number, _ in found if number is not None]

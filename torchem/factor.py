@@ -247,6 +247,8 @@ class Factor(nn.Module, ABC):
     shared_parameters: frozenset[str] = frozenset()
     #: How many earlier latent states of a sequence the density depends on, besides the present one.
     memory: int = 0
+    #: What of "u", "offset" and "trials" its own methods read of a batch; what a user's family reads is not known.
+    reads: frozenset[str] = frozenset()
     #: Whether what inference is fed differs from `log_prob`: an expectation under a posterior of the parameters.
     averages: bool = False
 

@@ -61,6 +61,7 @@ class GeneralizedLinear(Coefficients):
     """
 
     handles_missing: ClassVar[bool] = True
+    reads: ClassVar = frozenset({"u", "offset"})
     discrete: ClassVar[bool] = True
     independent = True
 

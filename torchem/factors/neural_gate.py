@@ -1,7 +1,7 @@
 """Gates that are networks: any module that gives scores of the classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class NeuralGate(Network):
         >>> gate.log_table(Batch(torch.zeros(3, 1), u=torch.ones(3, 1))).exp().sum(-1).tolist()
         [1.0, 1.0, 1.0]
     """
+
+    reads: ClassVar = frozenset({"u"})
 
     def __init__(
         self,

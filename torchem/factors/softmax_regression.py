@@ -59,6 +59,7 @@ class SoftmaxRegression(Factor):
     """
 
     views: ClassVar = {"weight": "coefficient"}
+    reads: ClassVar = frozenset({"u"})
 
     coefficient: Tensor
     allowed: Tensor
