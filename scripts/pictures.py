@@ -546,7 +546,7 @@ def student_t() -> Any:
     part: Any = heavy.component
     gap = x.unsqueeze(1) - part.means.detach()
     distance = torch.einsum("nki,kij,nkj->nk", gap, torch.linalg.inv(part.scales.detach()), gap)
-    freedom = part.freedom.detach()
+    freedom = part.dof.detach()
     scale = ((freedom + 2) / (freedom + distance) * heavy.posterior(x).detach()).sum(-1)
     fig, axes = figure(1, 1, sharex=True, sharey=True, height=3.6)
     left, right = axes[0]

@@ -404,6 +404,7 @@ def wrapped() -> torchem.GaussianMixture:
     [
         (lambda: Gaussian(2, 1, "diag"), "variances", "covariances"),
         (lambda: Poisson(2, 1), "rate", "rates"),
+        (lambda: factors.StudentT(2, 1), "df", "dof"),
         (lambda: Categorical(2), "prob", "probs"),
         (lambda: factors.Autoregressive.gaussian(2, 1, 1), "weights", "weight"),
         (lambda: torchem.GaussianMixture(2, 1), "mean", "means"),
@@ -419,6 +420,24 @@ def test_a_misspelt_name_is_refused(build: Any, name: str, meant: str) -> None:
     thing = build()
     for value in (torch.ones(2, 1), [[1.0], [1.0]], 1.0):
         with pytest.raises(InvalidArgument, match=rf"{name}: .* did you mean {meant}\?"):
+            setattr(thing, name, value)
+    assert not hasattr(thing, name)
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "views"),
+    [
+        (lambda: factors.StudentT(2, 1), "freedom", "means, scales, dof"),
+        (lambda: Poisson(2, 1), "means", "rates"),
+        (lambda: factors.Bernoulli(2, 1), "p", "probs"),
+        (lambda: factors.LinearGaussian(2, 1, 1), "coefficients", "weight, covariances"),
+        (lambda: wrapped().component, "spread", "means, covariances"),
+    ],
+)
+def test_a_family_takes_numbers_under_the_names_that_it_has(build: Any, name: str, views: str) -> None:
+    thing = build()
+    for value in (torch.ones(2, 1), np.ones((2, 1)), [[1.0], [1.0]], 1.0):
+        with pytest.raises(InvalidArgument, match=rf"^{name}: expected a view of \w+ \({views}\)"):
             setattr(thing, name, value)
     assert not hasattr(thing, name)
 

@@ -149,6 +149,7 @@ class Source:
         self._pieces = [_trimmed(piece) for batch in self.held for piece in batch.split(whole)]
 
     def _checked(self, numbers: Tensor | None, batch: Batch) -> Batch:
+        self.model.refuse_unread(batch)
         with numbered(numbers):
             return self.model.check(batch)
 

@@ -262,6 +262,8 @@ class Factor(nn.Module, ABC):
     shared_parameters: frozenset[str] = frozenset()
     #: How many earlier latent states of a sequence the density depends on, besides the present one.
     memory: int = 0
+    #: What of "u", "offset" and "trials" its own methods read of a batch; what a user's family reads is not known.
+    reads: frozenset[str] = frozenset()
     #: Whether what inference is fed differs from `log_prob`: an expectation under a posterior of the parameters.
     averages: bool = False
     #: Why the family has no conjugate prior, if it has none.
@@ -745,7 +747,8 @@ def refuse_misspelt(module: nn.Module, name: str, value: Any) -> None:
     """Refuse to set what a module has not and its user cannot mean, which Python would keep in silence.
 
     That is a public name, new to the module and its class, close to one of its assignable views, slots or its prior,
-    and a value such as these take, assigned from without: methods of the module set what they like.
+    and a value such as these take, assigned from without: methods of the module set what they like. The families of
+    torchem take numbers under no other public name either.
 
     Raises:
         InvalidArgument: With the name that was meant.
@@ -765,6 +768,13 @@ def refuse_misspelt(module: nn.Module, name: str, value: Any) -> None:
         raise invalid(
             name, f"an attribute of {type(module).__name__}", "a name that it has not",
             f"did you mean {close[0]}? (start the name of one of your own with an underscore)",
+        )  # fmt: skip
+    ours = isinstance(module, Factor) and type(module).__module__.startswith("torchem.")
+    if ours and not isinstance(value, (nn.Module, Prior)):
+        views = [*getattr(module, "views", ())] or sorted(assignable - {"prior"})
+        raise invalid(
+            name, f"a view of {type(module).__name__}" + (f" ({', '.join(views)})" if views else ", which has none"),
+            "a name that it has not", "correct it, or start the name of one of your own with an underscore",
         )  # fmt: skip
 
 

@@ -101,7 +101,29 @@ class LatentModel(nn.Module, ABC):
             fields.setdefault("n_states", self.takes_labels())
         if self.whole:
             fields["whole"] = True
-        return self.check(build(data, allow_missing=self.handles_missing, **fields))
+        batch = build(data, allow_missing=self.handles_missing, **fields)
+        self.refuse_unread(batch)
+        return self.check(batch)
+
+    def refuse_unread(self, batch: Batch) -> None:
+        """Refuse covariates, offsets and trials that no factor of the model reads: they would be without effect.
+
+        Raises:
+            InvalidArgument: For the first of them, unless the model holds a factor of a user's own.
+        """
+        given = [name for name in ("u", "offset", "trials") if getattr(batch, name) is not None]
+        if not given:
+            return
+        factors = [*_all_factors(self), *self.factors()]
+        if not all(type(factor).__module__.startswith("torchem.") for factor in factors):
+            return
+        read = frozenset[str]().union(*(factor.reads for factor in factors))
+        for name in given:
+            if name not in read:
+                argument = {"u": "inputs"}.get(name, name)
+                raise invalid(
+                    argument, f"none: no factor of this {type(self).__name__} reads them", "some", _READERS[name]
+                )
 
     def _read(self, data: Any, fields: dict[str, Any]) -> Batch:
         return self.check(data) if isinstance(data, Batch) and not fields else self.batch(data, **fields)
@@ -472,6 +494,14 @@ class LatentModel(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """Constructor arguments, by the convention that each is kept as an attribute of its name."""
         return constructor_arguments(self)
+
+
+#: What to do about covariates, offsets and trials that nothing reads.
+_READERS = {
+    "u": "leave them out, or use a gate such as SoftmaxRegression or a component such as LinearGaussian",
+    "offset": "leave them out, or use a component such as PoissonRegression or LinearGaussian",
+    "trials": "leave them out, or use BinomialRegression (counts of one number of trials: Multinomial)",
+}
 
 
 def _all_factors(model: nn.Module) -> list[Factor]:

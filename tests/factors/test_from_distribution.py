@@ -1,5 +1,6 @@
 """Laws of torch as families: densities, supports, holes, fits against closed forms, files."""
 
+import copy
 import itertools
 import math
 
@@ -61,6 +62,21 @@ def test_density_is_the_law_s_own_and_holes_are_left_out(law, x, given) -> None:
     assert family.log_prob(Batch(draws)).isfinite().all()
     small = family.select(torch.tensor([2]))
     close(small.log_prob(Batch(x)), family.log_prob(Batch(x))[:, 2:])
+
+
+def test_a_copy_starts_from_the_data_as_well() -> None:
+    x = 100 * laws.Laplace(5.0, 2.0).icdf(rand(200, 1).double())
+    family = FromDistribution(laws.Laplace, 1, 1).double()
+    starts = [f.guess(Batch(x), torch.ones_like(x)) for f in (family, copy.deepcopy(family))]
+    assert set(starts[0]) == {"raw_loc", "raw_scale"}
+    for name, value in starts[0].items():
+        close(starts[1][name], value)
+    bounds = [
+        torchem.fit(model, x, seed=0, max_iter=30, progress=False).bound
+        for model in (mixture(laws.Laplace, 1), copy.deepcopy(mixture(laws.Laplace, 1)))
+    ]
+    scale = (x - x.median()).abs().mean()
+    assert bounds == pytest.approx([float(-200 * (2 * scale).log() - 200)] * 2, abs=1.0)
 
 
 def test_views_keep_their_constraints() -> None:

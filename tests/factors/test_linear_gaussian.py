@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,71 @@ def regression(n: int, k: int, m: int, d: int, seed: int = 0) -> tuple[Tensor, T
     u[:, 0] = 1.0
     z = torch.arange(n) % k
     return u, (weight[z] @ u.unsqueeze(-1)).squeeze(-1) + 0.3 * cases.randn(n, d, seed=seed + 2), z
+
+
+# ---- offsets ------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_an_offset_is_taken_off(kind: str) -> None:
+    factor, batch = _example(kind)  # pyright: ignore
+    offset = 3 * cases.randn(30, seed=7)
+    holes = torch.rand(30, 3, generator=torch.Generator().manual_seed(1)) < 0.3
+    for x in (batch.x, batch.x.masked_fill(holes, torch.nan)):
+        plain = batch.with_x(x)
+        moved = replace(plain.with_x(x + offset[:, None]), offset=offset)
+        close(factor.log_prob(moved), factor.log_prob(plain))
+        expected = cases.soft(30, 3)
+        close_dict(factor.stats(moved, expected), factor.stats(plain, expected))
+        for a, b in zip(factor.conditional(moved), factor.conditional(plain), strict=True):
+            close(a - offset[:, None, None] * (a != b), b)
+        seen = moved.x.nan_to_num()
+        assert torch.equal(torch.where(moved.x.isnan(), 0.0, factor.conditional(moved)[0][:, 0]), seen)
+    z = torch.arange(30) % 3
+    draws = [factor.sample(z, b, torch.Generator().manual_seed(3)) for b in (moved, plain)]
+    close(draws[0], draws[1] + offset[:, None])
+    done = [factor.complete(b, z, torch.Generator().manual_seed(3)) for b in (moved, plain)]
+    close(done[0], done[1] + offset[:, None])
+    close(factor.cdf(moved).nan_to_num(), factor.cdf(plain).nan_to_num())
+    close(factor.moments(moved)[0], factor.moments(plain)[0] + offset[:, None, None])
+
+
+def test_offsets_in_a_mixture_of_experts() -> None:
+    u, x, _ = regression(120, 2, 2, 1)
+    offset = 5 * cases.randn(120, seed=9)
+    found = []
+    for data, known in ((x, None), (x + offset[:, None], offset)):
+        gate = torchem.factors.SoftmaxRegression(2, 2)
+        model = torchem.Mixture(gate, LinearGaussian(2, 2, 1)).double()
+        model.component.weight = [[[1.0, 0.0]], [[-1.0, 0.5]]]
+        result = torchem.fit(model, data, inputs=u, offset=known, init=None, max_iter=8, tol=0, progress=False)
+        mean = model.predict(u, offset=known).mean
+        draw = model.sample(120, inputs=u, offset=known, generator=torch.Generator().manual_seed(0))
+        known = torch.zeros(120) if known is None else known
+        found.append((torch.tensor(result.history), mean - known[:, None], draw - known[:, None]))
+    for plain, moved in zip(*found, strict=True):
+        close(moved, plain, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["inputs", "offset", "trials"])
+def test_what_no_factor_reads_is_refused(name: str) -> None:
+    model, x, given = torchem.GaussianMixture(2, 1), torch.randn(9, 1), {name: torch.ones(9)}
+    for act in (
+        lambda: torchem.fit(model, x, **given, progress=False), lambda: model.log_prob(x, **given),
+        lambda: model.sample(9, **given),
+        lambda: torchem.fit(torchem.GaussianHMM(2, 1), x, **given, progress=False),
+    ):  # fmt: skip
+        with pytest.raises(InvalidArgument, match=rf"^{name}: expected none: no factor of this Gaussian"):
+            act()
+
+
+class Reader(torchem.factors.Gaussian):
+    """What a user's own family reads is not known."""
+
+
+def test_what_a_users_family_may_read_is_taken() -> None:
+    model = torchem.Mixture(Categorical(2), Reader(2, 1))
+    assert model.log_prob(torch.zeros(9, 1), inputs=torch.ones(9)).shape == (9,)
 
 
 # ---- the density --------------------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ def _emissions() -> Iterator[tuple[str, Callable[[], ModelCase]]]:
     def stacked() -> ModelCase:
         """Two states with outliers and one of noise, beside a column of waiting times."""
         t = factors.StudentT(STATES - 1, 2)
-        t.means, t.freedom = 2 * randn(STATES - 1, 2, seed=50), [3.0, 6.0]
+        t.means, t.dof = 2 * randn(STATES - 1, 2, seed=50), [3.0, 6.0]
         noisy = factors.Stacked([t, factors.Uniform(1, 2, -20.0, 20.0)])
         times = factors.Exponential(STATES, 1)
         times.rates = 0.5 + rand(STATES, 1, seed=51)

@@ -64,6 +64,7 @@ class Coefficients(Factor):
     """
 
     views: ClassVar = {"weight": "coefficient"}
+    reads: ClassVar = frozenset({"u"})
     # Lines through chosen observations: clusters of x say little of regressions, and random shares of much data give
     # components that hardly differ.
     default_init: ClassVar[str] = "random_from_data"

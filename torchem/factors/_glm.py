@@ -62,6 +62,7 @@ class GeneralizedLinear(Coefficients):
 
     no_conjugate: ClassVar[str] = "the normaliser of one over coefficients has no closed form"
     handles_missing: ClassVar[bool] = True
+    reads: ClassVar = frozenset({"u", "offset"})
     discrete: ClassVar[bool] = True
     independent = True
 

@@ -1,5 +1,7 @@
 """Successes among trials whose log-odds are linear in covariates: logistic and binomial regressions."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,8 @@ class BinomialRegression(GeneralizedLinear):
         >>> odds.log_prob(Batch(torch.ones(2, 1), u=torch.tensor([[1.0, 0.0], [1.0, 2.0]]))).exp()[:, 0]
         tensor([0.5000, 0.8808], grad_fn=<...>)
     """
+
+    reads: ClassVar = frozenset({"u", "offset", "trials"})
 
     def check(self, batch: Batch) -> None:
         super().check(batch)

@@ -58,6 +58,11 @@ class Censored(Bounded):
             raise invalid("low, high", "a limit", "none", "give one, or say marked=True and mark entries by inputs")
         self.marked = marked
 
+    @property
+    def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Covariates, where they mark what is censored."""
+        return frozenset({"u"} if self.marked else ())
+
     def check(self, batch: Batch) -> None:
         super().check(batch)
         self.factor.check(batch)

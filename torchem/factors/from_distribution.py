@@ -224,8 +224,10 @@ class FromDistribution(Climbed):
         scale = variance.clamp(min=0.0).sqrt().maximum(_NARROW * spread).clamp(min=1e-30)
         found = {"loc": (mean, constraints.real), "scale": (scale, constraints.positive)}
         values = {}
+        # As the class declares them: a copy of a family has constraints of its own.
+        declared: Any = self._law.arg_constraints
         for name, (value, kind) in found.items():
-            if name in self._learnt and self._learnt[name] is kind and "loc" in self._learnt:
+            if name in self._learnt and declared[name] is kind and "loc" in self._learnt:
                 values[f"raw_{name}"] = self.keep_frozen(f"raw_{name}", biject_to(kind).inv(value).to(self.dtype))
         return values if self._law.support is constraints.real else {}
 

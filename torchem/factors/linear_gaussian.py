@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,7 +34,8 @@ _ALTERNATE = 20
 class LinearGaussian(Coefficients, Conjugate):
     """Normal components whose means are linear in covariates.
 
-    log p(x | u, k) = log N(x | W_k u, Σ_k). There is no intercept unless u has a column of ones.
+    log p(x | u, k) = log N(x | W_k u + offset, Σ_k). There is no intercept unless u has a column of ones; the offset, a
+    known number of each row (`Batch.offset`), is added to every column of the mean.
 
     NaN entries of x are missing at random: the density is that of what was observed, and moments are completed by
     conditional expectations. Covariates cannot be missing.
@@ -64,6 +66,7 @@ class LinearGaussian(Coefficients, Conjugate):
     views: ClassVar = {"weight": "coefficient", "covariances": "scale"}
     handles_missing: ClassVar[bool] = True
     splits: ClassVar = frozenset({"weight", "covariances"})
+    reads: ClassVar = frozenset({"u", "offset"})
 
     scale: Tensor
     unit: Tensor
@@ -126,14 +129,15 @@ class LinearGaussian(Coefficients, Conjugate):
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         u = self._inputs(batch).to(self.dtype)
-        mean = _predicted(u.reshape(-1, self.n_inputs), self.weight).movedim(-3, -2).unflatten(-3, u.shape[:-1])
+        mean = _with_offset(_predicted(u.reshape(-1, self.n_inputs), self.weight), batch)
+        mean = mean.movedim(-3, -2).unflatten(-3, u.shape[:-1])
         variance = self.structure.variances(self.scale, self._k, self.n_outputs)
         return mean, variance.reshape(*self.replicas, *[1] * (u.dim() - 1), self._k, self.n_outputs)
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x = batch.x.reshape(-1, self.n_outputs).to(torch.float64)
         u = self._inputs(batch).to(torch.float64).reshape(-1, self.n_inputs)
-        center = _predicted(u, self.weight.to(torch.float64))
+        center = _with_offset(_predicted(u, self.weight.to(torch.float64)), batch)
         raw = self.scale.to(torch.float64)
         found = missing.residual_pass(self.structure, raw, self._k, self.n_outputs).conditional(x, center)
         mean, variance = (v.to(self.dtype).transpose(-3, -2).unflatten(-3, batch.x.shape[:-1]) for v in found)
@@ -153,7 +157,7 @@ class LinearGaussian(Coefficients, Conjugate):
             own = (z == k).nonzero()[:, 0]
             if not len(own):
                 continue
-            center = _predicted(u[own], self.weight[k : k + 1].detach().to(torch.float64))
+            center = _with_offset(_predicted(u[own], self.weight[k : k + 1].detach().to(torch.float64)), batch[own])
             raw = self.scale.detach().to(torch.float64)
             sweep = missing.residual_pass(
                 self.structure, raw if self.structure.shared else raw[k : k + 1], 1, self.n_outputs
@@ -479,9 +483,10 @@ class LinearGaussian(Coefficients, Conjugate):
     def draw_predictive(
         self, posterior: Stats, z: Tensor, batch: Batch | None, generator: torch.Generator | None
     ) -> Tensor:
-        u = self._inputs(Batch(z) if batch is None else batch).to(torch.float64)
+        batch = Batch(z) if batch is None else batch
+        u = self._inputs(batch).to(torch.float64)
         freedom, d = self._sureness(posterior), self.n_outputs
-        mean = (self.weight.detach().to(torch.float64)[z] @ u.unsqueeze(-1)).squeeze(-1)
+        mean = _with_offset((self.weight.detach().to(torch.float64)[z] @ u.unsqueeze(-1)).squeeze(-1), batch)
         wider = 1 + self._unsure(posterior, u).mT[torch.arange(len(z)), z].unsqueeze(-1)
         if self.covariance_type == "diag":
             degrees = ratio = freedom
@@ -506,7 +511,7 @@ class LinearGaussian(Coefficients, Conjugate):
         u = self._inputs(batch).to(torch.float64).reshape(-1, self.n_inputs)
         weight, raw, d = self.weight.to(torch.float64), self.scale.to(torch.float64), self.n_outputs
         x = batch.x.to(torch.float64).reshape(-1, d)
-        center, seen = _predicted(u, weight), ~x.isnan()
+        center, seen = _with_offset(_predicted(u, weight), batch), ~x.isnan()
         freedom, wider = self._sureness(posterior), 1 + self._unsure(posterior, u)
         if self.covariance_type == "diag":
             variance = wider.unsqueeze(-1) * self.structure.covariances(raw).unsqueeze(-2)
@@ -560,14 +565,15 @@ class LinearGaussian(Coefficients, Conjugate):
         return {**super().sizes(), "scale": self.structure.n_parameters(self._k, self.n_outputs)}
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
-        u = self._inputs(Batch(z) if batch is None else batch).to(self.dtype)
+        batch = Batch(z) if batch is None else batch
+        u = self._inputs(batch).to(self.dtype)
         factors = self.structure.dense(self.scale, self._k, self.n_outputs)
         noise = torch.randn(len(z), self.n_outputs, dtype=self.dtype, device=self.device, generator=generator)
         draws, weight = torch.empty_like(noise), self.weight
         for k in range(self._k):
             chosen = z == k
             draws[chosen] = u[chosen] @ weight[k].mT + noise[chosen] @ factors[k].mT
-        return draws
+        return _with_offset(draws, batch)
 
     @classmethod
     def example(cls) -> tuple[Factor, Batch]:
@@ -575,12 +581,13 @@ class LinearGaussian(Coefficients, Conjugate):
 
     @classmethod
     def examples(cls) -> list[tuple[Factor, Batch]]:
-        """One for each covariance structure, of two of them with missing entries."""
+        """One for each covariance structure, of two of them with missing entries, of one of these with offsets."""
         found = [_example(kind) for kind in ("full", "tied", "diag", "spherical")]
         holes = torch.rand(30, 3, generator=torch.Generator().manual_seed(1)) < 0.2
         for place in (1, 3):
             factor, batch = found[place]
             found[place] = factor, batch.with_x(batch.x.masked_fill(holes, torch.nan))
+        found[3] = found[3][0], replace(found[3][1], offset=found[3][1].x.nansum(-1).cos())
         return list(found)
 
 
@@ -601,6 +608,11 @@ def _example(covariance_type: CovarianceType, shared: Sequence[int] = ()) -> tup
 def _predicted(u: Tensor, weight: Tensor) -> Tensor:
     """W_k u ``[*r, K, n, D]`` of rows ``u [n, M]``."""
     return u @ weight.mT
+
+
+def _with_offset(mean: Tensor, batch: Batch) -> Tensor:
+    """Means ``[…, n, D]`` of rows of a batch with its offsets, where it has any."""
+    return mean if batch.offset is None else mean + batch.offset.reshape(-1, 1).to(mean)
 
 
 class _Step:
@@ -689,7 +701,7 @@ class _RegressionKernel(Kernel):
         if missing.any_missing(x):
             return self._of_observed(batch).mT.to(self.weight).unflatten(-2, x.shape[:-1])
         u = factor._inputs(batch).to(self.weight).reshape(-1, factor.n_inputs)
-        difference = x.reshape(-1, factor.n_outputs) - _predicted(u, self.weight)
+        difference = x.reshape(-1, factor.n_outputs) - _with_offset(_predicted(u, self.weight), batch)
         value = (self.structure.distance(difference, self.root) + self.constant) * -0.5
         return value.mT.unflatten(-2, x.shape[:-1])
 
@@ -697,7 +709,7 @@ class _RegressionKernel(Kernel):
         """Log-densities ``[*r, K, n]`` of what was observed of rows with missing entries; makes them the last seen."""
         factor = self.factor
         u = factor._inputs(batch).to(torch.float64).reshape(-1, factor.n_inputs)
-        self.center = _predicted(u, self.weight.to(torch.float64))
+        self.center = _with_offset(_predicted(u, self.weight.to(torch.float64)), batch)
         if self.gaps is None:
             raw = factor.scale.to(torch.float64)
             self.gaps = missing.residual_pass(self.structure, raw, factor.n_components, factor.n_outputs)
@@ -717,6 +729,8 @@ class _RegressionKernel(Kernel):
             # Nothing seen is nothing said.
             weight = torch.where(x.isnan().all(-1), 0.0, weight)
             x, spread = self.center + self.gaps.residuals(), self.gaps.spread(weight)
+        if batch.offset is not None:
+            x = x - batch.offset.reshape(-1, 1).to(x)
         weight = weight.unsqueeze(-1)
         weighted = (weight * u).mT
         parts = (

@@ -65,6 +65,11 @@ class Neural(Network):
         self._outputs, self.inputs, self.states = n_components, bool(inputs), chosen
 
     @property
+    def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Covariates, where the network is called with them."""
+        return frozenset({"u"} if self.inputs else ())
+
+    @property
     def n_components(self) -> int:
         return self._outputs if self.states is None else len(self.states)
 

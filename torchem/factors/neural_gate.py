@@ -42,6 +42,7 @@ class NeuralGate(Network):
     """
 
     no_conjugate: ClassVar[str] = "parameters of a network have no sufficient statistics"
+    reads: ClassVar = frozenset({"u"})
 
     def __init__(
         self,

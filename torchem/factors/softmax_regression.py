@@ -60,6 +60,7 @@ class SoftmaxRegression(Factor):
 
     no_conjugate: ClassVar[str] = "the normaliser of one over coefficients has no closed form"
     views: ClassVar = {"weight": "coefficient"}
+    reads: ClassVar = frozenset({"u"})
 
     coefficient: Tensor
     allowed: Tensor

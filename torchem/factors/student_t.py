@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid
+from torchem.errors import invalid, one_of
 from torchem.factor import Adjustment, Factor, Kernel
 from torchem.factors._composite import Composite
 from torchem.factors.gaussian import CovarianceType, FloorType, Gaussian
@@ -70,14 +70,16 @@ class StudentT(Composite):
 
     Example:
         >>> t = StudentT(1, 1)
-        >>> t.freedom = [1.0]  # Cauchy
+        >>> t.dof = [1.0]  # Cauchy
         >>> t.log_prob(Batch(torch.tensor([[0.0], [10.0]]))).exp()[:, 0]
         tensor([0.3183, 0.0032], grad_fn=<...>)
     """
 
-    views: ClassVar = {"freedom": "log_freedom"}
+    views: ClassVar = {"means": "normal.mean", "scales": "normal.scale", "dof": "log_freedom"}
     no_conjugate: ClassVar[str] = "degrees of freedom have no sufficient statistics; its part normal has one"
     points: ClassVar[bool] = True
+    #: What the views of the normal part are called there.
+    _inner: ClassVar = {"means": "normal.means", "scales": "normal.covariances"}
 
     log_freedom: Tensor
 
@@ -139,48 +141,57 @@ class StudentT(Composite):
         self.normal.covariances = value
 
     @property
-    def freedom(self) -> Tensor:
-        """Degrees of freedom ``[*r, K]``; assignable."""
+    def dof(self) -> Tensor:
+        """Degrees of freedom ν, ``[*r, K]``; assignable."""
         return self.log_freedom.exp()
 
-    @freedom.setter
-    def freedom(self, value: Any) -> None:
-        freedom = as_tensor(value, "freedom").to(self.device, torch.float64)
-        if freedom.shape != self.log_freedom.shape:
-            raise invalid("freedom", f"shape {list(self.log_freedom.shape)}", list(freedom.shape), "one per component")
-        if not bool(((freedom >= _LEAST) & (freedom <= _MOST)).all()):
+    @dof.setter
+    def dof(self, value: Any) -> None:
+        dof = as_tensor(value, "dof").to(self.device, torch.float64)
+        if dof.shape != self.log_freedom.shape:
+            raise invalid("dof", f"shape {list(self.log_freedom.shape)}", list(dof.shape), "one per component")
+        if not bool(((dof >= _LEAST) & (dof <= _MOST)).all()):
             raise invalid(
-                "freedom", f"numbers from {_LEAST} to {_MOST:g}", "one outside, or NaN",
+                "dof", f"numbers from {_LEAST} to {_MOST:g}", "one outside, or NaN",
                 "beyond the largest a Gaussian is the same",
             )  # fmt: skip
         with torch.no_grad():
-            self.log_freedom.copy_(freedom.log())
+            self.log_freedom.copy_(dof.log())
 
     def freeze(self, *names: str, mask: Tensor | None = None) -> "StudentT":
-        """Keep views through every M-step: ``"freedom"``, ``"normal.means"``, ``"normal.covariances"``.
+        """Keep views through every M-step: ``"means"``, ``"scales"``, ``"dof"``.
 
         Args:
             names: All of them when empty.
             mask: Boolean over the components, for exactly one name.
+
+        Raises:
+            InvalidArgument: For a name that is no view, or a mask that does not fit it.
         """
-        if "freedom" in names or not names:
-            Factor.freeze(self, "freedom", mask=mask if len(names) == 1 else None)
-        rest = tuple(name for name in names if name != "freedom")
-        if rest or not names:
-            super().freeze(*rest, mask=mask)
+        for name in names:
+            one_of("freeze", name, self.paths())
+        if mask is not None and len(names) != 1:
+            raise invalid("mask", "exactly one name to apply to", f"{len(names)} names", "freeze them one by one")
+        for name in names or self.views:
+            if name == "dof":
+                Factor.freeze(self, name, mask=mask)
+            else:
+                super().freeze(self._inner.get(name, name), mask=mask)
         return self
 
     def unfreeze(self, *names: str) -> "StudentT":
         """Let the M-step move these views (all of them when empty) again."""
-        if "freedom" in names or not names:
-            Factor.unfreeze(self, "freedom")
-        rest = tuple(name for name in names if name != "freedom")
-        if rest or not names:
-            super().unfreeze(*rest)
+        for name in names:
+            one_of("unfreeze", name, self.paths())
+        for name in names or self.views:
+            if name == "dof":
+                Factor.unfreeze(self, name)
+            else:
+                super().unfreeze(self._inner.get(name, name))
         return self
 
     def paths(self) -> list[str]:
-        return [*super().paths(), "freedom"]
+        return [*self.views, *super().paths()]
 
     # ---- the distribution -------------------------------------------------------------------------------------
 
@@ -218,7 +229,7 @@ class StudentT(Composite):
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Means and variances; these are infinite up to two degrees of freedom."""
         mean, spread = self.normal.moments(batch)
-        freedom = self.freedom
+        freedom = self.dof
         ratio = torch.where(freedom > 2, freedom / (freedom - 2), torch.inf)
         return mean, spread * ratio.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), -1, 1)
 
@@ -261,7 +272,7 @@ class StudentT(Composite):
         return shape, rate
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
-        half = self.freedom.detach().to(torch.float64)[z] / 2
+        half = self.dof.detach().to(torch.float64)[z] / 2
         scale = torch._standard_gamma(half, generator=generator) / half  # pyright: ignore[reportPrivateImportUsage]
         mean, width = self.means.detach()[z], (1 / scale).unsqueeze(-1)
         if self.normal.averages:  # what a predictive has of the location's variance, 1/κ, is not scaled
@@ -411,7 +422,7 @@ class StudentT(Composite):
             family.normal.scale.data = (
                 0.3 * torch.randn(family.normal.scale.shape, generator=generator, dtype=torch.float64).tril()
             )
-            family.freedom = [2.5, 4.0, 8.0]
+            family.dof = [2.5, 4.0, 8.0]
             found.append((family, Batch(data)))
         return found
 
@@ -509,7 +520,7 @@ class _StudentKernel(Kernel):
             unsure, blur = normal.blurs(factor.normal.posterior())
             self.blurs = unsure.to(factor.dtype), blur.to(factor.dtype)
         self.structure, self.d = normal.structure, normal.n_features
-        self.freedom = factor.freedom.unsqueeze(-1)
+        self.freedom = factor.dof.unsqueeze(-1)
         self.log_det = normal.structure.log_det(normal.scale, normal.n_components, self.d).unsqueeze(-1)
         self.arguments = (
             normal.mean,

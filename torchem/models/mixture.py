@@ -343,6 +343,7 @@ class Mixture(Completing, DiscreteModel):
             u[:, 0] if u is not None and u.dim() == 3 else u[:1].expand(n, -1) if u is not None and self.whole else u
         )
         blank = Batch(torch.empty(n, 0, device=self.device), u=heads, offset=offset, trials=trials)
+        self.refuse_unread(blank)
         table = self.mixing.log_table(blank).exp()
         if table.shape[0] == 1:
             z = torch.multinomial(table[0], n, replacement=True, generator=generator) if n else torch.empty(0).long()
