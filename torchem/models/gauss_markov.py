@@ -239,14 +239,17 @@ class GaussMarkovModel(Completing):
 
     def unseen(self, batch: Batch, index: Tensor) -> Normal:
         """See `Completing.unseen`: the normal law of each frame."""
-        lead, place = len(self.replicas), places(batch, index, self.device)
+        place, start = places(batch, index, self.device), 0
 
         def completed(piece: Batch) -> tuple[Tensor, Tensor]:
+            nonlocal start
             plan, found = self._smoothed(piece)
-            return plan.completed(found)
+            size = piece.x.shape[:2].numel()
+            own = place[(place >= start) & (place < start + size)] - start
+            start += size
+            return plan.completed_at(found, own)
 
-        found = self._each(replace(batch, weight=None), {}, completed)
-        mean, spread = (value.flatten(lead, lead + 1).index_select(lead, place) for value in found)
+        mean, spread = self._each(replace(batch, weight=None), {}, completed)
         return Normal.of(floating(batch.rows()[index], self), mean, spread)
 
     # ---- forecasts and draws ----------------------------------------------------------------------------------
@@ -949,17 +952,23 @@ class Plan:
         more = (gain[..., self.frame, :, :] @ gap.unsqueeze(-1)).squeeze(-1)
         return torch.where(self.entries, x, level + more)
 
-    def completed(self, found: kalman.Smoothed) -> tuple[Tensor, Tensor]:
-        """Observations completed by their expectations given all that was observed, and covariances ``[…, D, D]``."""
-        mean, covariance = self.laws(found)
+    def completed(self, found: kalman.Smoothed) -> Tensor:
+        """Observations completed by their expectations given all that was observed, ``[*r, N, T, D]``."""
+        mean = self.laws(found)[0]
         if self.known is None:
-            x = self.x.expand(*mean.shape[:-1], self.x.shape[-1])
-            return x, torch.zeros_like(x).diag_embed()
-        gain, left = self._gains()
-        filled = self._filled(mean.to(torch.float64), gain)
-        pull, rest = (v[..., self.frame, :, :] for v in self._pulled(gain, left))
-        spread = pull @ covariance.to(torch.float64) @ pull.mT + rest
-        return filled.to(mean), spread.to(mean)
+            return self.x.expand(*mean.shape[:-1], self.x.shape[-1])
+        return self._filled(mean.to(torch.float64), self._gains()[0]).to(mean)
+
+    def completed_at(self, found: kalman.Smoothed, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Means ``[*r, g, D]`` and covariances of some frames, by their places among all, given all observations."""
+        mean, covariance = self.laws(found)
+        lead = mean.dim() - 3
+        filled = self.completed(found).flatten(lead, lead + 1)[..., where, :]
+        if self.known is None:
+            return filled, torch.zeros_like(filled).diag_embed()
+        frame, covariance = self.frame.flatten()[where], covariance.flatten(lead, lead + 1)[..., where, :, :]
+        pull, rest = (value[..., frame, :, :] for value in self._pulled(*self._gains()))
+        return filled, (pull @ covariance.to(torch.float64) @ pull.mT + rest).to(mean)
 
     def completed_along(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
         """Observations completed by draws given states ``z [n, N, T, L]`` and what was observed, ``[n, N, T, D]``."""

@@ -201,7 +201,7 @@ class Completing(LatentModel):
 
         Args:
             batch: All observations.
-            index: Numbers of the rows among all, those of sequences one after the other.
+            index: Numbers of the rows among all, rising; those of sequences one after the other.
         """
 
     @abstractmethod

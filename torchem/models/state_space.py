@@ -306,7 +306,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
         def completed(piece: Batch) -> Tensor:
             plan, found = self._smoothed(replace(piece, weight=None))
-            return plan.completed(found)[0]
+            return plan.completed(found)
 
         mean, parts = self._each(batch, {}, completed), []
         for twin, x, _ in self._twins(batch, draws, generator):
