@@ -50,9 +50,10 @@ def start(
     """
     one_of("init", method, ("auto", *METHODS))
     method = model.default_init if method == "auto" else method
-    if len(sample) < n_states:
+    least = model.least_rows(n_states) if method == "random" else n_states
+    if len(sample) < least:
         raise invalid(
-            "data", f"at least as many observations as components ({n_states})", len(sample), "lower n_components"
+            "data", f"at least as many observations as components ({least})", len(sample), "lower n_components"
         )
     batch = model.cast(sample)
     if method == "random_from_data":

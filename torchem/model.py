@@ -317,6 +317,10 @@ class LatentModel(nn.Module, ABC):
         """The start that ``init="auto"`` stands for."""
         return "random"
 
+    def least_rows(self, n_states: int) -> int:
+        """How many rows a start from random responsibilities of so many states needs."""
+        return n_states
+
     def landmarks(self, batch: Batch) -> Tensor:
         """Columns ``[n, F]`` of a sample by which starts cluster it: the observations."""
         return batch.x

@@ -986,3 +986,42 @@ def test_pieces_do_not_matter(kind: Any) -> None:
     whole = net.e_step(batch, kind)
     net.memory_budget = 1
     close_stats(net.e_step(replace(batch), kind), whole)
+
+
+def cause_seen_apart() -> Tensor:
+    """A cause and three effects, the cause seen in rows alone that do not show these."""
+    truth = BayesianNetwork({"A": 2, "B": 2, "C": 2, "D": 2}, [("A", "B"), ("A", "C"), ("A", "D")]).double()
+    truth.tables["A"] = [0.4, 0.6]
+    for name in "BCD":
+        truth.tables[name] = [[0.9, 0.1], [0.2, 0.8]]
+    x = truth.sample(400, generator=torch.Generator().manual_seed(0)).double()
+    x[:40, 1:], x[40:, 0] = torch.nan, torch.nan
+    assert float(truth.log_prob(x).detach().sum()) > -664
+    return x
+
+
+def test_a_node_that_is_never_seen_beside_others_leaves_its_saddle() -> None:
+    """Its observed frequencies alone make all of its states alike: every restart stayed at −774.5."""
+    net = BayesianNetwork({"A": 2, "B": 2, "C": 2, "D": 2}, [("A", "B"), ("A", "C"), ("A", "D")]).double()
+    result = torchem.fit(net, cause_seen_apart(), seed=0, restarts=3, max_iter=300, tol=1e-6, progress=False)
+    assert result.bound > -664
+    assert len({round(bound, 6) for bound in result.restarts}) == 3
+
+
+def test_a_column_without_entries_whose_states_are_alike_is_named() -> None:
+    net = BayesianNetwork({"A": 2, "B": 2}, [("A", "B")]).double()
+    x = torch.tensor([[torch.nan, 0.0], [torch.nan, 1.0]]).double()
+    with pytest.warns(SymmetryWarning, match="start identical"):
+        torchem.fit(net, x, init=None, max_iter=1, tol=0, progress=False)
+
+
+def test_fewer_rows_than_hidden_states_are_enough() -> None:
+    net = BayesianNetwork({"H": 3, "B": 2, "C": 2}, [("H", "B"), ("H", "C")], ("H",)).double()
+    result = torchem.fit(net, [[0.0, 1.0], [1.0, 0.0]], weights=[50.0, 50.0], seed=0, tol=1e-9, progress=False)
+    assert result.bound == pytest.approx(-100 * math.log(2), abs=1e-4)
+
+
+def test_tables_too_large_to_hold_are_refused() -> None:
+    parents = [f"P{i}" for i in range(40)]
+    with pytest.raises(InvalidArgument, match=r"^edges: expected tables of at most .* for X"):
+        BayesianNetwork(dict.fromkeys([*parents, "X"], 2), [(name, "X") for name in parents])

@@ -53,6 +53,9 @@ from torchem.stats import Stats
 #: How the posterior of the hidden nodes is found.
 Approximation = Literal["exact", "mean_field"]
 
+#: Rows for each state of a node from which on those that show it beside others say how to start.
+_TOLD = 5
+
 
 class BayesianNetwork(Completing, DiscreteModel):
     """p(z, x) = Π_v p(z_v | z_pa(v)) Π_l p(x_l | z_pa(l)): discrete nodes in a directed graph, and continuous leaves.
@@ -133,6 +136,11 @@ class BayesianNetwork(Completing, DiscreteModel):
         shapes = {name: tuple(self.cardinalities[p] for p in (*self.parents[name], name)) for name in names}
         self.conditionals = Conditionals([*names, *self._leaves], shapes)
         for name in names:
+            if name not in owned and math.prod(shapes[name]) > LIMIT:
+                raise invalid(
+                    "edges", f"tables of at most {LIMIT} entries", f"one of {math.prod(shapes[name]):.3g} for {name}",
+                    "give the node fewer parents, or put a hidden node between",
+                )  # fmt: skip
             self.conditionals[name] = owned.get(name) or Categorical(*shapes[name])
         for name, leaf in self._leaves.items():
             self.conditionals[name] = given[name][1]
@@ -448,7 +456,11 @@ class BayesianNetwork(Completing, DiscreteModel):
             if value is None:
                 continue
             width = 1 if name in self._number else len(self._leaves[name].columns)
-            columns[name] = self._numbers(name, value).to(torch.float64).reshape(-1, width)
+            numbers = self._numbers(name, value).to(torch.float64)
+            if numbers.numel() % width:
+                shape = list(numbers.shape)
+                raise invalid("evidence", f"{width} columns of {name}", f"shape {shape}", "NaN where one is unknown")
+            columns[name] = numbers.reshape(-1, width)
         n = max((len(value) for value in columns.values()), default=1)
         for name, value in columns.items():
             if len(value) not in (1, n):
@@ -710,8 +722,29 @@ class BayesianNetwork(Completing, DiscreteModel):
     def begin(self, generators: Sequence[torch.Generator], first: int) -> None:
         self._seeds = [generator.initial_seed() % (1 << 62) for generator in generators]
 
+    def least_rows(self, n_states: int) -> int:
+        # Random responsibilities share out any number of rows, and nodes are many.
+        return 1
+
+    def _untold(self, codes: Tensor) -> tuple[list[int], list[int]]:
+        """Nodes with a column that are mostly missing, and those of them that (almost) no row shows beside others.
+
+        The first start from random responsibilities, as hidden ones do: else all restarts would be the same. The tables
+        of the others say nothing of their states, a saddle.
+        """
+        seen = codes >= 0
+        rare = [v for v in self._columns if 2 * int(seen[:, v].sum()) < len(codes)]
+        told = []
+        for v in rare:
+            near = {u for scope in self._scopes.values() if v in scope for u in scope if u in self._columns} - {v}
+            beside = seen[:, sorted(near)].any(-1) if near else torch.zeros_like(seen[:, v])
+            if any(v in self._scopes[self.conditionals.slot(name)] for name in self._leaves):
+                beside = torch.ones_like(beside)  # a leaf's columns are seen as a rule
+            told.append(int((seen[:, v] & beside).sum()) >= _TOLD * self._sizes[v])
+        return rare, [v for v, enough in zip(rare, told, strict=True) if not enough]
+
     def _shares(self, v: int, n: int) -> Tensor:
-        """Random responsibilities ``[*r, n, K]`` of a node that has a column without entries."""
+        """Random responsibilities ``[*r, n, K]`` of a node that has a column with few entries."""
         draws = [torch.rand(n, self._sizes[v], generator=torch.Generator().manual_seed(seed + v), dtype=torch.float64)
                  for seed in self._seeds]  # fmt: skip
         shares = -torch.stack(draws).clamp(min=1e-300).log()
@@ -732,10 +765,10 @@ class BayesianNetwork(Completing, DiscreteModel):
             total = share.sum(-1, keepdim=True)
             share = torch.where(total > 0, share / total.clamp(min=1e-300), 1 / share.shape[-1])
             potentials[f"start.{v}"] = share.clamp(min=torch.finfo(torch.float64).tiny).log()
-        absent = [v for v in self._columns if bool((codes[:, v] < 0).all())]
-        potentials |= {f"start.{v}": self._shares(v, len(codes)).log() for v in absent}
+        rare, untold = self._untold(codes)
+        potentials |= {f"start.{v}": self._shares(v, len(codes)).log() for v in rare}
         for v in self._columns:
-            if v in absent:
+            if v in rare:
                 continue
             counts = torch.nn.functional.one_hot(codes[:, v].clamp(min=0), self._sizes[v])[codes[:, v] >= 0].sum(0)
             frequency = (counts + SMOOTH).to(torch.float64)
@@ -756,17 +789,17 @@ class BayesianNetwork(Completing, DiscreteModel):
         for factor, slots in self.factors().items():
             if slots[0] in potentials:
                 counts = torch.stack([found[slot].squeeze(lead) for slot in slots]).sum(0)
-                new = factor.maximize(Stats(counts=self._parted(counts, self._scopes[slots[0]], absent)))
+                new = factor.maximize(Stats(counts=self._parted(counts, self._scopes[slots[0]], untold)))
             else:
                 new = self._started(factor, slots[0], found[slots[0]], batch)
             values |= {f"{slots[0]}.{name}": value for name, value in new.items()}
         self.assign(values)
 
-    def _parted(self, counts: Tensor, scope: Scope, absent: Sequence[int] = ()) -> Tensor:
+    def _parted(self, counts: Tensor, scope: Scope, untold: Sequence[int] = ()) -> Tensor:
         """Counts of a table with a little of all in each cell, and what hidden nodes tell apart scaled up."""
         lead = len(self.replicas)
         counts = counts + SMOOTH * counts.mean(-1, keepdim=True).clamp(min=SMOOTH)
-        unseen = {*self._latent, *absent}
+        unseen = {*self._latent, *untold}
         hidden = [i for i, v in enumerate(scope[:-1]) if v in unseen]
         if scope[-1] in unseen:
             hidden = list(range(len(scope) - 1))
@@ -817,7 +850,9 @@ class BayesianNetwork(Completing, DiscreteModel):
         piece = self.cast(batch)
         tables, scopes = self._given({slot: k.log_potential(piece) for slot, k in self._kernels().items()}, piece)
         pairs, offset = [], 0
-        for v in self._latent:
+        codes = self._codes(batch.x)
+        # After the states of hidden nodes those of the ones that no row shows.
+        for v in (*self._latent, *(v for v in self._columns if bool((codes[:, v] < 0).all()))):
             size = self._sizes[v]
             own = self.conditionals.slot(list(self.cardinalities)[v])
             around = [(tables[slot].detach(), scope, slot == own) for slot, scope in scopes.items() if v in scope]

@@ -194,12 +194,12 @@ class FactorAnalysis(Completing, DiscreteModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def log_prob(self, data: Any) -> Float[Tensor, "*r n"]:
-        return self._each(data, self.log_partition, score=True)
+    def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
+        return self._each(self._read(data, fields), self.log_partition, score=True)
 
-    def posterior(self, data: Any) -> MultivariateNormal:
+    def posterior(self, data: Any, **fields: Any) -> MultivariateNormal:
         """p(z | x) of each row: normal, ``.mean [N, q]`` and ``.covariance_matrix [N, q, q]``."""
-        mean, factor = self._each(data, lambda p, b: self._scores(b))
+        mean, factor = self._each(self._read(data, fields), lambda p, b: self._scores(b))
         return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -208,13 +208,13 @@ class FactorAnalysis(Completing, DiscreteModel):
         mean, covariance = mean.squeeze(-2), covariance.squeeze(-3)
         return mean, linalg.cholesky(covariance).expand(*mean.shape, self.n_factors)
 
-    def transform(self, data: Any) -> Float[Tensor, "*r n q"]:
+    def transform(self, data: Any, **fields: Any) -> Float[Tensor, "*r n q"]:
         """Expected scores of each row, ``[N, q]``."""
-        return self.posterior(data).mean
+        return self.posterior(data, **fields).mean
 
-    def most_likely(self, data: Any) -> Float[Tensor, "*r n q"]:
+    def most_likely(self, data: Any, **fields: Any) -> Float[Tensor, "*r n q"]:
         """The most probable scores of each row, ``[N, q]``: those expected."""
-        return self.transform(data)
+        return self.transform(data, **fields)
 
     def column_kinds(self) -> list[tuple[bool, bool]]:
         return kinds_of(self.component)
