@@ -14,7 +14,16 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
-from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law, with_inputs
+from torchem.models.gauss_markov import (
+    CovarianceType,
+    Enters,
+    GaussMarkovModel,
+    Law,
+    Plan,
+    lookable,
+    normal_law,
+    with_inputs,
+)
 from torchem.models.imputation import Gaps, How, at_once, checked_draws
 from torchem.ops import kalman, linalg
 from torchem.ops.dispatch import declared_precision
@@ -248,10 +257,23 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     # ---- use --------------------------------------------------------------------------------------------------
 
-    def _each(self, data: Any, fields: dict[str, Any], function: Callable[["Plan"], Any], certain: bool = False) -> Any:
+    def _each(
+        self, data: Any, fields: dict[str, Any], function: Callable[["Plan"], Any], certain: bool = False,
+        check: bool = True,
+    ) -> Any:  # fmt: skip
         batch = self._read(data, fields)
+        parts = []
         with declared_precision(self.device):
-            parts = [function(self._plan(piece, certain)) for piece in self.stream(batch)]
+            for piece in self.stream(batch):
+                plan = self._plan(piece, certain)
+                parts.append(function(plan))
+                if (
+                    check
+                    and lookable()
+                    and any(bool(leaf.detach().isnan().any()) for leaf in pytree.tree_leaves(parts[-1]))
+                ):
+                    found = kalman.filtered(plan.chain(), self._roots())
+                    self._refuse_overflow(found.predicted_root, found.covariance)
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *p: torch.cat(p, len(self.replicas)), *parts)
 
     def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
@@ -260,11 +282,15 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         Args:
             data: Sequences, as for `torchem.fit`.
             **fields: ``inputs``, ``lengths``, … as for `LatentModel.batch`.
+
+        Raises:
+            InvalidArgument: If the variance of a state that nothing observes overflows.
         """
-        return self._each(data, fields, self._value, certain=True)
+        return self._each(_to_the_last_seen(self._read(data, fields)), {}, self._value, certain=True)
 
     def log_bound(self, batch: Batch) -> Tensor:
-        return self._each(batch, {}, self._value)
+        # A fit sees for itself where numbers end, and steps back.
+        return self._each(batch, {}, self._value, check=False)
 
     def _value(self, plan: "Plan") -> Tensor:
         return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
@@ -347,6 +373,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
                 means.append(mean)
                 covariances.append(covariance)
             mean, covariance = torch.stack(means, 1), torch.stack(covariances, 1)
+            self._refuse_overflow(mean.transpose(0, 1), covariance.transpose(0, 1))
             seen = mean @ see.states.mT + (0.0 if shift is None else shift)
             return Forecast(
                 normal_law(mean, covariance),
@@ -364,6 +391,18 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         many = None if u is None else u.repeat(n, 1, 1)
         return self._rolled(z, many, steps, generator, first=False)[0].unflatten(0, (n, size))
 
+    def _refuse_overflow(self, *values: Tensor) -> None:
+        """Name the first frame, on the first axis after those of replicas, at which there are no numbers any more."""
+        lead = len(self.replicas)
+        bad = torch.stack([~value.detach().isfinite().transpose(0, lead).flatten(1).all(-1) for value in values]).any(0)
+        if bool(bad.any()):
+            radius = float(torch.linalg.eigvals(self.dynamics.detach().to("cpu", torch.float64)).abs().amax())
+            raise invalid(
+                "dynamics", f"states of finite variance in {str(self.dtype).removeprefix('torch.')}",
+                f"an overflow at frame {int(bad.nonzero()[0])}, at a spectral radius of {radius:.4g}",
+                "shorten the sequences, use model.double(), or assign dynamics of a radius of at most 1",
+            )  # fmt: skip
+
     def _rolled(
         self, z: Tensor, u: Tensor | None, steps: int, generator: torch.Generator | None, first: bool
     ) -> tuple[Tensor, Tensor]:
@@ -376,7 +415,9 @@ class LinearGaussianStateSpace(GaussMarkovModel):
                 z = self.transition.sample(blank, with_inputs(z, own, self.inputs != "observation"), generator)
             states.append(z)
             seen.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
-        return torch.stack(seen, 1), torch.stack(states, 1)
+        found = torch.stack(seen, 1), torch.stack(states, 1)
+        self._refuse_overflow(*(value.transpose(0, 1) for value in found))
+        return found
 
     @torch.no_grad()
     def sample(
@@ -483,3 +524,19 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         factor = self.transition
         values = factor.maximize(factor.penalized(factor.moment_stats(*moments())))
         self.assign({f"transition.{name}": value for name, value in values.items()})
+
+
+def _to_the_last_seen(batch: Batch) -> Batch:
+    """Sequences without frames at their ends of which nothing was seen: these change no density."""
+    if not lookable() or not bool(batch.x.isnan().any()):
+        return batch
+    seen = ~batch.x.isnan().all(-1)
+    mask = batch.frames_mask()
+    seen = seen if mask is None else seen & mask
+    frame = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+    last = torch.where(seen, frame, 1).amax(1)
+    if bool((last == batch.frames().to(last)).all()):
+        return batch
+    most = int(last.amax()) if len(last) else 1
+    u = None if batch.u is None else batch.u[:, :most]
+    return replace(batch, x=batch.x[:, :most], u=u, lengths=last)
