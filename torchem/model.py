@@ -314,6 +314,11 @@ class LatentModel(nn.Module, ABC):
         """``[*r, K]`` Boolean, True where a component sits at the bounds of its family."""
         return None
 
+    def floored(self) -> list[int | str]:
+        """What a result says stands at the floor: components by index; covariances by name where there are none."""
+        marks = self.degenerate()
+        return [] if marks is None else marks.nonzero()[:, 0].tolist()
+
     def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
         """Pairs of states whose potentials agree on a sample to within ``tolerance`` nats, up to a constant weight.
 

@@ -343,11 +343,13 @@ class GaussMarkovModel(LatentModel):
             weight = self.loadings.detach().to(torch.float64).reshape(-1, d, k)
             back = torch.linalg.pinv(weight[min(replica, len(weight) - 1)]).mT
         else:
-            scale = ((mass @ x[0].square()) / total).sqrt()
-            unit = x[0] / torch.where(scale > 0, scale, 1.0)
-            values, vectors = torch.linalg.eigh((mass.unsqueeze(-1) * unit).mT @ unit / total)
-            kept = values.flip(-1)[:k].clamp(min=1e-3 * float(values.amax()) + 1e-12)
-            back = vectors.flip(-1)[:, :k] / kept.sqrt() / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+            # Without an intercept states carry the level, so directions are those of second moments about zero; what
+            # they are measured in, as are floors, is how the data vary about it.
+            scale = self._deviation(x[0], mass, None)
+            unit = x[0] / scale
+            _, vectors = torch.linalg.eigh((mass.unsqueeze(-1) * unit).mT @ unit / total)
+            vectors = vectors.flip(-1)[:, :k]
+            back = vectors / scale.unsqueeze(-1) / self._deviation(unit @ vectors, mass, 1e-3)
             # More states than columns: what the others stand for is not seen in single frames.
             back = torch.nn.functional.pad(back, (0, k - back.shape[-1]))
             if not lucky:
@@ -364,8 +366,33 @@ class GaussMarkovModel(LatentModel):
             now, after = (value + 0.3 * spread.sqrt() * noise(*value.shape) for value in (now, after))
         return (now, after), share * spread
 
+    @staticmethod
+    def _deviation(x: Tensor, mass: Tensor, least: float | None) -> Tensor:
+        """Standard deviations of columns ``[F, C]``, of which none is less than that of others, or a share of it."""
+        mean = (mass @ x) / mass.sum()
+        variance = (mass @ (x - mean).square()) / mass.sum()
+        noise = (64 * torch.finfo(x.dtype).eps * mean).square()
+        variance = torch.where(variance > noise, variance, 0.0)
+        most = variance.amax()
+        fallback = torch.where(most > 0, most, 1.0)
+        if least is not None:
+            return variance.clamp(min=least * float(fallback)).sqrt()
+        return torch.where(variance > 0, variance, fallback).sqrt()
+
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
         self.initialize(batch, index)
+
+    def floored(self) -> list[int | str]:
+        """Names of covariances at their floor, unless they are frozen."""
+        steps = "dynamics_covariance" if hasattr(type(self), "dynamics_covariance") else "dynamics_covariances"
+        places = ("initial", "initial_covariance"), ("transition", steps), ("observation", "observation_covariance")
+        found: list[int | str] = []
+        for slot, name in places:
+            factor = getattr(self, slot).unwrapped
+            marks = factor.degenerate()
+            if marks is not None and bool(marks.any()) and factor.frozen("scale") is None:
+                found.append(name)
+        return found
 
     # ---- data -------------------------------------------------------------------------------------------------
 
