@@ -336,6 +336,10 @@ class LatentModel(nn.Module, ABC):
         """What held-out rows or sequences are judged by, ``[*r, N]``: `log_prob`, or a bound where that is too dear."""
         return self.log_prob(batch)
 
+    def scored_by_bound(self, batch: Batch) -> bool:
+        """Whether `log_score` of these data is a lower bound, not log p(x)."""
+        return type(self).log_score is not LatentModel.log_score and not self.exact
+
     def log_bound(self, batch: Batch) -> Tensor:
         """What the objective has of each row or sequence, ``[*r, N]``, and a mixture weighs models by.
 

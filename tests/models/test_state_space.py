@@ -539,6 +539,14 @@ def test_forecasts_are_what_frames_that_are_missing_tell() -> None:
         assert float(error.abs().max()) < 5 / math.sqrt(3000)
 
 
+def test_forecasts_say_whose_covariates_are_missing() -> None:
+    model = LinearGaussianStateSpace(1, 1, 1)
+    past, future = torch.ones(5, 1), torch.ones(3, 1)
+    with pytest.raises(InvalidArgument, match=r"^u: .*frames of data.* inputs= .*frames to come"):
+        model.forecast(torch.zeros(5, 1), 3, inputs=future)
+    assert model.forecast(torch.zeros(5, 1), 3, inputs=future, u=past).mean.shape == (1, 3, 1)
+
+
 def test_draws_have_the_moments_of_the_posterior() -> None:
     model = model_of(2, 2)
     batch = data_of(model, n=2, gaps=True)

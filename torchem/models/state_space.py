@@ -355,6 +355,13 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         whole_number("steps", steps, 1, "give how many frames to look ahead")
         if self.replicas:
             raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
+        if self.n_inputs and not isinstance(data, Batch) and fields.get("u") is None:
+            raise invalid(
+                "u",
+                "the covariates of the frames of data, as inputs= are those of the frames to come",
+                "none",
+                "pass u=",
+            )
         batch = self._read(data, fields)
         with torch.no_grad():
             mean, covariance = self._each(batch, {}, lambda p: p.laws(kalman.filtered(p.chain(), self._roots())))
