@@ -139,7 +139,7 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
         keep = [k for k in range(n_states) if k not in chosen.forbidden]
         model.prune(torch.tensor(keep, device=model.device))  # pyright: ignore[reportCallIssue]
         dead = [keep.index(k) for k in dead if k in keep]
-        floored = [keep.index(k) for k in floored if k in keep]  # pyright: ignore[reportArgumentType]
+        floored[:] = [keep.index(k) for k in floored if isinstance(k, int) and k in keep]
     # What has no mass is unused, and named as dead: it takes nothing from another.
     redundant = [pair for pair in model.twins(survey.sample[:_GLANCE], _ALIKE) if not {*pair} & {*dead}]
     return Result(
