@@ -162,3 +162,21 @@ def test_sequences_of_any_form_and_length(device: torch.device) -> None:
     assert torchem.criteria(model, torch.cat(sequences), weights, lengths=lengths) == found
     labels = [torch.full((n,), -1) for n in lengths]
     assert torchem.criteria(model, sequences, weights, labels=labels).loglik == pytest.approx(found.loglik)
+
+
+def test_where_likelihoods_are_too_dear_the_bound_stands_for_them() -> None:
+    x = torch.randn(3, 20, 1, generator=torch.Generator().manual_seed(0))
+    model = torchem.SwitchingLinearDynamics(2, 1, 1)
+    long, short = torchem.criteria(model, x), torchem.criteria(model, x[:, :4])
+    assert (long.bound, short.bound) == (True, False)
+    assert long.loglik == pytest.approx(float(model.elbo(x).detach().sum()), rel=1e-5)
+    assert short.loglik == pytest.approx(float(model.log_prob(x[:, :4]).detach().sum()), rel=1e-5)
+    assert long.bic == pytest.approx(-2 * long.loglik + long.n_parameters * math.log(60))
+    rows = torch.tensor([[0, 1], [1, 1], [1, 0]])
+    sizes, edges = {"A": 2, "B": 2, "C": 2}, [("A", "B"), ("A", "C")]
+    exact = torchem.BayesianNetwork(sizes, edges, hidden=("A",))
+    field = torchem.BayesianNetwork(sizes, edges, hidden=("A",), inference="mean_field")
+    assert not torchem.criteria(exact, rows).bound
+    found = torchem.criteria(field, rows)
+    assert found.bound
+    assert found.loglik == pytest.approx(float(field.elbo(rows).detach().sum()), rel=1e-5)

@@ -475,7 +475,8 @@ def _facts(candidate: runs.Candidate, unit: str, alone: bool) -> str:
         if which:
             kind = "state" if unit == "frame" else "component"
             meaning = {"dead": "no mass left in", "floored": "at the floor: covariance of"}[name]
-            lines.append(f"{name:<15} {meaning} {kind}{'s' * (len(which) > 1)} {', '.join(map(str, which))}")
+            of = f"{meaning} {kind}{'s' * (len(which) > 1)}" if isinstance(which[0], int) else "at the floor:"
+            lines.append(f"{name:<15} {of} {', '.join(map(str, which))}")
     return "\n".join(lines)
 
 

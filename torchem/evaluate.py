@@ -15,12 +15,14 @@ class Criteria:
     """Log-likelihood and what is made of it; lower `aic`, `bic` and `icl` are better.
 
     Attributes:
-        loglik: Total (weighted) log-likelihood, in nats.
+        loglik: Total (weighted) log-likelihood, in nats; a lower bound on it where `bound` is True.
         n_parameters: Free parameters.
         n: Total weight: the number of observations when there are no weights.
         aic: −2 loglik + 2 n_parameters.
         bic: −2 loglik + n_parameters · log n.
         icl: BIC plus twice the entropy of the posteriors: prefers components that do not overlap.
+        bound: Whether the likelihood is too dear to compute and the model's bound stands for it: criteria are then too
+            large, and compare models of one kind of posterior.
     """
 
     loglik: float
@@ -29,6 +31,7 @@ class Criteria:
     aic: float
     bic: float
     icl: float
+    bound: bool = False
 
 
 @torch.no_grad()
@@ -65,8 +68,9 @@ def criteria(
         2
     """
     loglik = entropy = count = 0.0
+    bound = False
     for _, batch in Source(model, data, None, weights, inputs, lengths, labels, observed, offset, trials):
-        log_prob = model.log_prob(batch)
+        log_prob, bound = model.log_score(batch), bound or model.scored_by_bound(batch)
         if batch.weight is not None:
             weight = batch.weight.to(log_prob.device)
             log_prob = torch.where(weight > 0, log_prob, 0.0) * weight
@@ -75,4 +79,4 @@ def criteria(
         count += float(model.count(batch))
     k = model.n_parameters()
     bic = -2 * loglik + k * math.log(count)
-    return Criteria(loglik, k, count, -2 * loglik + 2 * k, bic, bic + 2 * entropy)
+    return Criteria(loglik, k, count, -2 * loglik + 2 * k, bic, bic + 2 * entropy, bound)

@@ -343,6 +343,11 @@ class LatentModel(nn.Module, ABC):
         """``[*r, K]`` Boolean, True where a component sits at the bounds of its family."""
         return None
 
+    def floored(self) -> list[int | str]:
+        """What a result says stands at the floor: components by index; covariances by name where there are none."""
+        marks = self.degenerate()
+        return [] if marks is None else marks.nonzero()[:, 0].tolist()
+
     def twins(self, batch: Batch, tolerance: float = 0.0) -> list[tuple[int, int]]:
         """Pairs of states whose potentials agree on a sample to within ``tolerance`` nats, up to a constant weight.
 
@@ -359,6 +364,10 @@ class LatentModel(nn.Module, ABC):
     def log_score(self, batch: Batch) -> Tensor:
         """What held-out rows or sequences are judged by, ``[*r, N]``: `log_prob`, or a bound where that is too dear."""
         return self.log_prob(batch)
+
+    def scored_by_bound(self, batch: Batch) -> bool:
+        """Whether `log_score` of these data is a lower bound, not log p(x)."""
+        return type(self).log_score is not LatentModel.log_score and not self.exact
 
     def log_bound(self, batch: Batch) -> Tensor:
         """What the objective has of each row or sequence, ``[*r, N]``, and a mixture weighs models by.

@@ -41,7 +41,7 @@ class Result:
             or a component was pruned.
         scores: The best held-out score of each restart: of those that were not dropped the best is returned.
         dead: Components with next to no mass, by index.
-        floored: Components whose covariance stands at the floor, by index.
+        floored: Components whose covariance stands at the floor, by index; of state spaces the covariances, by name.
         redundant: Pairs of components with mass that ended as nearly the same distribution: too many, or a saddle.
         pruned: Components that were taken out, by their index at the start.
         remaining: Aitken's estimate of the rise still to come, in nats; None where the tail is not linear.
@@ -63,7 +63,7 @@ class Result:
     validation: list[float] | None = None
     scores: list[float] | None = None
     dead: list[int] = field(default_factory=list)
-    floored: list[int] = field(default_factory=list)
+    floored: list[int | str] = field(default_factory=list)
     pruned: list[int] = field(default_factory=list)
     redundant: list[tuple[int, int]] = field(default_factory=list)
     remaining: float | None = None
@@ -138,7 +138,8 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     if pruned:
         keep = [k for k in range(n_states) if k not in chosen.forbidden]
         model.prune(torch.tensor(keep, device=model.device))  # pyright: ignore[reportCallIssue]
-        dead, floored = ([keep.index(k) for k in group if k in keep] for group in (dead, floored))
+        dead = [keep.index(k) for k in dead if k in keep]
+        floored[:] = [keep.index(k) for k in floored if isinstance(k, int) and k in keep]
     # What has no mass is unused, and named as dead: it takes nothing from another.
     redundant = [pair for pair in model.twins(survey.sample[:_GLANCE], _ALIKE) if not {*pair} & {*dead}]
     return Result(
@@ -153,14 +154,13 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     )  # fmt: skip
 
 
-def _health(run: Run) -> tuple[list[int], list[int]]:
+def _health(run: Run) -> tuple[list[int], list[int | str]]:
     """Indices of components that had no mass at the end and of components at the floor."""
     dead: list[int] = []
     if run.mass is not None:
         dead = (run.mass < DEAD).nonzero()[:, 0].tolist()
     assert run.model is not None
-    floored = run.model.degenerate()
-    return dead, [] if floored is None else floored.nonzero()[:, 0].tolist()
+    return dead, run.model.floored()
 
 
 def report_end(result: Result, tol: float, blind: bool, limit: str = "max_iter") -> None:

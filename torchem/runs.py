@@ -391,7 +391,7 @@ def sort_states(result: Result) -> None:
         return
     model.load_from(twin)
     for group in (result.dead, result.floored):
-        group[:] = sorted(order.index(k) for k in group)
+        group[:] = sorted(order.index(k) for k in group if isinstance(k, int))
 
 
 def relative(path: Path, folder: Path) -> str:

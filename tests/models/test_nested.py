@@ -505,6 +505,23 @@ def test_components_are_read_and_assigned() -> None:
         model.component[0] = hmm(gaussian(3, D, "diag"))
 
 
+def test_models_held_one_by_one_are_read_and_assigned() -> None:
+    model = Mixture(Categorical(2), torchem.LinearGaussianStateSpace(1, 1))
+    other = torchem.LinearGaussianStateSpace(2, 1)
+    model.component[1] = other
+    assert model.component[1] is other
+    assert model.component[0] is not other
+    x = randn(3, 4, 1).float()
+    own = torch.stack([part.log_prob(x) for part in model.component], -1)
+    close(model.log_prob(x), (model.weights.log() + own).logsumexp(-1))
+    for bad in (torchem.LinearGaussianStateSpace(1, 2), GaussianMixture(2, 1), model.component[0], other.double()):
+        with pytest.raises(InvalidArgument, match="component"):
+            model.component[1] = bad
+        assert model.component[1] is other
+    with pytest.raises(IndexError):
+        model.component[2] = other
+
+
 def test_criteria_and_forecasts_of_components() -> None:
     x, _ = two_ways(8, 12)
     model = chains_of(1)
@@ -572,6 +589,8 @@ def test_mixtures_of_models_are_equivariant_to_units(name: str, variational: boo
 
 
 def test_what_cannot_be_a_component_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"models of the same columns, got \[1, 2\]"):
+        Mixture(Categorical(2), [GaussianHMM(2, 1), GaussianHMM(2, 2)])
     chain = GaussianHMM(2, 1)
     with pytest.raises(InvalidArgument, match="2 models, as many as mixing has classes, got 1"):
         Mixture(Categorical(2), [chain])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -538,6 +539,14 @@ def test_forecasts_are_what_frames_that_are_missing_tell() -> None:
         assert float(error.abs().max()) < 5 / math.sqrt(3000)
 
 
+def test_forecasts_say_whose_covariates_are_missing() -> None:
+    model = LinearGaussianStateSpace(1, 1, 1)
+    past, future = torch.ones(5, 1), torch.ones(3, 1)
+    with pytest.raises(InvalidArgument, match=r"^u: .*frames of data.* inputs= .*frames to come"):
+        model.forecast(torch.zeros(5, 1), 3, inputs=future)
+    assert model.forecast(torch.zeros(5, 1), 3, inputs=future, u=past).mean.shape == (1, 3, 1)
+
+
 def test_draws_have_the_moments_of_the_posterior() -> None:
     model = model_of(2, 2)
     batch = data_of(model, n=2, gaps=True)
@@ -611,6 +620,75 @@ def test_single_frames_and_no_sequences_at_all() -> None:
             close_stats(model.e_step(data_of(model, gaps=True)[:0]) + stats, stats)
     result = torchem.fit(LinearGaussianStateSpace(2, 3).double(), batch, max_iter=500, tol=1e-3, seed=0, progress=False)
     assert math.isfinite(result.bound)
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e4])
+def test_series_far_from_zero_are_fitted_as_those_at_zero(offset: float) -> None:
+    walk = randn(1, 60, 2, seed=2).cumsum(1)
+
+    def bound(x: Tensor) -> float:
+        model = LinearGaussianStateSpace(2, 2).double()
+        result = torchem.fit(model, x, max_iter=40, tol=0, seed=0, progress=False)
+        assert not {"dynamics_covariance", "observation_covariance"} & set(result.floored)
+        return result.bound
+
+    far = bound(walk + offset)
+    assert abs(far - bound(walk)) < 1.0
+    # Units change nothing but the measure, at any offset.
+    assert bound(1e-5 * (walk + offset)) + walk.numel() * math.log(1e-5) == pytest.approx(far, abs=1e-3)
+
+
+def test_noise_about_a_level_is_no_walk() -> None:
+    x = randn(1, 80, 1, seed=1)
+    normal = float(torch.distributions.Normal(x.mean(), x.std(correction=0)).log_prob(x).sum())
+    model = LinearGaussianStateSpace(1, 1).double()
+    result = torchem.fit(model, x + 1000, max_iter=300, tol=0, seed=0, progress=False)
+    assert result.bound > normal - 2.0
+    assert 0.9 < float(model.observation_covariance.detach()) / float(x.var()) < 1.1
+
+
+@pytest.mark.filterwarnings("ignore::torchem.errors.ConvergenceWarning")
+@pytest.mark.parametrize("accelerate", ["squarem", "anderson"])
+def test_jumps_end_in_the_feasible_set_and_floors_are_named(accelerate: Any) -> None:
+    # One sequence has one first state: nothing tells how such states vary.
+    y = np.cumsum(np.random.default_rng(13).normal(size=(1, 20, 2)), 1)
+    model = LinearGaussianStateSpace(1, 2).double()
+    result = torchem.fit(model, y, max_iter=300, tol=1e-12, seed=0, accelerate=accelerate, progress=False)
+    assert result.status == "max_iter"
+    assert float(torch.tensor(result.history).diff().min()) >= 0
+    assert result.floored == ["initial_covariance", "observation_covariance"]
+    assert float(model.initial_covariance.detach()) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_frames_at_the_end_of_which_nothing_was_seen_change_no_density() -> None:
+    model = LinearGaussianStateSpace(1, 1)
+    model.dynamics, model.loadings = [[1.02]], [[1.0]]
+    x = torch.zeros(3, 3000, 1)
+    x[0, 100:] = x[1, 50:] = x[2] = torch.nan
+    x[1, 7] = torch.nan
+    alone = [float(model.log_prob(row[:n].unsqueeze(0)).detach()) for row, n in zip(x, (100, 50, 1), strict=True)]
+    assert model.log_prob(x).tolist() == pytest.approx(alone, abs=1e-3)
+    assert alone[2] == 0.0
+
+
+def test_states_whose_variance_overflows_are_named() -> None:
+    model = LinearGaussianStateSpace(2, 1)
+    model.dynamics, model.loadings = [[1.0, 0.0], [0.0, 1.5]], [[1.0, 0.0]]
+    short, long = torch.zeros(1, 80, 1), torch.zeros(1, 300, 1)
+    assert bool(model.log_prob(short).isfinite().all())
+    uses: list[Callable[[], Any]] = [
+        lambda: model.log_prob(long),
+        lambda: model.posterior(long),
+        lambda: model.filter(long),
+        lambda: model.smooth(long),
+        lambda: model.impute(torch.cat([long, long.new_full((1, 1, 1), torch.nan)], 1)),
+        lambda: model.forecast(short, 300),
+        lambda: model.sample(2, 300),
+    ]
+    with torch.no_grad():
+        for use in uses:
+            with pytest.raises(InvalidArgument, match=r"dynamics: .* overflow at frame \d+, .* radius of 1\.5"):
+                use()
 
 
 def test_unstable_dynamics_are_finite() -> None:

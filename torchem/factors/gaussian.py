@@ -378,10 +378,15 @@ class Gaussian(Factor, Conjugate):
             return
         with torch.no_grad():
             covariances = self.covariances.to(torch.float64)
-            clipped = self._floored(covariances) if self.geometry is None else self._nearest(self.scale)
-            # Of a geometry float32 keeps its own digits.
-            tolerance = 1e-9 if self.geometry is None else max(1e-9, 100 * torch.finfo(self.dtype).eps)
-            changed = (clipped - covariances).abs() > tolerance * covariances.abs().amax()
+            if self.geometry is None:
+                clipped = self._floored(covariances)
+                unit, floor = self._unit(), max(self.covariance_floor, 1e-15)
+                changed = self.structure.below(covariances, self.scale, unit, floor, self._k)
+            else:
+                clipped = self._nearest(self.scale)
+                # Of a geometry float32 keeps its own digits.
+                tolerance = max(1e-9, 100 * torch.finfo(self.dtype).eps)
+                changed = (clipped - covariances).abs() > tolerance * covariances.abs().amax()
             if bool(changed.any()):
                 self.scale.data = self.structure.raw(clipped).to(self.scale)
 

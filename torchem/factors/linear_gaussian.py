@@ -338,8 +338,8 @@ class LinearGaussian(Coefficients, Conjugate):
         with torch.no_grad():
             covariances = self.covariances.to(torch.float64)
             clipped = self._floored(covariances)
-            changed = (clipped - covariances).abs() > 1e-9 * covariances.abs().amax()
-            if bool(changed.any()):
+            unit, floor = self._unit(), max(self.covariance_floor, 1e-15)
+            if bool(self.structure.below(covariances, self.scale, unit, floor, self._k).any()):
                 self.scale.data = self.structure.raw(clipped).to(self.scale)
 
     def degenerate(self) -> Tensor | None:

@@ -486,7 +486,10 @@ class FactorialHMM(Completing):
 
     def log_score(self, batch: Batch) -> Tensor:
         """`log_prob` where the chains have few enough states for it, else `elbo`."""
-        return self.log_prob(batch) if math.prod(self.n_states) <= _EXACT else self.elbo(batch)
+        return self.elbo(batch) if self.scored_by_bound(batch) else self.log_prob(batch)
+
+    def scored_by_bound(self, batch: Batch) -> bool:
+        return math.prod(self.n_states) > _EXACT
 
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of q over the paths of all chains, ``[*r]`` in nats."""

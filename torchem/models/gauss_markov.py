@@ -291,6 +291,9 @@ class GaussMarkovModel(Completing):
         whole_number("steps", steps, 1, "give how many frames to look ahead")
         if self.replicas:
             raise invalid("model", "one without replicas", f"{self.replicas[0]} of them", "use take_replicas(0)")
+        if self.n_inputs and not isinstance(data, Batch) and fields.get("u") is None:
+            expected = "the covariates of the frames of data, as inputs= are those of the frames to come"
+            raise invalid("u", expected, "none", "pass u=")
         batch = self._read(data, fields)
         with torch.no_grad():
             u = self._ahead(inputs, len(batch), steps)
@@ -299,10 +302,23 @@ class GaussMarkovModel(Completing):
             laws = [
                 torch.stack(found, 1) for found in zip(*self._onward(mean, covariance, regimes, u, steps), strict=True)
             ]
+            self._refuse_overflow(*(law.transpose(0, 1) for law in laws[:2]))
             see = Law.of(self.observation.quadratic(), self.n_latents)
             shift = 0.0 if u is None or see.inputs is None else u @ see.inputs.mT
             seen = see.states @ laws[1] @ see.states.mT + see.factor @ see.factor.mT
             return Forecast(normal_law(*laws[:2]), normal_law(laws[0] @ see.states.mT + shift, seen), draws, laws[2])
+
+    def _refuse_overflow(self, *values: Tensor) -> None:
+        """Name the first frame, on the first axis after those of replicas, at which there are no numbers any more."""
+        lead = len(self.replicas)
+        bad = torch.stack([~value.detach().isfinite().transpose(0, lead).flatten(1).all(-1) for value in values]).any(0)
+        if bool(bad.any()):
+            radius = float(torch.linalg.eigvals(self.dynamics.detach().to("cpu", torch.float64)).abs().amax())
+            raise invalid(
+                "dynamics", f"states of finite variance in {str(self.dtype).removeprefix('torch.')}",
+                f"an overflow at frame {int(bad.nonzero()[0])}, at a spectral radius of {radius:.4g}",
+                "shorten the sequences, use model.double(), or assign dynamics of a radius of at most 1",
+            )  # fmt: skip
 
     def _onward(
         self, mean: Tensor, covariance: Tensor, regimes: Tensor, u: Tensor | None, steps: int
@@ -362,7 +378,9 @@ class GaussMarkovModel(Completing):
                 z = self.transition.sample(path[:, t], with_inputs(z, own, self.inputs != "observation"), generator)
             states.append(z)
             seen.append(self.observation.sample(blank, with_inputs(z, own, self.inputs != "dynamics"), generator))
-        return torch.stack(seen, 1), torch.stack(states, 1)
+        found = torch.stack(seen, 1), torch.stack(states, 1)
+        self._refuse_overflow(*(value.transpose(0, 1) for value in found))
+        return found
 
     def _latents(self, z: Tensor, path: Tensor) -> Any:
         """What `sample` gives beside observations."""
@@ -546,11 +564,13 @@ class GaussMarkovModel(Completing):
             weight = self.loadings.detach().to(torch.float64).reshape(-1, d, k)
             back = torch.linalg.pinv(weight[min(replica, len(weight) - 1)]).mT
         else:
-            scale = ((mass @ x[0].square()) / total).sqrt()
-            unit = x[0] / torch.where(scale > 0, scale, 1.0)
-            values, vectors = torch.linalg.eigh((mass.unsqueeze(-1) * unit).mT @ unit / total)
-            kept = values.flip(-1)[:k].clamp(min=1e-3 * float(values.amax()) + 1e-12)
-            back = vectors.flip(-1)[:, :k] / kept.sqrt() / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+            # Without an intercept states carry the level, so directions are those of second moments about zero; what
+            # they are measured in, as are floors, is how the data vary about it.
+            scale = self._deviation(x[0], mass, None)
+            unit = x[0] / scale
+            _, vectors = torch.linalg.eigh((mass.unsqueeze(-1) * unit).mT @ unit / total)
+            vectors = vectors.flip(-1)[:, :k]
+            back = vectors / scale.unsqueeze(-1) / self._deviation(unit @ vectors, mass, 1e-3)
             # More states than columns: what the others stand for is not seen in single frames.
             back = torch.nn.functional.pad(back, (0, k - back.shape[-1]))
             if not lucky:
@@ -567,8 +587,33 @@ class GaussMarkovModel(Completing):
             now, after = (value + 0.3 * spread.sqrt() * noise(*value.shape) for value in (now, after))
         return (now, after), share * spread
 
+    @staticmethod
+    def _deviation(x: Tensor, mass: Tensor, least: float | None) -> Tensor:
+        """Standard deviations of columns ``[F, C]``, of which none is less than that of others, or a share of it."""
+        mean = (mass @ x) / mass.sum()
+        variance = (mass @ (x - mean).square()) / mass.sum()
+        noise = (64 * torch.finfo(x.dtype).eps * mean).square()
+        variance = torch.where(variance > noise, variance, 0.0)
+        most = variance.amax()
+        fallback = torch.where(most > 0, most, 1.0)
+        if least is not None:
+            return variance.clamp(min=least * float(fallback)).sqrt()
+        return torch.where(variance > 0, variance, fallback).sqrt()
+
     def initialize_at(self, batch: Batch, index: Tensor) -> None:
         self.initialize(batch, index)
+
+    def floored(self) -> list[int | str]:
+        """Names of covariances at their floor, unless they are frozen."""
+        steps = "dynamics_covariance" if hasattr(type(self), "dynamics_covariance") else "dynamics_covariances"
+        places = ("initial", "initial_covariance"), ("transition", steps), ("observation", "observation_covariance")
+        found: list[int | str] = []
+        for slot, name in places:
+            factor = getattr(self, slot).unwrapped
+            marks = factor.degenerate()
+            if marks is not None and bool(marks.any()) and factor.frozen("scale") is None:
+                found.append(name)
+        return found
 
     # ---- data -------------------------------------------------------------------------------------------------
 

@@ -274,6 +274,13 @@ def nested(component: Any, size: int) -> Models:
     return Several(given)
 
 
+def _columns(model: LatentModel) -> int | None:
+    """Columns of what a model reads, where it is built for a number of them."""
+    owners = (getattr(model, name, None) for name in ("emission", "component"))
+    known = (getattr(owner, "n_features", None) for owner in (model, *owners))
+    return next((width for width in known if isinstance(width, int)), None)
+
+
 # ---- passes -------------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +577,14 @@ class Several(Models):
         kinds = {(model.dtype, model.device) for model in given}
         if len(kinds) > 1:
             raise invalid("component", "models of one dtype on one device", sorted(map(str, kinds)), "convert them")
+        widths = {k: width for k, model in enumerate(given) if (width := _columns(model)) is not None}
+        if len(set(widths.values())) > 1:
+            raise invalid(
+                "component",
+                "models of the same columns",
+                f"{[*widths.values()]} of them",
+                "build them for the same data",
+            )
         self.models = nn.ModuleList(given)
         stationary = {
             id(own) for model in given for own in [getattr(getattr(model, "initial", None), "transition", None)] if own
@@ -611,6 +626,14 @@ class Several(Models):
 
     def __getitem__(self, k: int) -> LatentModel:
         return self._models[k]
+
+    def __setitem__(self, k: int, model: LatentModel) -> None:
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"component: expected one of {len(self)} components, got {k}; count from 0")
+        others = self._models
+        others[k] = model
+        # What cannot be a component is refused as it is at the start.
+        self.models = nested(others, len(self)).models  # pyright: ignore[reportAttributeAccessIssue]
 
     def kernel(self, score: bool = False, taken: Taken = Taken()) -> Kernel:
         return _SeveralPass(self, score, taken)

@@ -13,7 +13,7 @@ from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
 from torchem.factor import Factor
 from torchem.model import EStep, weighted
-from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, normal_law
+from torchem.models.gauss_markov import CovarianceType, Enters, GaussMarkovModel, Law, Plan, lookable, normal_law
 from torchem.models.imputation import Gaps, in_turn, places
 from torchem.ops import kalman
 from torchem.ops.dispatch import declared_precision
@@ -223,10 +223,20 @@ class LinearGaussianStateSpace(GaussMarkovModel):
     # ---- use --------------------------------------------------------------------------------------------------
 
     def _planned(
-        self, data: Any, fields: dict[str, Any], function: Callable[[Plan], Any], certain: bool = False
-    ) -> Any:
-        """A function of the pieces of data as chains, joined along the sequences."""
-        return self._each(data, fields, lambda piece: function(self._plan(piece, certain)))
+        self, data: Any, fields: dict[str, Any], function: Callable[[Plan], Any], certain: bool = False,
+        check: bool = True,
+    ) -> Any:  # fmt: skip
+        """A function of the pieces of data as chains, joined along the sequences; it may not overflow."""
+
+        def checked(piece: Batch) -> Any:
+            plan = self._plan(piece, certain)
+            found = function(plan)
+            if check and lookable() and any(bool(leaf.detach().isnan().any()) for leaf in pytree.tree_leaves(found)):
+                laws = kalman.filtered(plan.chain(), self._roots())
+                self._refuse_overflow(laws.predicted_root, laws.covariance)
+            return found
+
+        return self._each(data, fields, checked)
 
     def log_prob(self, data: Any, **fields: Any) -> Float[Tensor, "*r n"]:
         """log p(x) of each sequence, states summed out; of posteriors of parameters, at their means.
@@ -234,11 +244,15 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         Args:
             data: Sequences, as for `torchem.fit`.
             **fields: ``inputs``, ``lengths``, … as for `LatentModel.batch`.
+
+        Raises:
+            InvalidArgument: If the variance of a state that nothing observes overflows.
         """
-        return self._planned(data, fields, self._value, certain=True)
+        return self._planned(_to_the_last_seen(self._read(data, fields)), {}, self._value, certain=True)
 
     def log_bound(self, batch: Batch) -> Tensor:
-        return self._planned(batch, {}, self._value)
+        # A fit sees for itself where numbers end, and steps back.
+        return self._planned(batch, {}, self._value, check=False)
 
     def _value(self, plan: "Plan") -> Tensor:
         return plan.log_prob(kalman.filtered(plan.chain(), self._roots())).to(self.dtype)
@@ -323,3 +337,19 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         factor = self.transition
         values = factor.maximize(factor.penalized(factor.moment_stats(*moments())))
         self.assign({f"transition.{name}": value for name, value in values.items()})
+
+
+def _to_the_last_seen(batch: Batch) -> Batch:
+    """Sequences without frames at their ends of which nothing was seen: these change no density."""
+    if not lookable() or not bool(batch.x.isnan().any()):
+        return batch
+    seen = ~batch.x.isnan().all(-1)
+    mask = batch.frames_mask()
+    seen = seen if mask is None else seen & mask
+    frame = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+    last = torch.where(seen, frame, 1).amax(1)
+    if bool((last == batch.frames().to(last)).all()):
+        return batch
+    most = int(last.amax()) if len(last) else 1
+    u = None if batch.u is None else batch.u[:, :most]
+    return replace(batch, x=batch.x[:, :most], u=u, lengths=last)

@@ -357,8 +357,10 @@ class SwitchingLinearDynamics(GaussMarkovModel):
 
     def log_score(self, batch: Batch) -> Tensor:
         """`log_prob` where sequences have few enough paths for it, else `elbo`."""
-        few = self.n_states ** (batch.x.shape[1] - 1) <= _PATHS
-        return self.log_prob(batch) if few else self.elbo(batch)
+        return self.elbo(batch) if self.scored_by_bound(batch) else self.log_prob(batch)
+
+    def scored_by_bound(self, batch: Batch) -> bool:
+        return self.n_states ** (batch.x.shape[1] - 1) > _PATHS
 
     def entropy(self, batch: Batch) -> Tensor:
         """Weighted entropy of q: differential, of states and of what is missing, and that of regimes; ``[*r]``."""

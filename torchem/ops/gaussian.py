@@ -196,6 +196,15 @@ class Structure(ABC):
     def smallest(self, covariances: Tensor, unit: Tensor, k: int) -> Tensor:
         """Smallest eigenvalue of Δ^−½ Σ_k Δ^−½, ``[*r, K]``."""
 
+    def below(self, covariances: Tensor, raw: Tensor, unit: Tensor, floor: float, k: int) -> Tensor:
+        """Where `clip` has something to do, ``[*r, K]``: more than what the rounding of ``raw`` explains.
+
+        What counts is the smallest eigenvalue against the floor, not against the largest: the likelihood sees ratios.
+        """
+        variances = self.variances(raw, k, unit.shape[-1]).to(unit)
+        rounding = 4 * torch.finfo(raw.dtype).eps * (variances / unit).amax(-1)
+        return self.smallest(covariances, unit, k) < floor * (1 - 1e-9) - rounding
+
     @abstractmethod
     def add(self, covariances: Tensor, amount: float) -> Tensor:
         """Covariances with ``amount`` added to every variance."""
