@@ -344,5 +344,5 @@ def test_labels_of_every_whole_type(dtype: type, torched: bool) -> None:
     assert batch.evidence is not None
     assert batch.evidence.tolist() == [[0.0, -math.inf], [-math.inf, 0.0], [-math.inf, 0.0], [0.0, -math.inf]]
     beyond = np.array([1, 2]).astype(dtype)
-    with pytest.raises(InvalidArgument, match="labels: .*got 2 at row 1"):
+    with pytest.raises(InvalidArgument, match=r"labels: .*got 2 at row 1"):
         torchem.GaussianMixture(2, 1).batch(torch.zeros(2, 1), labels=torch.from_numpy(beyond) if torched else beyond)

@@ -215,7 +215,8 @@ def test_regressions_with_exposures_trials_and_gaps(capsys, tmp_path, monkeypatc
     ok(capsys, "plot", "out")
     completed = read_table("out/imputed.csv", ["y"]).values[:, 0]
     mean = read_table("out/predictions.csv", ["mean_y"]).values[:, 0]
-    assert np.isfinite(completed).all() and completed[5] == pytest.approx(mean[5], rel=1e-9)
+    assert np.isfinite(completed).all()
+    assert completed[5] == pytest.approx(mean[5], rel=1e-9)
     assert np.delete(completed, 5).tolist() == np.delete(draws[family], 5).tolist()
     # Other data: without y they are predicted, without what is needed beside it the message says how to go on.
     Path("u.csv").write_text("v,size\n0.0,1\n1.0,20\n")

@@ -71,7 +71,7 @@ class Observations:
             raise invalid("data.max_rows", f"{len(self.values)} or more for sequences", rows, "leave it out")
         index = np.sort(np.random.default_rng(seed or 0).choice(len(self.values), rows, replace=False))
         weights, labels = (None if known is None else known[index] for known in (self.weights, self.labels))
-        given = {name: value[index] for name, value in self.given.items()}
+        given: dict[str, Any] = {name: value[index] for name, value in self.given.items()}
         return Observations(self.source, self.columns, self.values[index], weights, labels=labels, **given)
 
     def fields(self, weights: str) -> dict[str, Any]:
