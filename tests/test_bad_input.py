@@ -457,3 +457,21 @@ def test_names_of_ones_own_are_free() -> None:
     model.note, model.threshold, model.columns = "a", 0.5, ["x"]
     model.component = Gaussian(2, 1)
     model.helper = torch.nn.Linear(1, 1)
+
+
+def test_numbers_whose_squares_overflow_are_told_of_as_such() -> None:
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(
+            torchem.GaussianMixture(2, 2).double(), x().double() * torch.tensor([1.0, 1e160], dtype=torch.float64)
+        )
+    told(error, "data", "column 1", "squares overflow", "rescale")
+
+
+def test_labels_that_contradict_structural_zeros_are_named_as_what_may_be_wrong() -> None:
+    model = torchem.GaussianHMM(2, 2).double()
+    model.transition_matrix = [[1.0, 0.0], [0.5, 0.5]]
+    labels = torch.full((20,), -1)
+    labels[4], labels[9] = 0, 1
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(model, x(), labels=labels, seed=0)
+    told(error, "data", "probability zero at sequence 0", "label")
