@@ -216,13 +216,22 @@ def test_stochastic_em_of_draws_comes_near_the_optimum() -> None:
     assert saem.bound == pytest.approx(best, abs=4.0)
 
 
-@pytest.mark.parametrize("anneal", [[0.3, 0.6], lambda passes: 0.5, lambda passes: passes / 30])
+@pytest.mark.parametrize("anneal", [[k / 30 for k in range(1, 30)], lambda passes: 0.5, lambda passes: passes / 30])
 def test_schedules_must_come_to_one(anneal: Any) -> None:
     x = blobs(30, 2, 3)
     with pytest.raises(
         InvalidArgument, match=r"^anneal: expected a schedule that comes to 1 within max_iter=19 passes"
     ):
         fit(mixture(3, 2), x, anneal=anneal, max_iter=19)
+
+
+def test_a_short_fit_holds_temperatures_for_its_share_of_the_passes() -> None:
+    x = blobs(60, 2, 3)
+    result = fit(mixture(3, 2), x, anneal=[0.3, 0.6, 1.0], max_iter=8, tol=0)
+    assert result.n_iter == 8
+    assert result.bound == pytest.approx(float(result.model.log_prob(x).sum().detach()))
+    assert [Annealing([0.3, 0.6], 8).at(t) for t in range(6)] == [0.3, 0.3, 0.6, 0.6, 1.0, 1.0]
+    assert [Annealing([0.3, 0.6], 100).at(t) for t in (9, 10, 19, 20)] == [0.3, 0.6, 0.6, 1.0]
 
 
 def test_draws_come_from_the_fits_own_generator() -> None:

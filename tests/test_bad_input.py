@@ -578,3 +578,21 @@ def test_a_category_never_seen_and_collinear_regressors_have_a_policy() -> None:
     weight = line.component.weight[0, 0].detach()  # pyright: ignore
     assert weight[[0, 2]].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     assert float(weight[1]) == pytest.approx(2.0)
+
+
+def test_numbers_whose_squares_overflow_are_told_of_as_such() -> None:
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(
+            torchem.GaussianMixture(2, 2).double(), x().double() * torch.tensor([1.0, 1e160], dtype=torch.float64)
+        )
+    told(error, "data", "column 1", "squares overflow", "rescale")
+
+
+def test_labels_that_contradict_structural_zeros_are_named_as_what_may_be_wrong() -> None:
+    model = torchem.GaussianHMM(2, 2).double()
+    model.transition_matrix = [[1.0, 0.0], [0.5, 0.5]]
+    labels = torch.full((20,), -1)
+    labels[4], labels[9] = 0, 1
+    with pytest.raises(InvalidArgument) as error:
+        torchem.fit(model, x(), labels=labels, seed=0)
+    told(error, "data", "probability zero at sequence 0", "label")

@@ -1,6 +1,7 @@
 """Batches: what is accepted, what is refused and how it is said, and that nothing is aliased or changed."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
+import torchem
 from torchem.batch import Batch, as_batch, as_tensor, concatenate
 from torchem.errors import InvalidArgument, InvalidType, TorchemError
 
@@ -325,3 +327,22 @@ def test_any_shape_gives_a_table_or_a_documented_refusal(shape: list[int], dtype
         with pytest.raises(TorchemError, match="data: expected"):
             as_batch(data)
     assert torch.equal(data, kept)
+
+
+def test_a_path_where_numbers_are_expected_is_called_a_path() -> None:
+    for act in (torchem.GaussianMixture(2, 2).impute, torchem.GaussianMixture(2, 2).log_prob):
+        with pytest.raises(TypeError, match=r"data: expected numbers, got the path 'file.csv'.*read_table"):
+            act("file.csv")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize("torched", [True, False])
+def test_labels_of_every_whole_type(dtype: type, torched: bool) -> None:
+    labels = np.array([0, 1, 1, 0]).astype(dtype)
+    given = torch.from_numpy(labels) if torched else labels
+    batch = torchem.GaussianMixture(2, 1).batch(torch.zeros(4, 1), labels=given)
+    assert batch.evidence is not None
+    assert batch.evidence.tolist() == [[0.0, -math.inf], [-math.inf, 0.0], [-math.inf, 0.0], [0.0, -math.inf]]
+    beyond = np.array([1, 2]).astype(dtype)
+    with pytest.raises(InvalidArgument, match=r"labels: .*got 2 at row 1"):
+        torchem.GaussianMixture(2, 1).batch(torch.zeros(2, 1), labels=torch.from_numpy(beyond) if torched else beyond)

@@ -173,6 +173,70 @@ def test_sequences_are_clustered(capsys, tmp_path):
     assert "data.labels: expected one label for each sequence" in error
 
 
+RATES = """
+model:
+  class_path: torchem.Mixture
+  init_args:
+    mixing: torchem.factors.Categorical
+    component: torchem.factors.{family}
+states: 1
+data: {{path: t.csv, columns: [y], inputs: [v], intercept: true, {extra}}}
+fit: {{seed: 0, max_iter: 200, tol: 1.0e-9}}
+output: out
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"), [("PoissonRegression", "offset"), ("BinomialRegression", "trials"), ("LinearGaussian", None)]
+)
+def test_regressions_with_exposures_trials_and_gaps(capsys, tmp_path, monkeypatch, family: str, extra: str) -> None:
+    """Each command on the same columns: what a run reads beside its data it reads again, from any table."""
+    monkeypatch.chdir(tmp_path)
+    rng, n = np.random.default_rng(0), 300
+    v, size = rng.normal(size=n), rng.integers(1, 30, n)
+    draws = {
+        "PoissonRegression": rng.poisson(size * np.exp(0.5 + 0.7 * v)),
+        "BinomialRegression": rng.binomial(size, 1 / (1 + np.exp(-0.5 - 0.7 * v))),
+        "LinearGaussian": 0.5 + 0.7 * v + 0.1 * rng.normal(size=n),
+    }
+    beside = np.log(size) if extra == "offset" else size
+    y = [str(value) for value in draws[family]]
+    y[5] = ""
+    rows = [f"{a},{b},{c}" for a, b, c in zip(y, v.tolist(), beside.tolist(), strict=True)]
+    Path("t.csv").write_text("\n".join(["y,v,size", *rows]))
+    column = f"{extra}: size" if extra else "weights: null"
+    Path("r.yaml").write_text(RATES.format(family=family, extra=column))
+    ok(capsys, "fit", "r.yaml")
+    weight = torchem.load("out/model.safetensors").component.weight.detach()  # pyright: ignore[reportAttributeAccessIssue]
+    assert weight.reshape(-1).tolist() == pytest.approx([0.5, 0.7], abs=0.1)
+    ok(capsys, "impute", "out", "--how", "mean")
+    ok(capsys, "predict", "out")
+    ok(capsys, "sample", "out", "--seed", 0)
+    ok(capsys, "plot", "out")
+    completed = read_table("out/imputed.csv", ["y"]).values[:, 0]
+    mean = read_table("out/predictions.csv", ["mean_y"]).values[:, 0]
+    assert np.isfinite(completed).all()
+    assert completed[5] == pytest.approx(mean[5], rel=1e-9)
+    assert np.delete(completed, 5).tolist() == np.delete(draws[family], 5).tolist()
+    # Other data: without y they are predicted, without what is needed beside it the message says how to go on.
+    Path("u.csv").write_text("v,size\n0.0,1\n1.0,20\n")
+    ok(capsys, "predict", "out", "u.csv")
+    Path("w.csv").write_text("y,size\n1,1\n1,20\n")
+    assert "'v' that the model was fitted on" in fails(capsys, "impute", "out", "w.csv")
+    if extra:
+        Path("w.csv").write_text("y,v\n1,1\n1,1\n")
+        assert "'size' that the model was fitted on" in fails(capsys, "predict", "out", "w.csv")
+
+
+def test_a_table_that_lacks_a_column_of_the_model_is_told_of_empty_cells(capsys, work) -> None:
+    ok(capsys, "fit", "c.yaml")
+    (work / "one.csv").write_text("eruptions\n1.9\n4.1\n")
+    for command in ("predict", "impute"):
+        assert re.search("the column 'waiting' .*empty cells", fails(capsys, command, "out", "one.csv"))
+    (work / "both.csv").write_text("eruptions,waiting\n1.9,\n4.1,\n")
+    ok(capsys, "impute", "out", "both.csv")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), [
     ("regimes", ["135 frames in 1 sequence", "-181.26", "9 parameters", "0.245  0.755"]),

@@ -702,3 +702,25 @@ def test_experts_that_are_networks(tmp_path) -> None:
     close(again.log_prob(again.batch(x, inputs=u)), model.log_prob(model.batch(x, inputs=u)))
     with pytest.raises(NotImplementedError, match=r"moments where its module has a method moments\(\)"):
         torchem.Mixture(Categorical(3), Neural(Normal(3, 1), 3)).predict(u[:2]).mean  # noqa: B018
+
+
+class Strict(Normal):
+    """A network that refuses what is not a number."""
+
+    def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        if bool(x.isnan().any()):
+            raise ValueError("NaN")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_networks_are_never_asked_about_missing_frames(inputs: bool) -> None:
+    """Not by the check of their sizes either, which the first frame that is there answers."""
+    x, u = randn(2, 12, 2), randn(2, 12, 2, seed=1) if inputs else None
+    x[0, :3], x[1, 5] = torch.nan, torch.nan
+    emission = Gradient(Neural(Strict(2, 2), 2, inputs), torch.optim.Adam, 2, lr=0.01)
+    model = torchem.HMM(Categorical(2), Categorical(2, 2), emission).double()
+    result = torchem.fit(model, x, inputs=u, init=None, tol=100.0, progress=False)
+    assert math.isfinite(result.bound)
+    x[0] = torch.nan
+    assert abs(float(model.log_prob(x, inputs=u)[0].detach())) < 1e-9

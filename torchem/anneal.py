@@ -28,8 +28,9 @@ class Annealing:
     """Which inverse temperature a pass is made at.
 
     Args:
-        schedule: Rising inverse temperatures, each held for ten passes, 1 at the end being understood; or a function
-            of the pass 0, 1, … that comes to 1 and stays. None for 1.
+        schedule: Rising inverse temperatures, each held for ten passes (fewer where time is short), 1 at the end being
+            understood; or a function of the pass 0, 1, … that comes to 1 and stays. None for 1.
+        passes: How many there may be at most: each temperature has its share.
 
     Raises:
         InvalidArgument: For values that are not in (0, 2] or do not rise.
@@ -42,7 +43,7 @@ class Annealing:
         ([False, True], 0.5)
     """
 
-    def __init__(self, schedule: Iterable[float] | Callable[[int], float] | None = None):
+    def __init__(self, schedule: Iterable[float] | Callable[[int], float] | None = None, passes: int | None = None):
         self.function = schedule if callable(schedule) else None
         betas: list[Any] = [1.0] if schedule is None or callable(schedule) else [*schedule]
         steps = itertools.pairwise(betas)
@@ -52,13 +53,14 @@ class Annealing:
                 "give for example [0.2, 0.4, 0.7]",
             )  # fmt: skip
         self.betas = betas if betas[-1] == 1 else [*betas, 1.0]
+        self.hold = _HOLD if passes is None else max(1, min(_HOLD, passes // len(self.betas)))
         self.place = self.passes = 0
 
     def at(self, passes: int) -> float:
         """The inverse temperature after so many passes."""
         if self.function is not None:
             return self.function(passes)
-        return self.betas[min(passes // _HOLD, len(self.betas) - 1)]
+        return self.betas[min(passes // self.hold, len(self.betas) - 1)]
 
     @property
     def beta(self) -> float:
@@ -79,7 +81,7 @@ class Annealing:
         """Count a pass; True if the next one is at another temperature."""
         before = self.beta
         self.passes += 1
-        if self.function is None and self.passes % _HOLD == 0 and self.place < len(self.betas) - 1:
+        if self.function is None and self.passes % self.hold == 0 and self.place < len(self.betas) - 1:
             self.place += 1
         return self.beta != before
 

@@ -1,6 +1,7 @@
 """A batch of observations: what every model and factor reads, validated once, where it is built."""
 
 import math
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -277,6 +278,9 @@ def as_tensor(value: Any, argument: str) -> Tensor:
     """
     if isinstance(value, Tensor):
         tensor = value
+    elif isinstance(value, (str, os.PathLike)):
+        remedy = "fit and partial_fit take paths; read it with torchem.tables.read_table(path).values"
+        raise InvalidType(describe(argument, "numbers", f"the path {os.fspath(value)!r}", remedy))
     else:
         try:
             array = np.asarray(value)
@@ -618,6 +622,8 @@ def _from_states(value: Tensor, n_states: int | None, place: Place) -> Tensor:
         raise invalid("n_states", "the number of states that labels count", None, "say how many states there are")
     if value.is_floating_point():
         value = value.nan_to_num(nan=-1.0)
+    elif torch.iinfo(value.dtype).bits < 64 or value.dtype == torch.uint64:
+        value = value.to(torch.int64)  # among unsigned numbers −1 is the largest
     bad = ~((value >= -1) & (value < n_states) & (value == value.round() if value.is_floating_point() else True))
     if values_known() and bool(bad.any()):
         expected, got = f"states from 0 to {n_states - 1}, or −1 for unknown", f"{value[bad][0].item()}"

@@ -572,12 +572,12 @@ def _sample(config: Any) -> int:
 
 
 def _draw_rows(run: runs.Run, config: Any, generator: torch.Generator) -> dict[str, np.ndarray]:
-    inputs = run.observations().inputs if run.report["data"].get("inputs") else None
-    n = (100 if inputs is None else len(inputs)) if config.n is None else config.n
-    given = {}
-    if inputs is not None:
-        # Covariates have no law: those of the run are taken in turn.
-        given["inputs"] = inputs[np.arange(n) % len(inputs)]
+    told = run.report["data"]
+    known = run.observations().given if any(told.get(name) for name in ("inputs", "offset", "trials")) else {}
+    own = len(next(iter(known.values()))) if known else 100
+    n = own if config.n is None else config.n
+    # Covariates have no law: those of the run are taken in turn.
+    given = {name: value[np.arange(n) % own] for name, value in known.items()}
     x, z = run.model.sample(n, latents=True, generator=generator, **given)
     hidden = _named_latents(run.model, z) if config.latents else {}
     return hidden | dict(zip(run.columns, x.cpu().numpy().T, strict=True))

@@ -87,7 +87,7 @@ class Loop:
         self.stopping = False
         # Whether the last pass is to be made again at the same parameters.
         self.retake = False
-        self.annealing = Annealing(options.anneal)
+        self.annealing = Annealing(options.anneal, options.max_iter)
         # Entries of the histories that belong to temperatures before the present one.
         self.since = 0
         # Whether a pass draws configurations, so that components that merged at one temperature can part at the next.
@@ -703,9 +703,12 @@ class Loop:
             if row is not None:
                 unit = "sequence" if self.twin.sequential else "row"
                 where = f"{unit} {row}" + (f" of rank {rank}" if len(found) > 1 else "")
+                labelled = any(batch.evidence is not None for _, batch in source)
+                remedy = "remove the outlier, or the structural zero that forbids it"
+                if labelled:
+                    remedy = "remove the outlier, or the structural zero or the label that contradicts it"
                 raise invalid(
-                    argument, "observations of positive probability", f"probability zero at {where}",
-                    "remove the outlier or the structural zero that forbids it",
+                    argument, "observations of positive probability", f"probability zero at {where}", remedy
                 )  # fmt: skip
 
     def _impossible_row(self, model: LatentModel, source: Source) -> int | None:

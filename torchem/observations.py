@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from torchem.batch import Batch
-from torchem.errors import InvalidFile, invalid
+from torchem.errors import InvalidFile, describe, invalid
 from torchem.images import CHANNELS, read_image, to_pixels
 from torchem.model import LatentModel
 from torchem.sequences import as_buckets, numbered
@@ -33,6 +34,8 @@ class Observations:
         colour: What a pixel's columns are.
         index: ``[N]`` what the file says of when or where each row was taken, if it does.
         inputs: ``[N, M]`` covariates, if there are some.
+        offset: ``[N]`` known terms of linear predictors, if there are some.
+        trials: ``[N]`` numbers of trials, if there are some.
         labels: ``[N]`` what is known of the classes, if it is.
         sequences: Which rows make which sequence; None where they are observations of their own.
     """
@@ -47,6 +50,14 @@ class Observations:
     sequences: SequenceTable | None = None
     inputs: np.ndarray | None = None
     labels: np.ndarray | None = None
+    offset: np.ndarray | None = None
+    trials: np.ndarray | None = None
+
+    @property
+    def given(self) -> dict[str, np.ndarray]:
+        """What regressions and gates read beside the values, by the names of arguments."""
+        known = {"inputs": self.inputs, "offset": self.offset, "trials": self.trials}
+        return {name: value for name, value in known.items() if value is not None}
 
     def draw(self, rows: int | None, seed: int | None) -> "Observations":
         """At most ``rows`` of them, at random.
@@ -59,20 +70,19 @@ class Observations:
         if self.sequences is not None:
             raise invalid("data.max_rows", f"{len(self.values)} or more for sequences", rows, "leave it out")
         index = np.sort(np.random.default_rng(seed or 0).choice(len(self.values), rows, replace=False))
-        weights, inputs, labels = (
-            None if known is None else known[index] for known in (self.weights, self.inputs, self.labels)
-        )
-        return Observations(self.source, self.columns, self.values[index], weights, inputs=inputs, labels=labels)
+        weights, labels = (None if known is None else known[index] for known in (self.weights, self.labels))
+        given: dict[str, Any] = {name: value[index] for name, value in self.given.items()}
+        return Observations(self.source, self.columns, self.values[index], weights, labels=labels, **given)
 
     def fields(self, weights: str) -> dict[str, Any]:
         """What belongs to the values, by the names of arguments; ``weights`` is what that one is called."""
-        known = {weights: self.weights, "inputs": self.inputs, "labels": self.labels}
+        known = {weights: self.weights, **self.given, "labels": self.labels}
         return known | ({} if self.sequences is None else {"lengths": self.sequences.lengths})
 
     def batch(self, model: Any) -> Batch:
         """As a model reads them."""
         lengths = None if self.sequences is None else self.sequences.lengths
-        fields = {"inputs": self.inputs} | ({} if lengths is None else {"lengths": lengths})
+        fields = self.given | ({} if lengths is None else {"lengths": lengths})
         return model.batch(torch.from_numpy(np.ascontiguousarray(self.values)), **fields)
 
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
@@ -108,6 +118,8 @@ def read_rows(
     sequential: bool = False,
     inputs: list[str] | None = None,
     intercept: bool = False,
+    offset: str | None = None,
+    trials: str | None = None,
     labels: str | None = None,
     blind: bool = False,
     whole: bool = False,
@@ -123,6 +135,8 @@ def read_rows(
         sequential: Whether rows are frames of sequences.
         inputs: Columns of covariates.
         intercept: Whether a column of ones stands before them.
+        offset: Column of known terms of linear predictors.
+        trials: Column of numbers of trials.
         labels: Column that says what is known of classes.
         blind: Whether the observed columns may be absent, where covariates are there to predict them from; all of them
             are then missing.
@@ -135,11 +149,14 @@ def read_rows(
     if sequence is not None and not sequential:
         raise invalid("data.sequence", "none, for a model of single rows", repr(sequence), "leave it out")
     if columns is None:
-        taken = {weights, index, sequence, labels, *(inputs or ())}
+        taken = {weights, index, sequence, offset, trials, labels, *(inputs or ())}
         columns = [name for name in read_columns(path) if name not in taken]
     absent = blind and inputs is not None and not {*columns} <= {*read_columns(path)}
     own = [] if absent else columns
-    wanted = list(dict.fromkeys([*own, *(inputs or ()), *(name for name in (weights, labels) if name is not None)]))
+    single = [name for name in (weights, offset, trials, labels) if name is not None]
+    wanted = list(dict.fromkeys([*own, *(inputs or ()), *single]))
+    if blind:
+        _refuse_absent(path, wanted)
     try:
         found = read_sequences(path, wanted, sequence=sequence, index=index)
     except InvalidFile as error:
@@ -155,7 +172,8 @@ def read_rows(
     else:
         values = found.table.select(own, str(path)).values
     weight = column(weights)
-    known: dict[str, Any] = {"index": found.index, "labels": column(labels)}
+    names = {"labels": labels, "offset": offset, "trials": trials}
+    known: dict[str, Any] = {"index": found.index} | {key: column(name) for key, name in names.items()}
     if inputs is not None:
         u = found.table.select(inputs, str(path)).values
         known["inputs"] = np.column_stack([np.ones(len(u)), u]) if intercept else np.ascontiguousarray(u)
@@ -166,6 +184,18 @@ def read_rows(
     if whole and known["labels"] is not None:
         known["labels"] = _one_each("labels", known["labels"], found.lengths, found.names)
     return Observations(Path(path), columns, values, weight, sequences=found, **known)
+
+
+def _refuse_absent(path: str | os.PathLike[str], wanted: list[str]) -> None:
+    """Say of columns that a model was fitted on, and other data lack, how those may be unknown."""
+    present = read_columns(path)
+    absent = [name for name in wanted if name not in present]
+    if absent:
+        expected = f"the column{'s' * (len(absent) > 1)} {', '.join(map(repr, absent))} that the model was fitted on"
+        near = get_close_matches(absent[0], present, n=1, cutoff=0.5)
+        remedy = "add it, with empty cells where it is not known"
+        remedy = f"did you mean {near[0]!r}? (else {remedy})" if near else remedy
+        raise InvalidFile(describe(str(path), expected, "the columns " + ", ".join(map(repr, present)), remedy))
 
 
 def _one_each(what: str, values: np.ndarray, lengths: np.ndarray, names: list[str]) -> np.ndarray:
@@ -234,7 +264,7 @@ def _predicted(model: Any, data: Observations) -> dict[str, np.ndarray]:
         return {}
     try:
         with torch.no_grad():
-            law = model.predict(data.inputs)
+            law = model.predict(**data.given)
             found = {"mean": law.mean, **{f"q{share:g}": law.quantile(share) for share in _SHARES}}
     except NotImplementedError:  # a family without moments
         return {}
@@ -270,8 +300,8 @@ def by_frame(model: Any, data: Observations, function: Callable[[Batch], torch.T
     lengths = data.sequences.lengths
     starts, out = np.cumsum(lengths) - lengths, None
     values = torch.from_numpy(data.values)
-    inputs = None if data.inputs is None else torch.from_numpy(data.inputs)
-    for numbers, batch in as_buckets(values, lengths=lengths, u=inputs, allow_missing=model.handles_missing):
+    given = {("u" if name == "inputs" else name): torch.from_numpy(value) for name, value in data.given.items()}
+    for numbers, batch in as_buckets(values, lengths=lengths, allow_missing=model.handles_missing, **given):
         with numbered(numbers):
             batch = model.check(batch)
         found = function(batch).cpu().numpy()
@@ -362,7 +392,8 @@ def imputed_rows(
     """
     options: dict[str, Any] = {"how": how, "draws": draws, "generator": generator}
     if data.sequences is None:
-        found = model.impute(torch.from_numpy(np.ascontiguousarray(data.values)), variance=variance, **options)
+        values = torch.from_numpy(np.ascontiguousarray(data.values))
+        found = model.impute(values, variance=variance, **options, **data.given)
         parts = [part.cpu().numpy() for part in (found if variance else [found])]
         back = np.arange(len(data.values))
     else:

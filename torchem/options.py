@@ -66,6 +66,8 @@ class Data:
         sequence: Column that says which sequence a row belongs to; all rows are one sequence when left out.
         inputs: Columns of covariates, which regressions and gates read and which are not modelled.
         intercept: Whether a column of ones stands before the covariates.
+        offset: Column of the known terms of linear predictors, such as the logarithm of an exposure.
+        trials: Column of the numbers of trials of binomial counts.
         labels: Column that says which class or state each row belongs to, from 0; empty or −1 where that is unknown.
         image: Photograph whose pixels are the observations.
         colour: What a pixel is: rgb in [0, 1], or lab, where distances are as the eye sees them.
@@ -79,6 +81,8 @@ class Data:
     sequence: str | None = None
     inputs: list[str] | None = None
     intercept: bool = False
+    offset: str | None = None
+    trials: str | None = None
     labels: str | None = None
     image: File | None = None
     colour: Colour = "rgb"

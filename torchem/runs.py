@@ -29,7 +29,7 @@ FORMAT, FORMAT_VERSION = "torchem run", 1
 MODEL, REPORT, CONFIG = "model.safetensors", "report.json", "config.yaml"
 
 #: What a configuration says of columns that are not observed, and of covariates.
-NAMED = ("weights", "index", "sequence", "inputs", "intercept", "labels")
+NAMED = ("weights", "index", "sequence", "inputs", "intercept", "offset", "trials", "labels")
 
 #: What the other commands write into a run when no other place is named; it belongs to the model that it was made with.
 PREDICTIONS, PREDICTED, SAMPLE, IMPUTED = "predictions.csv", "predicted.png", "sample.csv", "imputed.csv"
@@ -67,7 +67,7 @@ class Run:
         """
         data = self.report["data"]
         own = path is None
-        names: dict[str, Any] = {key: data.get(key) for key in ("index", "sequence", "inputs")}
+        names: dict[str, Any] = {key: data.get(key) for key in ("index", "sequence", "inputs", "offset", "trials")}
         names["intercept"] = bool(data.get("intercept"))
         source = self.folder / data["source"] if own else Path(path)
         if own and not source.exists():

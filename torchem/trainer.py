@@ -115,11 +115,11 @@ class Trainer:
             raise invalid("seed", "a whole number of at least 0, or None", repr(seed), "give for example seed=0")
         one_of("dead", dead, ("floor", "respawn", "prune", "raise"))
         one_of("e_step", e_step, ("soft", "hard", "sample"))
-        schedule = Annealing(anneal := anneal if callable(anneal) or anneal is None else tuple(anneal))
+        schedule = Annealing(anneal := anneal if callable(anneal) or anneal is None else tuple(anneal), max_iter)
         if max_iter and (last := schedule.at(max_iter)) != 1:
             raise invalid(
-                "anneal", f"a schedule that comes to 1 within max_iter={max_iter} passes (of a list each value is held "
-                "for ten)", last, "raise max_iter, or shorten it",
+                "anneal", f"a schedule that comes to 1 within max_iter={max_iter} passes (of a list each value "
+                "takes one at least)", last, "raise max_iter, or shorten it",
             )  # fmt: skip
         if anneal is not None and e_step == "hard":
             raise invalid(

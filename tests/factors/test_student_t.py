@@ -220,6 +220,14 @@ def test_the_bound_in_the_degrees_of_freedom_touches_and_stays_below(freedom: fl
     assert float(tails.log_likelihood(top).detach()) >= max(best)
 
 
+def test_both_bounds_are_one_where_statistics_were_taken() -> None:
+    """Kept statistics (incremental EM) hold what one leaves out of the other's log-likelihood."""
+    for kind in ("full", "tied"):
+        t = student(2, 2, kind)
+        stats = t.stats(Batch(with_holes(heavy(100), 0.2)), soft(100, 2))
+        close(t.expected_log_prob(stats.mix()), t.expected_log_prob(stats))
+
+
 def test_statistics_of_several_degrees_of_freedom_take_the_step_of_q() -> None:
     """Stochastic EM averages over parameters: what the likelihood says of ν is then of none of them."""
     t, x = student(2, 2), Batch(heavy(100))

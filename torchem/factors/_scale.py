@@ -24,8 +24,7 @@ def column_variances(moments: Moments, dtype: torch.dtype) -> Tensor:
     if not bool((size < limit.max * 1e-6).all()):
         raise invalid(
             "data", f"numbers whose squares are well within the range of {dtype}",
-            f"a column of size {float(size.sqrt().amax()):.3g}",
-            "rescale it" + ("" if dtype == torch.float64 else ", or use model.double()"),
+            _size_of(size), "rescale it" + ("" if dtype == torch.float64 else ", or use model.double()"),
         )  # fmt: skip
     # A constant column, or one too small to be squared, has no scale of its own; it takes that of the others, or of
     # its value, or one.
@@ -33,3 +32,11 @@ def column_variances(moments: Moments, dtype: torch.dtype) -> Tensor:
     spread = variance[variance > noise]
     fallback = spread.mean() if spread.numel() else (mean.square().amax() * 1e-12).clamp(min=1e-12)
     return torch.where(variance > noise, variance, fallback)
+
+
+def _size_of(size: Tensor) -> str:
+    """How large the numbers of columns are; their mean squares ``[D]`` need not be a number any more."""
+    beyond = ~size.isfinite()
+    if bool(beyond.any()):
+        return f"numbers in column {int(beyond.nonzero()[0])} whose squares overflow"
+    return f"a column of size {float(size.sqrt().amax()):.3g}"

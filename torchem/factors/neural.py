@@ -87,9 +87,13 @@ class Neural(Network):
         """Refuse data that the network cannot read, and a network that does not give a number for each state."""
         if self.inputs and batch.u is None:
             raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
-        if not len(batch):
+        # A row or frame of which nothing is missing, if there is one: what is missing no network is asked about.
+        flat = Batch(batch.x.flatten(0, -2), u=None if batch.u is None else batch.u.flatten(0, -2))
+        complete = (~flat.x.isnan()).all(-1) if flat.x.is_floating_point() else torch.ones(len(flat), dtype=torch.bool)
+        if not bool(complete.any()):
             return
-        row = batch[:1].to(self.device)
+        index = int(complete.to(torch.uint8).argmax())
+        row = flat[index : index + 1].to(self.device)
         try:
             with torch.no_grad():
                 self.log_prob(row.with_x(self.cast(row.x)))

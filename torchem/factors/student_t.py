@@ -291,10 +291,10 @@ class StudentT(Composite):
         return not coupled and normal.prior is None and normal.frozen("scale") is None
 
     def expected_log_prob(self, stats: Stats) -> Tensor:
-        """−½ Σ n log |Σ| − ½ (N + ν₀ n) log (B + ν₀ A) (or −½ B at α = 1) + what the likelihood says of ν.
+        """−½ Σ n log |Σ| − ½ (N + ν₀ n) log α − (B + ν₀ A) / 2α + n (½ν₀ log ½ν₀ − log Γ(½ν₀)) + ½ν₀ L + ℓ(ν) − ℓ(ν₀).
 
-        With N = n D (or the entries observed), A = Σ u, B = Σ u δ², L = Σ log u, all expected at ν₀. Of statistics
-        that were taken at several ν₀ it is Q, with ν for ν₀: there ν has n (½ν log ½ν − log Γ(½ν)) + ½ν (L − A).
+        With N = n D (or the entries observed), A = Σ u, B = Σ u δ², L = Σ log u, all expected at ν₀, at the best α or
+        1, and ℓ what the likelihood says of ν. Of statistics that were taken at several ν₀ it is Q: ν stands for ν₀.
         """
         normal, structure = self.normal, self.normal.structure
         if normal.averages:
@@ -305,15 +305,15 @@ class StudentT(Composite):
         raw, freedom = normal.scale.to(torch.float64), self.log_freedom.to(torch.float64).exp()
         distance = self._distances(stats["normal"], normal.mean, raw)
         value = -0.5 * structure.normalizer(stats["normal"]["dof"], raw, self.n_components, self.n_features)
-        own = count * (freedom / 2 * (freedom / 2).log() - (freedom / 2).lgamma()) + freedom / 2 * log
-        if stats.mixed:
-            return value + own.sum(-1) - (distance.sum(-1) + (freedom * scale).sum(-1)) / 2
-        tails = _Tails(stats)
-        own = torch.where(tails.same, tails.log_likelihood(freedom), own)
-        old = torch.where(tails.same, tails.freedom, freedom)
-        if not self.expands:
-            rest = torch.where(tails.same, 0.0, freedom * scale)
-            return value + own.sum(-1) - (distance.sum(-1) + rest.sum(-1)) / 2
+        gain, old = 0.0, freedom
+        if not stats.mixed:
+            tails = _Tails(stats)
+            old = torch.where(tails.same, tails.freedom, freedom)
+            gain = tails.log_likelihood(freedom) - tails.log_likelihood(old)
+        half = old / 2
+        own = gain + count * (half * half.log() - half.lgamma()) + half * log
+        if not self.expands or stats.mixed:
+            return value + own.sum(-1) - (distance.sum(-1) + (old * scale).sum(-1)) / 2
         mass = self._entries(stats) + old * count
         mean = (distance + old * scale) / mass.clamp(min=_EMPTY)
         own = own - torch.where(count > _EMPTY, mass * (mean.clamp(min=1e-300).log() + 1), 0.0) / 2
