@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats as scipy_stats
@@ -147,6 +148,19 @@ def test_many_degrees_of_freedom_are_found_in_few_accelerated_passes() -> None:
     assert result.converged
     assert normal.bound - 0.05 < result.bound < normal.bound
     assert float(model.component.freedom.detach()) > 200
+
+
+def test_jumps_keep_freedom_within_its_bounds() -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3)) * np.array([1.0, 10.0, 0.1])
+    x[:20, 2], x[20:30] = 0.1 * x[:20, 0], x[20].copy()
+    x[:, 1] += 5
+    model = torchem.Mixture(Categorical(3), StudentT(3, 3)).double()
+    # Normal tails, and a component on one point: both bounds are where EM leads.
+    result = torchem.fit(model, x, seed=0, accelerate="anderson", max_iter=150, tol=1e-12, progress=False)
+    assert result.status == "converged"
+    freedom = model.component.freedom.detach()  # pyright: ignore
+    assert float(freedom.amin()) == pytest.approx(0.1)
+    assert float(freedom.amax()) == pytest.approx(1e4)
 
 
 def test_outliers_do_not_move_it() -> None:
