@@ -239,6 +239,19 @@ def test_statistics_of_several_degrees_of_freedom_take_the_step_of_q() -> None:
     close(t.maximize(two)["log_freedom"].exp(), _freedom(target), rtol=1e-2)
 
 
+def test_jumps_keep_freedom_within_its_bounds() -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3)) * np.array([1.0, 10.0, 0.1])
+    x[:20, 2], x[20:30] = 0.1 * x[:20, 0], x[20].copy()
+    x[:, 1] += 5
+    model = torchem.Mixture(Categorical(3), StudentT(3, 3)).double()
+    # Normal tails, and a component on one point: both bounds are where EM leads.
+    result = torchem.fit(model, x, seed=0, accelerate="anderson", max_iter=150, tol=1e-12, progress=False)
+    assert result.status == "converged"
+    freedom = model.component.freedom.detach()  # pyright: ignore
+    assert float(freedom.amin()) == pytest.approx(0.1)
+    assert float(freedom.amax()) == pytest.approx(1e4)
+
+
 def test_outliers_do_not_move_it() -> None:
     x = torch.cat([randn(200, 2, seed=6), torch.full((6, 2), 80.0, dtype=torch.float64)])
     robust, normal = torchem.Mixture(Categorical(1), StudentT(1, 2)).double(), torchem.GaussianMixture(1, 2).double()

@@ -364,6 +364,12 @@ class StudentT(Composite):
     def penalized(self, stats: Stats) -> Stats:
         return stats.like({**stats, "normal": self.normal.penalized(stats["normal"])})
 
+    def project(self) -> None:
+        super().project()
+        if self.frozen("log_freedom") is None:
+            # An M-step would end there, too, and lower what a point beyond has gained.
+            self.log_freedom.data.clamp_(math.log(_LEAST), math.log(_MOST))
+
     def tune(self, rows: int, iteration: int = 0) -> Adjustment | None:
         found = self.normal.tune(rows, iteration)
         if found is None or found.move is None:
