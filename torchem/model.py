@@ -105,6 +105,14 @@ class LatentModel(nn.Module, ABC):
         self.refuse_unread(batch)
         return self.check(batch)
 
+    @property
+    def reads(self) -> frozenset[str] | None:
+        """What of "u", "offset" and "trials" its factors read; None where a user's own are among them."""
+        factors = [*_all_factors(self), *self.factors()]
+        if not all(type(factor).__module__.startswith("torchem.") for factor in factors):
+            return None
+        return frozenset[str]().union(*(factor.reads for factor in factors))
+
     def refuse_unread(self, batch: Batch) -> None:
         """Refuse covariates, offsets and trials that no factor of the model reads: they would be without effect.
 
@@ -114,12 +122,9 @@ class LatentModel(nn.Module, ABC):
         given = [name for name in ("u", "offset", "trials") if getattr(batch, name) is not None]
         if not given:
             return
-        factors = [*_all_factors(self), *self.factors()]
-        if not all(type(factor).__module__.startswith("torchem.") for factor in factors):
-            return
-        read = frozenset[str]().union(*(factor.reads for factor in factors))
+        read = self.reads
         for name in given:
-            if name not in read:
+            if read is not None and name not in read:
                 argument = {"u": "inputs"}.get(name, name)
                 raise invalid(
                     argument, f"none: no factor of this {type(self).__name__} reads them", "some", _READERS[name]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Factor, Kernel, Moments
+from torchem.factor import Factor, Kernel, Moments, normal_cdf
 from torchem.factors._scale import column_variances
 from torchem.ops import linalg, missing
 from torchem.ops.gaussian import LOG_2PI, STRUCTURES
@@ -208,6 +208,12 @@ class LowRankGaussian(Factor):
         variance = self._variances() + self.loading.square().sum(-1)
         shape = (*self.replicas, *ones, self._k, self._d)
         return self.mean.reshape(shape), variance.reshape(shape)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        return normal_cdf(*self.moments(batch))(batch.x)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return normal_cdf(*self.conditional(batch))
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of every entry under each component, given those of its row that were observed.

@@ -143,6 +143,13 @@ class Stacked(Composite):
         )
         return mean, variance
 
+    def cdf(self, batch: Batch) -> Tensor:
+        return torch.cat([factor.cdf(batch).to(self.dtype) for factor in self.parts().values()], -2)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        parts = [factor.conditional_cdf(batch) for factor in self.parts().values()]
+        return lambda x: torch.cat([part(x).to(self.dtype) for part in parts], -2)
+
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         found = [factor.conditional(batch) for factor in self.parts().values()]
         mean, variance = (torch.cat(values, -2) for values in zip(*found, strict=True))

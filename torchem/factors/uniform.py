@@ -96,6 +96,12 @@ class Uniform(Factor):
         shape = (*low.shape[:-2], self._k, self._d)
         return ((low + high) / 2).expand(shape), ((high - low).square() / 12).expand(shape)
 
+    def cdf(self, batch: Batch) -> Tensor:
+        low, high = self.sides.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), 1, 2, self._d).unbind(-2)
+        width = torch.where(high > low, high - low, 1.0)
+        value = ((batch.x.unsqueeze(-2) - low) / width).clamp(0.0, 1.0)
+        return value.expand(*value.shape[:-2], self._k, self._d)
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         low, high = self.sides.unbind(-2)
         draws = torch.rand(len(z), self._d, dtype=self.dtype, device=self.device, generator=generator)

@@ -1,11 +1,12 @@
 """Missing entries filled in: by their conditional means, by what is most probable, or by draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of, whole_number
@@ -16,6 +17,10 @@ from torchem.ops.dispatch import rows_per_piece
 
 #: Rows that are drawn together.
 _AT_ONCE = 1 << 15
+#: Halvings of a bracket: more than float64 can tell apart.
+_HALVINGS = 80
+#: Bytes that a piece of rows occupies.
+_PIECE = 1 << 26
 #: What a missing entry becomes.
 How = Literal["auto", "mean", "mode"]
 
@@ -245,6 +250,48 @@ def finished(gaps: Gaps, factor: Factor, how: How, found: tuple[Tensor, Tensor] 
     return (values, gaps.beside(found[1])) if variance else values
 
 
+def bisected(component: Factor, cdf: Callable[[Tensor], Tensor], means: Tensor, variances: Tensor, q: float) -> Tensor:
+    """Where the law of each column of a mixture has a share q below, ``[n, D]``; for counts the least such number.
+
+    Args:
+        component: What is mixed.
+        cdf: Distribution function of the mixture at ``[n, D]``.
+        means: ``[n, K, D]`` of its parts.
+        variances: Likewise: a quantile of a part is no farther from its mean than Cantelli's inequality says, and one
+            of the mixture lies between those of its parts.
+        q: Strictly between 0 and 1.
+    """
+    spread = variances.sqrt()
+    low = (means - spread * ((1 - q) / q) ** 0.5).amin(-2)
+    high = (means + spread * (q / (1 - q)) ** 0.5).amax(-2)
+    counted = torch.tensor([values is not None for values in component.outcomes()], device=low.device)
+    counted = counted | component.discrete
+    low, high = torch.where(counted, -1.0, low), torch.where(counted, high.ceil() + 1, high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        enough = cdf(middle) >= q
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return torch.where(counted, high.round(), high)
+
+
+def in_pieces(model: LatentModel, function: Callable[[Batch], tuple[Tensor, ...]], rows: Batch) -> tuple[Tensor, ...]:
+    """A function of rows, piece by piece, its results ``[…, n, …]`` joined along their last axis but one.
+
+    Where derivatives are followed a piece is computed again when they are asked for: what it went through is not kept.
+    """
+    component: Factor = model.slots()[-1][1]
+    size = 12 * (component.n_components or 1) * rows.x.shape[-1] * max(1, *model.replicas, 1)
+    budget = _PIECE if model.memory_budget is None else model.memory_budget
+    pieces = list(rows.split(rows_per_piece(8 * size, component.device, budget)))
+    if len(pieces) == 1:
+        return function(pieces[0])
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        found = [checkpoint(function, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    else:
+        found = [function(piece) for piece in pieces]
+    return tuple(torch.cat(parts, -2) for parts in zip(*found, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Conditional:
     """The law of the columns of each row that are not known, given those that are; see `Mixture.condition`.
@@ -254,8 +301,8 @@ class Conditional:
         known: The rows, NaN where nothing is known.
         columns: Which columns this is about.
         weights: Probabilities of the components given what is known, ``[N, K]``.
-        mean: ``[N, U]`` means of those columns; what is known is its own mean.
-        variance: ``[N, U]`` variances, within components and between them; zero where known.
+        mean: ``[N, U]`` means of those columns; what is known is its own mean. Names have none: NaN, see `probs`.
+        variance: ``[N, U]`` variances, within components and between them; zero where known, NaN of names.
     """
 
     model: Any
@@ -264,6 +311,47 @@ class Conditional:
     weights: Tensor
     mean: Tensor
     variance: Tensor
+
+    def probs(self, column: int) -> Tensor:
+        """Probability of each category of a column of names, ``[N, C]``: one where it is known.
+
+        p(x_c = j | x_o) = Σ_k γ_k p(x_c = j | x_o, k).
+
+        Args:
+            column: Its number in the data.
+
+        Raises:
+            InvalidArgument: If it is none of `columns`, or a column of numbers.
+
+        Example:
+            >>> import torchem
+            >>> from torchem.factors import Categorical, Categoricals
+            >>> m = torchem.Mixture(Categorical(2), Categoricals(2, [2, 2]))
+            >>> m.component.probs = [[[0.9, 0.1], [0.8, 0.2]], [[0.1, 0.9], [0.2, 0.8]]]
+            >>> m.condition([[0]], columns=[0]).probs(1).tolist()
+            [[0.74..., 0.26...]]
+        """
+        component: Factor = self.model.component
+        names = [place for place in self.columns if component.nominal[place]]
+        if column not in names:
+            raise invalid("column", f"one of the columns of names {names}", column, "see mean and variance of others")
+        outcomes = component.outcomes()[column]
+        assert outcomes is not None
+
+        def each(piece: Batch) -> tuple[Tensor, ...]:
+            share = self.model.posterior(piece)
+            # With the density of what is known divided out, for families whose columns depend on each other.
+            before = component.log_prob(piece.with_x(component.cast(piece.x)))
+            weight = torch.where(share > 0, share.log() - before, -torch.inf)
+            found = []
+            for outcome in outcomes:
+                x = piece.x.clone()
+                x[:, column] = outcome
+                found.append(reduce.logsumexp(weight + component.log_prob(piece.with_x(component.cast(x))), -1))
+            own = piece.x[:, column].unsqueeze(-1)
+            return (torch.where(own.isnan(), torch.stack(found, -1).exp(), (own == outcomes).to(share)),)
+
+        return in_pieces(self.model, each, self.known)[0]
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -289,6 +377,8 @@ class Conditional:
             piece, share = self.known[start : start + rows], self.weights[start : start + rows]
             mean, holes = component.conditional(piece)[0], piece.x.isnan()
             found = total_covariance(share, mean, component.conditional_covariance(piece))
+            named = torch.tensor(component.nominal, device=found.device)
+            found = torch.where(named.unsqueeze(-1) | named, torch.nan, found)
             parts.append(torch.where(holes.unsqueeze(-1) & holes.unsqueeze(-2), found, 0.0))
         return torch.cat(parts)[:, self.columns][..., self.columns]
 
@@ -325,17 +415,58 @@ class Conditional:
         return complete(self.model.component, self.known, z, generator)[..., self.columns]
 
     def quantile(self, q: Any, draws: int = 1000, *, generator: torch.Generator | None = None) -> Tensor:
-        """Quantiles of each column, ``[*q, N, U]``, from draws.
+        """Quantiles of each column, ``[*q, N, U]``: what is known is its own, names have none (NaN).
+
+        Exact, by halving a bracket of Σ_k γ_k P(x_u ≤ x | x_o, k), where the family knows these: normal columns, and
+        those that are independent given the component and have a distribution function. Of other families they are
+        those of ``draws``, and a ``generator`` is asked for. Nothing is drawn from torch's own generator.
 
         Args:
-            q: Probabilities, a number or several.
-            draws: How many draws to take them from.
+            q: Probabilities, a number or several; 0 and 1 of draws alone.
+            draws: How many draws to take them from, where that has to be.
             generator: Source of the draws.
+
+        Raises:
+            InvalidArgument: For other numbers, or where draws have to be taken and there is no generator.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.GaussianMixture(1, 2).double()
+            >>> m.condition([[0.0]], columns=[0]).quantile([0.025, 0.5, 0.975]).flatten().tolist()
+            [-1.9599..., 0.0..., 1.9599...]
         """
         levels = as_tensor(q, "q").to(self.mean)
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise invalid("q", "probabilities from 0 to 1", "another number", "give for example [0.05, 0.95]")
-        return self.sample(draws, generator=generator).quantile(levels, dim=0)
+        try:
+            found = torch.stack([self._quantile(float(level)) for level in levels.reshape(-1)])
+        except NotImplementedError as error:
+            if generator is None:
+                raise invalid(
+                    "generator", "a torch.Generator to draw with, where quantiles have no closed form",
+                    str(error).partition(";")[0], "pass generator=torch.Generator().manual_seed(0)",
+                ) from error  # fmt: skip
+            found = self.sample(draws, generator=generator).quantile(levels.reshape(-1), dim=0)
+            named = torch.tensor(self.model.component.nominal, device=found.device)[self.columns]
+            found = torch.where(named & self.known.x[:, self.columns].isnan(), torch.nan, found)
+        return found.reshape(*levels.shape, *found.shape[1:])
+
+    @torch.no_grad()
+    def _quantile(self, q: float) -> Tensor:
+        component: Factor = self.model.component
+        if not 0 < q < 1:
+            raise NotImplementedError(f"the quantile at {q:g} is that of no finite number")
+
+        def each(piece: Batch) -> tuple[Tensor, ...]:
+            share, cdf = self.model.posterior(piece).unsqueeze(-1), component.conditional_cdf(piece)
+            value = bisected(
+                component, lambda x: torch.where(share > 0, share * cdf(x), 0.0).sum(-2),
+                *component.conditional(piece), q,
+            )  # fmt: skip
+            named = torch.tensor(component.nominal, device=value.device)
+            return (torch.where(piece.x.isnan(), torch.where(named, torch.nan, value), piece.x),)
+
+        return in_pieces(self.model, each, self.known)[0][:, self.columns]
 
 
 def spread_out(known: Tensor, columns: Any, width: int) -> tuple[Tensor, list[int]]:

@@ -25,6 +25,7 @@ from torchem.models.imputation import (
     finished,
     floating,
     impute,
+    in_pieces,
     spread_out,
     total,
 )
@@ -246,8 +247,17 @@ class Mixture(DiscreteModel):
         """
         self._refuse_models("predict")
         u = as_tensor(inputs, "inputs")
-        blank = torch.zeros(len(u), self.component.n_features or 1, dtype=self.dtype)
-        batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_empty=True).to(self.device)
+        if not u.dim():
+            raise invalid("inputs", "covariates [N, M]", "a single number", "give a row of them for each prediction")
+        # Nothing is known of x: no value would be one that every family can read.
+        blank = torch.full((len(u), self.component.n_features or 1), torch.nan, dtype=self.dtype)
+        batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_missing=True, allow_empty=True).to(self.device)
+        if self.reads is not None and "u" not in self.reads:
+            raise invalid(
+                "inputs", "a model of x given covariates", f"{type(self).__name__}, which reads none",
+                "for the component of each row ask most_likely(X), for their probabilities posterior(X)",
+            )  # fmt: skip
+        self.refuse_unread(batch)
         self.check(batch)
         weights = self.mixing.log_table(batch).exp()
         return Prediction(self.component, batch, weights.expand(len(u), -1))
@@ -299,7 +309,7 @@ class Mixture(DiscreteModel):
         Returns:
             The law of each row: ``.mean``, ``.variance``, ``.covariance_matrix``, ``.weights``, ``.log_prob(x)``,
             ``.sample(n)``, ``.quantile(q)``; of the other columns in their order where ``columns`` are given, else of
-            all of them.
+            all of them. Columns of names have ``.probs(column)``, and neither mean nor variance (NaN).
 
         Example:
             >>> m = GaussianMixture(1, 2)
@@ -313,11 +323,17 @@ class Mixture(DiscreteModel):
         if columns is not None:
             data, left = spread_out(as_tensor(data, "data"), columns, width)
         batch = self._read(data, fields)
-        rows, share = floating(batch, self), self.posterior(batch)
-        means, variances = self.component.conditional(rows)
-        mean, variance = total(share, means, variances, self.component.circular)
-        missing = rows.x.isnan()
-        mean, variance = torch.where(missing, mean, rows.x), torch.where(missing, variance, 0.0)
+        component, rows = self.component, floating(batch, self)
+        named = torch.tensor(component.nominal, device=rows.x.device)
+
+        def each(piece: Batch) -> tuple[Tensor, ...]:
+            share = self.posterior(piece)
+            mean, variance = total(share, *component.conditional(piece), component.circular)
+            mean, variance = (torch.where(named, torch.nan, value) for value in (mean, variance))
+            missing = piece.x.isnan()
+            return share, torch.where(missing, mean, piece.x), torch.where(missing, variance, 0.0)
+
+        share, mean, variance = in_pieces(self, each, rows)
         left = list(range(mean.shape[-1])) if left is None else left
         return Conditional(self, rows, left, share, mean[..., left], variance[..., left])
 
