@@ -476,3 +476,34 @@ def test_names_of_ones_own_are_free() -> None:
     model.note, model.threshold, model.columns = "a", 0.5, ["x"]
     model.component = Gaussian(2, 1)
     model.helper = torch.nn.Linear(1, 1)
+
+
+# ---- slots and lists ------------------------------------------------------------------------------------------------
+
+
+def test_slots_that_do_not_fit_are_refused_with_a_hint() -> None:
+    model, x = torchem.GaussianMixture(2, 2), torch.tensor([[0.0, math.nan], [1.0, 1.0]])
+    with as_users_run_it():
+        for match, call in (
+            (
+                r"^component: .*3 components.*Categorical, which",
+                lambda: torchem.Mixture(Categorical(3), Categorical(3)),
+            ),
+            (
+                r"^component: .*SoftmaxRegression, which",
+                lambda: torchem.Mixture(Categorical(2), factors.SoftmaxRegression(2, 2)),
+            ),
+            (r"^mixing: .*Gaussian, a family .*in this order", lambda: torchem.Mixture(Gaussian(3, 2), Categorical(3))),
+            (r"^mixing: .*a table \[2, 3\]", lambda: torchem.Mixture(Categorical(2, 3), Gaussian(3, 2))),
+            (r"^factors: .*Stacked\(\[f, g\]\)", lambda: factors.Stacked(Gaussian(1, 2))),  # pyright: ignore
+            (
+                r"^factors: .*Product\(\[f, g\]\)",
+                lambda: factors.Product(Gaussian(1, 2), Poisson(1, 1)),  # pyright: ignore
+            ),
+            (r"^generator: .*got int", lambda: model.sample(3, generator=0)),  # pyright: ignore
+            (r"^generator: .*got int", lambda: model.impute(x, draws=2, generator=0)),  # pyright: ignore
+            (r"^seed: .*generator=", lambda: model.impute(x, draws=2, seed=0)),
+            (r"^lable: .*labels", lambda: model.log_prob(x, lable=[0, 1])),
+        ):
+            with pytest.raises((InvalidArgument, InvalidType), match=match):
+                call()

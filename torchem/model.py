@@ -7,6 +7,7 @@ gives the most likely configuration.
 
 import copy
 import functools
+import inspect
 import math
 import operator
 from abc import ABC, abstractmethod
@@ -30,6 +31,7 @@ from torchem.stats import Stats
 Reduction = Callable[[Tensor, int], Tensor]
 #: Arguments of `torchem.fit` and the fields of a batch that they become.
 _FIELDS = {"inputs": "u", "weights": "weight"}
+_PUBLIC = {inner: outer for outer, inner in _FIELDS.items()}
 #: What stands for the posterior of the latents in an E-step.
 EStep = Literal["soft", "hard", "sample"]
 #: Gives uniform numbers of a shape, each replica's from a generator of its own.
@@ -97,6 +99,12 @@ class LatentModel(nn.Module, ABC):
         """Validate data for this model; further fields by the names that `torchem.fit` has for them, or a batch's."""
         build = as_sequences if self.sequential else as_batch
         fields = {_FIELDS.get(name, name): value for name, value in fields.items()}
+        known = inspect.signature(build).parameters if fields else {}
+        if unknown := [name for name in fields if name not in known]:
+            names = {_PUBLIC.get(name, name) for name in known} - {"data", "n_states", "whole"}
+            names = ", ".join(sorted(name for name in names if not name.startswith("allow_")))
+            remedy = "pass generator=torch.Generator().manual_seed(0)" if unknown[0] == "seed" else "correct it"
+            raise invalid(unknown[0], f"one of the fields {names}", "another name", remedy)
         if fields.get("labels") is not None:
             fields.setdefault("n_states", self.takes_labels())
         if self.whole:

@@ -193,12 +193,12 @@ def test_columns_are_predicted_each_by_itself_and_bad_input_is_named() -> None:
 def test_the_picture_takes_offsets_and_trials(name: str) -> None:
     family = PoissonRegression(3, 2, 1) if name == "offset" else BinomialRegression(3, 2, 1)
     model, u = experts(family), inputs(20)
-    known = torch.full((20,), 3.0)
-    ax = torchem.plot.prediction(model, torch.ones(20), u, **{name: known})
+    known: dict[str, Any] = {name: torch.full((20,), 3.0)}
+    ax = torchem.plot.prediction(model, torch.ones(20), u, **known)
     high = float(ax.collections[0].get_paths()[0].vertices[:, 1].max())
     span = torch.linspace(float(u[:, 1].min()), float(u[:, 1].max()), 300, dtype=torch.float64)
     rows = torch.stack([torch.ones_like(span), span], -1)
     law = model.predict(rows, **{name: torch.full((300,), 3.0)})
     assert high == pytest.approx(float(law.quantile(0.95).max()))
     with pytest.raises(InvalidArgument, match=f"^{name}: "):
-        torchem.plot.prediction(model, torch.ones(20), u, **{name: known[:3]})
+        torchem.plot.prediction(model, torch.ones(20), u, **{name: known[name][:3]})

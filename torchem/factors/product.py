@@ -48,6 +48,8 @@ class Product(Composite):
 
     def __init__(self, factors: Sequence[Factor], columns: Sequence[Sequence[int]] | None = None):
         super().__init__()
+        if isinstance(factors, Factor):
+            raise wrong_type("factors", "a list of torchem factors", factors, "write Product([f, g])")
         given = list(factors)
         for factor in given:
             if not isinstance(factor, Factor):

@@ -37,6 +37,8 @@ class Stacked(Composite):
 
     def __init__(self, factors: Sequence[Factor]):
         super().__init__()
+        if isinstance(factors, Factor):
+            raise wrong_type("factors", "a list of torchem factors", factors, "write Stacked([f, g])")
         given = list(factors)
         for factor in given:
             if not isinstance(factor, Factor):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, whole_number
+from torchem.errors import check_generator, invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import LatentModel
 from torchem.ops import directional, reduce
@@ -411,6 +411,7 @@ class Conditional:
     def sample(self, n: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of the columns, ``[n, N, U]``."""
         whole_number("n", n, 1, "give the number of draws")
+        check_generator(generator)
         z = torch.multinomial(self.weights, n, replacement=True, generator=generator).mT
         return complete(self.model.component, self.known, z, generator)[..., self.columns]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_batch, as_tensor
-from torchem.errors import invalid, whole_number, wrong_type
+from torchem.errors import check_generator, invalid, whole_number, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -73,8 +73,22 @@ class Mixture(DiscreteModel):
             raise wrong_type("mixing", "a torchem factor", mixing, "pass for example factors.Categorical(K)")
         if not isinstance(component, Factor):
             raise wrong_type("component", "a torchem factor or model", component, "pass for example Gaussian(K, D)")
-        classes = getattr(mixing, "shape", (component.n_components,))[-1]
-        if component.n_components is not None and classes != component.n_components:
+        if type(mixing.unwrapped).log_table is Factor.log_table:
+            raise invalid(
+                "mixing", "a law of the classes", f"{type(mixing.unwrapped).__name__}, a family of observations",
+                "give the two in this order: Mixture(Categorical(K), Gaussian(K, D))",
+            )  # fmt: skip
+        shape = tuple(getattr(mixing, "shape", (component.n_components,)))
+        if len(shape) != 1:
+            raise invalid("mixing", "one law of K classes", f"a table {list(shape)}", "pass Categorical(K)")
+        classes = shape[0]
+        if type(component.unwrapped).log_prob is Factor.log_prob or component.n_components is None:
+            raise invalid(
+                "component", f"a family of observations with {classes} components",
+                f"{type(component.unwrapped).__name__}, which has none as it is built",
+                "give their number first: Gaussian(K, D), Categorical(K, M)",
+            )  # fmt: skip
+        if classes != component.n_components:
             raise invalid(
                 "component", f"{classes} components, as many as mixing has classes", component.n_components,
                 "build both with the same K",
@@ -282,6 +296,7 @@ class Mixture(DiscreteModel):
             tensor([[2., 1.]])
         """
         checked_draws(draws, self, variance)
+        check_generator(generator)
         self._refuse_models("impute")
         gaps = Gaps.of(data, self._read(data, fields), False)
         batch = gaps.batch[gaps.index]
@@ -328,7 +343,7 @@ class Mixture(DiscreteModel):
 
         def each(piece: Batch) -> tuple[Tensor, ...]:
             share = self.posterior(piece)
-            mean, variance = total(share, *component.conditional(piece), component.circular)
+            mean, variance = total(share, *component.conditional(piece), circular=component.circular)
             mean, variance = (torch.where(named, torch.nan, value) for value in (mean, variance))
             missing = piece.x.isnan()
             return share, torch.where(missing, mean, piece.x), torch.where(missing, variance, 0.0)
@@ -368,6 +383,7 @@ class Mixture(DiscreteModel):
             generator: Source of the draws.
         """
         whole_number("n", n, 0, "give the number of draws")
+        check_generator(generator)
         u, offset, trials = (
             None if value is None else as_tensor(value, name).to(self.device, self.dtype)
             for name, value in (("inputs", inputs), ("offset", offset), ("trials", trials))
