@@ -46,8 +46,8 @@ def _families() -> Iterator[tuple[str, Callable[[], tuple[Factor, Batch]]]]:
 POSITIVE = (factors.Exponential, factors.Gamma)
 FAMILIES = dict(_families())
 every_family = pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in FAMILIES.items()])
-#: Those that tell what other columns say of a missing one: a direction and counts of one total do not; angles have
-#: no mean.
+#: Those whose densities tell what other columns say of a missing one: angles have no mean, and counts of one total
+#: leave it open when one of them was not seen (tests/factors/test_multinomial.py).
 SILENT = ("VonMises", "Multinomial")
 telling = pytest.mark.parametrize(
     "build", [pytest.param(build, id=name) for name, build in FAMILIES.items() if not name.startswith(SILENT)]
@@ -521,7 +521,7 @@ def test_laws_by_pattern_and_by_name_agree() -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])
-def test_quantiles_of_laws_are_exact(kind: str) -> None:
+def test_quantiles_of_laws_are_exact(kind: Any) -> None:
     model = torchem.GaussianMixture(2, 3, kind, rank=1 if kind == "low_rank" else None).double()
     model.means, model.weights = 2 * randn(2, 3), [0.3, 0.7]
     x = randn(6, 3, seed=8)
