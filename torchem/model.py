@@ -115,9 +115,10 @@ class LatentModel(nn.Module, ABC):
 
     @property
     def reads(self) -> frozenset[str] | None:
-        """What of "u", "offset" and "trials" its factors read; None where a user's own are among them."""
+        """What of "u", "offset" and "trials" its factors read; None where a user's own are among them, or models."""
         factors = [*_all_factors(self), *self.factors()]
-        if not all(type(factor).__module__.startswith("torchem.") for factor in factors):
+        models = [module for module in self.modules() if isinstance(module, LatentModel)]
+        if not all(type(part).__module__.startswith("torchem.") for part in (*factors, *models)):
             return None
         return frozenset[str]().union(*(factor.reads for factor in factors))
 
@@ -125,7 +126,7 @@ class LatentModel(nn.Module, ABC):
         """Refuse covariates, offsets and trials that no factor of the model reads: they would be without effect.
 
         Raises:
-            InvalidArgument: For the first of them, unless the model holds a factor of a user's own.
+            InvalidArgument: For the first of them, unless the model is a user's own or holds a factor that is.
         """
         given = [name for name in ("u", "offset", "trials") if getattr(batch, name) is not None]
         if not given:
