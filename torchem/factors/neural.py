@@ -85,9 +85,11 @@ class Neural(Network):
         """Refuse data that the network cannot read, and a network that does not give a number for each state."""
         if self.inputs and batch.u is None:
             raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
-        if not len(batch):
+        # A network need not take NaN, which is what stands for rows that are to be predicted.
+        whole = (~batch.x.isnan()).flatten(1).all(1).nonzero()
+        if not len(whole):
             return
-        row = batch[:1].to(self.device)
+        row = batch[whole[0]].to(self.device)
         try:
             with torch.no_grad():
                 self.log_prob(row.with_x(self.cast(row.x)))
