@@ -596,3 +596,34 @@ def test_labels_that_contradict_structural_zeros_are_named_as_what_may_be_wrong(
     with pytest.raises(InvalidArgument) as error:
         torchem.fit(model, x(), labels=labels, seed=0)
     told(error, "data", "probability zero at sequence 0", "label")
+
+
+# ---- slots and lists ------------------------------------------------------------------------------------------------
+
+
+def test_slots_that_do_not_fit_are_refused_with_a_hint() -> None:
+    model, x = torchem.GaussianMixture(2, 2), torch.tensor([[0.0, math.nan], [1.0, 1.0]])
+    with as_users_run_it():
+        for match, call in (
+            (
+                r"^component: .*3 components.*Categorical, which",
+                lambda: torchem.Mixture(Categorical(3), Categorical(3)),
+            ),
+            (
+                r"^component: .*SoftmaxRegression, which",
+                lambda: torchem.Mixture(Categorical(2), factors.SoftmaxRegression(2, 2)),
+            ),
+            (r"^mixing: .*Gaussian, a family .*in this order", lambda: torchem.Mixture(Gaussian(3, 2), Categorical(3))),
+            (r"^mixing: .*a table \[2, 3\]", lambda: torchem.Mixture(Categorical(2, 3), Gaussian(3, 2))),
+            (r"^factors: .*Stacked\(\[f, g\]\)", lambda: factors.Stacked(Gaussian(1, 2))),  # pyright: ignore
+            (
+                r"^factors: .*Product\(\[f, g\]\)",
+                lambda: factors.Product(Gaussian(1, 2), Poisson(1, 1)),  # pyright: ignore
+            ),
+            (r"^generator: .*got int", lambda: model.sample(3, generator=0)),  # pyright: ignore
+            (r"^generator: .*got int", lambda: model.impute(x, draws=2, generator=0)),  # pyright: ignore
+            (r"^seed: .*generator=", lambda: model.impute(x, draws=2, seed=0)),
+            (r"^lable: .*labels", lambda: model.log_prob(x, lable=[0, 1])),
+        ):
+            with pytest.raises((InvalidArgument, InvalidType), match=match):
+                call()

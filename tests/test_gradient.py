@@ -701,7 +701,7 @@ def test_experts_that_are_networks(tmp_path) -> None:
     again = torchem.load(tmp_path / "m.safetensors", modules={"component.factor.module": Curve(3)})
     close(again.log_prob(again.batch(x, inputs=u)), model.log_prob(model.batch(x, inputs=u)))
     with pytest.raises(NotImplementedError, match=r"moments where its module has a method moments\(\)"):
-        torchem.Mixture(Categorical(3), Neural(Normal(3, 1), 3)).predict(u[:2]).mean  # noqa: B018
+        torchem.Mixture(model.mixing, Neural(Normal(2, 1), 2)).predict(u[:2]).mean  # noqa: B018
 
 
 class Strict(Normal):

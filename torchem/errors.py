@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
+import torch
+
 
 class TorchemError(Exception):
     """Base of every exception that torchem raises on purpose."""
@@ -113,6 +115,19 @@ def whole_number(argument: str, value: object, least: int, remedy: str = "correc
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise invalid(argument, f"a whole number of at least {least}", repr(value), remedy)
+
+
+def check_generator(generator: object) -> None:
+    """Refuse what is no source of draws.
+
+    Raises:
+        InvalidType: Then.
+
+    Example:
+        >>> check_generator(None)
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise wrong_type("generator", "a torch.Generator or None", generator, "pass torch.Generator().manual_seed(0)")
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -439,6 +439,22 @@ class Factor(nn.Module, ABC):
         center, spread = self.moments(batch)
         return torch.where(missing, center, batch.x.to(center).unsqueeze(-2)), torch.where(missing, spread, 0.0)
 
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """The distribution function of every entry given the state and the entries of its row that were observed.
+
+        By default `cdf`, where columns are independent.
+
+        Args:
+            batch: Rows ``[*n, D]``, NaN where an entry is missing.
+
+        Returns:
+            A function of x ``[*n, D]`` that gives P(entry ≤ x), ``[*r, *n, K, D]``, of missing entries.
+        """
+        if not self.independent and self.n_features != 1:
+            name = type(self.unwrapped).__name__
+            raise NotImplementedError(f"{name} has no conditional distribution functions; define conditional_cdf")
+        return lambda x: self.cdf(batch.with_x(x))
+
     def conditional_covariance(self, batch: Batch) -> Tensor:
         """Covariances ``[*r, *n, K, D, D]`` of the entries of each row given the state and those that were observed.
 
@@ -731,6 +747,16 @@ class Factor(nn.Module, ABC):
     @abstractmethod
     def example(cls) -> tuple["Factor", Batch]:
         """A small factor and a batch that it can read: what the laws run on."""
+
+
+def normal_cdf(mean: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
+    """The distribution function of normal entries, of means and variances ``[*r, *n, K, D]``, at x ``[*n, D]``.
+
+    Example:
+        >>> normal_cdf(torch.zeros(1, 2, 1), torch.ones(1, 2, 1))(torch.zeros(1, 1)).tolist()
+        [[[0.5], [0.5]]]
+    """
+    return lambda x: torch.special.ndtr((x.unsqueeze(-2) - mean) / variance.sqrt())
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gives the most likely configuration.
 
 import copy
 import functools
+import inspect
 import math
 import operator
 from abc import ABC, abstractmethod
@@ -30,6 +31,7 @@ from torchem.stats import Stats
 Reduction = Callable[[Tensor, int], Tensor]
 #: Arguments of `torchem.fit` and the fields of a batch that they become.
 _FIELDS = {"inputs": "u", "weights": "weight"}
+_PUBLIC = {inner: outer for outer, inner in _FIELDS.items()}
 #: What stands for the posterior of the latents in an E-step.
 EStep = Literal["soft", "hard", "sample"]
 #: Gives uniform numbers of a shape, each replica's from a generator of its own.
@@ -97,6 +99,12 @@ class LatentModel(nn.Module, ABC):
         """Validate data for this model; further fields by the names that `torchem.fit` has for them, or a batch's."""
         build = as_sequences if self.sequential else as_batch
         fields = {_FIELDS.get(name, name): value for name, value in fields.items()}
+        known = inspect.signature(build).parameters if fields else {}
+        if unknown := [name for name in fields if name not in known]:
+            names = {_PUBLIC.get(name, name) for name in known} - {"data", "n_states", "whole"}
+            names = ", ".join(sorted(name for name in names if not name.startswith("allow_")))
+            remedy = "pass generator=torch.Generator().manual_seed(0)" if unknown[0] == "seed" else "correct it"
+            raise invalid(unknown[0], f"one of the fields {names}", "another name", remedy)
         if fields.get("labels") is not None:
             fields.setdefault("n_states", self.takes_labels())
         if self.whole:
@@ -105,21 +113,27 @@ class LatentModel(nn.Module, ABC):
         self.refuse_unread(batch)
         return self.check(batch)
 
+    @property
+    def reads(self) -> frozenset[str] | None:
+        """What of "u", "offset" and "trials" its factors read; None where a user's own are among them, or models."""
+        factors = [*_all_factors(self), *self.factors()]
+        models = [module for module in self.modules() if isinstance(module, LatentModel)]
+        if not all(type(part).__module__.startswith("torchem.") for part in (*factors, *models)):
+            return None
+        return frozenset[str]().union(*(factor.reads for factor in factors))
+
     def refuse_unread(self, batch: Batch) -> None:
         """Refuse covariates, offsets and trials that no factor of the model reads: they would be without effect.
 
         Raises:
-            InvalidArgument: For the first of them, unless the model holds a factor of a user's own.
+            InvalidArgument: For the first of them, unless the model is a user's own or holds a factor that is.
         """
         given = [name for name in ("u", "offset", "trials") if getattr(batch, name) is not None]
         if not given:
             return
-        factors = [*_all_factors(self), *self.factors()]
-        if not all(type(factor).__module__.startswith("torchem.") for factor in factors):
-            return
-        read = frozenset[str]().union(*(factor.reads for factor in factors))
+        read = self.reads
         for name in given:
-            if name not in read:
+            if read is not None and name not in read:
                 argument = {"u": "inputs"}.get(name, name)
                 raise invalid(
                     argument, f"none: no factor of this {type(self).__name__} reads them", "some", _READERS[name]

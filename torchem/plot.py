@@ -138,6 +138,9 @@ def prediction(
     columns: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
     ax: Any = None,
+    *,
+    offset: Any = None,
+    trials: Any = None,
 ) -> Any:
     """Draw what a mixture predicts along a covariate: the mean, its components and a band of 90 %, over the data.
 
@@ -148,6 +151,8 @@ def prediction(
         columns: Names of the columns of x.
         names: Names of the covariates.
         ax: Axes to draw in; new ones when None.
+        offset: Known terms ``[N]`` of linear predictors; what is predicted is so at their mean.
+        trials: Numbers of trials ``[N]``; what is predicted is so of their rounded mean.
 
     Returns:
         The axes.
@@ -164,8 +169,17 @@ def prediction(
     x, u = (value.unsqueeze(-1) if value.dim() == 1 else value for value in (as_tensor(x, "x"), as_tensor(inputs, "u")))
     if len(u) != len(x):
         raise invalid("inputs", f"[{len(x)}, M]", f"shape {list(u.shape)}", "give a row for each of x")
-    both, _ = _data(model, torch.cat([x.detach().double(), u.detach().double()], -1), None)
-    data, u = both[:, : x.shape[1]], both[:, x.shape[1] :]
+    known = {
+        name: as_tensor(value, name).detach().double().reshape(-1, 1)
+        for name, value in (("offset", offset), ("trials", trials))
+        if value is not None
+    }
+    for name, value in known.items():
+        if len(value) != len(x):
+            raise invalid(name, f"[{len(x)}]", f"shape {list(value.shape[:1])}", "give a number for each row of x")
+    both, _ = _data(model, torch.cat([x.detach().double(), u.detach().double(), *known.values()], -1), None)
+    data, u, rest = np.split(both, [x.shape[1], x.shape[1] + u.shape[1]], 1)
+    fields = dict(zip(known, rest.T, strict=True))
     labels = _names(columns, x.shape[1])
     which = int(np.argmax(np.ptp(u, axis=0) > 0))
     ax = _axes(ax)
@@ -173,7 +187,10 @@ def prediction(
     rows = np.repeat(u.mean(0, keepdims=True), len(span), 0)
     rows[:, which] = span
     with torch.no_grad():
-        law = model.predict(torch.from_numpy(rows))
+        middle = {name: np.full(len(span), value.mean()) for name, value in fields.items()}
+        if trials is not None:
+            middle["trials"] = middle["trials"].round()
+        law = model.predict(torch.from_numpy(rows), **middle)
         mean, parts, weights = _array(law.mean), _array(law.component_means), _array(law.weights)
         low, high = (_array(found)[:, 0] for found in law.quantile([0.05, 0.95]))
     colours = palette(weights.shape[1])
@@ -184,7 +201,7 @@ def prediction(
         ax.scatter(span, parts[:, k, 0], c=shade, s=4, linewidths=0, zorder=3)
     ax.plot(span, mean[:, 0], color=_INK, linewidth=1.6, zorder=4)
     with torch.no_grad():
-        posterior = _array(model.posterior(model.batch(torch.from_numpy(data), inputs=u)))
+        posterior = _array(model.posterior(model.batch(torch.from_numpy(data), inputs=u, **fields)))
     ax.scatter(u[:, which], data[:, 0], c=(posterior @ colours).clip(0, 1), s=16, alpha=0.8, linewidths=0, zorder=2)
     bottom, top = data[:, 0].min(), data[:, 0].max()
     room = 0.1 * (top - bottom)

@@ -1,5 +1,6 @@
 """What factors that wrap another have in common: names, views and everything but the M-step are the wrapped one's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,6 +134,10 @@ class Wrapper(Factor):
     def cdf(self, batch: Batch) -> Tensor:
         """Distribution function of each column at the wrapped factor's parameters."""
         return self.factor.cdf(batch)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """As `Factor.conditional_cdf`, at the wrapped factor's parameters."""
+        return self.factor.conditional_cdf(batch)
 
     def prepare(self, moments: Moments) -> None:
         self.factor.prepare(moments)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,8 @@ def test_offsets_in_a_mixture_of_experts() -> None:
 
 @pytest.mark.parametrize("name", ["inputs", "offset", "trials"])
 def test_what_no_factor_reads_is_refused(name: str) -> None:
-    model, x, given = torchem.GaussianMixture(2, 1), torch.randn(9, 1), {name: torch.ones(9)}
+    given: dict[str, Any] = {name: torch.ones(9)}
+    model, x = torchem.GaussianMixture(2, 1), torch.randn(9, 1)
     for act in (
         lambda: torchem.fit(model, x, **given, progress=False), lambda: model.log_prob(x, **given),
         lambda: model.sample(9, **given),

@@ -173,3 +173,33 @@ def test_truth_is_recovered_by_a_fit() -> None:
 def test_bad_input(act, name: str) -> None:
     with pytest.raises(InvalidArgument, match=f"^{name}: "):
         act()
+
+
+def test_unseen_counts_are_those_of_the_law_that_em_takes_them_from() -> None:
+    """A negative multinomial, by enumeration of two unseen counts."""
+    family = Multinomial(2, 4, trials=5).double()
+    family.probs = rand(2, 4, seed=2).softmax(-1)
+    x = torch.tensor([[3.0, torch.nan, 2.0, torch.nan], [torch.nan] * 4, [0.0, 0.0, 0.0, torch.nan]]).double()
+    mean, variance = family.conditional(Batch(x))
+    covariance = family.conditional_covariance(Batch(x))
+    a, b = torch.meshgrid(torch.arange(120.0).double(), torch.arange(120.0).double(), indexing="ij")
+    for k in range(2):
+        p = family.probs[k].detach()
+        log = (5 + a + b).lgamma() - (a + 1).lgamma() - (b + 1).lgamma() + a * p[1].log() + b * p[3].log()
+        share = log.flatten().softmax(0).reshape(a.shape)
+        first, second = (share * a).sum(), (share * b).sum()
+        close(mean[0, k], torch.stack([x[0, 0], first, x[0, 2], second]), rtol=1e-8)
+        close(variance[0, k, 1], (share * (a - first).square()).sum(), rtol=1e-8)
+        close(covariance[0, k, 1, 3], (share * (a - first) * (b - second)).sum(), rtol=1e-8)
+    close(covariance.diagonal(dim1=-2, dim2=-1), variance)
+    close(mean[1], 5 * family.probs)
+    assert bool((mean[2, :, 3] == 0).all())
+    model = torchem.Mixture(Categorical(2), family).double()
+    value, spread = model.impute(x, variance=True)
+    draws = model.impute(x, draws=20000, generator=rng(0))
+    assert torch.equal(draws[:, 0, [0, 2]], x[:1, [0, 2]].expand(20000, 2))
+    gap = (draws.mean(0) - value)[:2] / (spread[:2] / 20000).sqrt().clamp(min=1e-9)
+    assert float(gap.abs().max()) < 4.5
+    assert torch.equal(draws, draws.round())
+    law = model.condition(x)
+    close(law.covariance_matrix.diagonal(dim1=-2, dim2=-1), law.variance)

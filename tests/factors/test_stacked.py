@@ -138,3 +138,23 @@ def test_outside_of_the_box_there_is_nothing() -> None:
 def test_bad_input(act, name: str) -> None:
     with pytest.raises(InvalidArgument, match=f"^{name}: "):
         act()
+
+
+def test_noise_beyond_its_box_takes_new_outliers(tmp_path) -> None:
+    x = torch.cat([randn(60, 2), 12 * rand(12, 2, seed=3) - 6])
+    far = torch.tensor([[40.0, 40.0], [0.0, 0.0]]).double()
+    found = []
+    for beyond in (False, True):
+        noise = Uniform(1, 2, beyond=beyond)
+        model = torchem.Mixture(Categorical(2), Stacked([Gaussian(1, 2), noise])).double()
+        result = torchem.fit(model, x, seed=0, max_iter=20, progress=False)
+        found.append((result.history, model.most_likely(far).tolist()))
+        assert bool((noise.sample(torch.zeros(50, dtype=torch.long)).abs() <= 6).all())
+        torchem.save(model, tmp_path / "m.safetensors")
+        again = torchem.load(tmp_path / "m.safetensors")
+        assert torch.equal(again.log_prob(far), model.log_prob(far))
+        model.prune(torch.tensor([False, True]))
+        assert bool(model.log_prob(far)[0].isfinite()) is beyond
+    # In the box, where all data are, nothing changes.
+    assert found[0][0] == found[1][0]
+    assert (found[0][1], found[1][1]) == ([0, 0], [1, 0])

@@ -130,6 +130,15 @@ class Columns(Factor, Conjugate):
         mean, variance = self.mean_variance()
         return mean.reshape(shape), variance.reshape(shape)
 
+    def cdf(self, batch: Batch) -> Tensor:
+        mean = self.moments(batch)[0].to(torch.float64)
+        return self.distribution(batch.x.to(torch.float64).unsqueeze(-2), mean).to(self.dtype)
+
+    @staticmethod
+    @abstractmethod
+    def distribution(x: Tensor, mean: Tensor) -> Tensor:
+        """P(X ≤ x) of entries under laws of these means; broadcasts."""
+
     def outcomes(self) -> list[Tensor | None]:
         return self._counted(self.mean_variance()[0]) if self.discrete else super().outcomes()
 

@@ -95,6 +95,10 @@ class Bernoulli(Columns):
         probs = self.probs
         return probs, probs * (1 - probs)
 
+    @staticmethod
+    def distribution(x: Tensor, mean: Tensor) -> Tensor:
+        return torch.where(x >= 1, 1.0, torch.where(x >= 0, 1 - mean, 0.0))
+
     def free(self) -> Tensor:
         return self.support.all(-1)
 

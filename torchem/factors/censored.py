@@ -106,6 +106,10 @@ class Censored(Bounded):
         """Those of the law that is censored."""
         return self.factor.moments(batch)
 
+    def cdf(self, batch: Batch) -> Tensor:
+        """That of the law that is censored."""
+        return self.factor.cdf(batch)
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         x = self.factor.sample(z, batch, generator)
         low, high = self.limits().to(x.dtype)

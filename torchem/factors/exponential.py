@@ -76,6 +76,10 @@ class Exponential(Rates):
         mean = (-self.log_rate).exp()
         return mean, mean.square()
 
+    @staticmethod
+    def distribution(x: Tensor, mean: Tensor) -> Tensor:
+        return -torch.expm1(-x.clamp(min=0.0) / mean)
+
     def free(self) -> Tensor:
         return torch.ones_like(self.log_rate, dtype=torch.bool)
 

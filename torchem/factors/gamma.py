@@ -104,6 +104,12 @@ class Gamma(Grid, ExponentialFamily):
         mean = (self.log_shape - self.log_rate).exp()
         return mean, mean / self.rates
 
+    def cdf(self, batch: Batch) -> Tensor:
+        shape = (*self.replicas, *[1] * (batch.x.dim() - 1), self._k, self._d)
+        rate, form = (self.wide(name).exp().reshape(shape) for name in ("log_rate", "log_shape"))
+        x = batch.x.to(torch.float64).unsqueeze(-2).clamp(min=0.0)
+        return torch.special.gammainc(form, rate * x).to(self.dtype)
+
     # ---- EM ---------------------------------------------------------------------------------------------------
 
     def maximize(self, stats: Stats) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior, Quadratic
+from torchem.factor import Adjustment, Conjugate, Factor, Kernel, Moments, Prior, Quadratic, normal_cdf
 from torchem.factors._scale import column_variances
 from torchem.ops import gaussian as ops
 from torchem.ops import missing, tails
@@ -208,6 +209,12 @@ class Gaussian(Factor, Conjugate):
         lead, ones = self.replicas, [1] * (batch.x.dim() - 1)
         variance = self.structure.variances(self.scale, self._k, self._d)
         return self.means.reshape(*lead, *ones, self._k, self._d), variance.reshape(*lead, *ones, self._k, self._d)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        return normal_cdf(*self.moments(batch))(batch.x)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return normal_cdf(*self.conditional(batch))
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of every entry under each component, given the entries of its row that were observed.

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, Quadratic
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, Quadratic, normal_cdf
 from torchem.factors._coefficients import Coefficients
 from torchem.ops import gaussian as ops
 from torchem.ops import linalg, missing
@@ -167,8 +167,10 @@ class LinearGaussian(Coefficients, Conjugate):
         return torch.where(batch.x.isnan(), drawn.to(batch.x), batch.x)
 
     def cdf(self, batch: Batch) -> Tensor:
-        mean, variance = self.moments(batch)
-        return torch.special.ndtr((batch.x.unsqueeze(-2) - mean) / variance.sqrt())
+        return normal_cdf(*self.moments(batch))(batch.x)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return normal_cdf(*self.conditional(batch))
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         """``count``, ``dof`` [*r, K], ``xx`` as the covariances, ``ux`` [*r, K, M, D] and ``uu`` [*r, K, M, M]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of
-from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior
+from torchem.factor import Conjugate, Factor, Kernel, Moments, Prior, normal_cdf
 from torchem.factors._scale import column_variances
 from torchem.ops import linalg, missing
 from torchem.ops.gaussian import CERTAIN, LOG_2PI, STRUCTURES, Entrywise
@@ -216,6 +216,12 @@ class LowRankGaussian(Factor, Conjugate):
         variance = self._variances() + self.loading.square().sum(-1)
         shape = (*self.replicas, *ones, self._k, self._d)
         return self.mean.reshape(shape), variance.reshape(shape)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        return normal_cdf(*self.moments(batch))(batch.x)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return normal_cdf(*self.conditional(batch))
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of every entry under each component, given those of its row that were observed.

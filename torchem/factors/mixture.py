@@ -149,11 +149,20 @@ class Mixture(Composite):
     def row_size(self) -> int:
         return self.component.row_size() + 4 * self._k * self._m
 
+    def cdf(self, batch: Batch) -> Tensor:
+        each = self.component.cdf(batch).unflatten(-2, (self._k, self._m))
+        return (self._weight(batch, each) * each).sum(-2)
+
+    def _weight(self, batch: Batch, each: Tensor) -> Tensor:
+        """Weights of the parts, to broadcast to ``each [*r, *n, K, M, D]``."""
+        weight = self.mixing.log_table(batch).exp().unsqueeze(-1)
+        if weight.dim() < each.dim():
+            weight = weight.unflatten(len(self.replicas), [1] * (each.dim() - weight.dim() + 1))
+        return weight
+
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         mean, variance = (v.unflatten(-2, (self._k, self._m)) for v in self.component.moments(batch))
-        weight = self.mixing.log_table(batch).exp().unsqueeze(-1)
-        if weight.dim() < mean.dim():
-            weight = weight.unflatten(len(self.replicas), [1] * (mean.dim() - weight.dim() + 1))
+        weight = self._weight(batch, mean)
         center = (weight * mean).sum(-2)
         return center, (weight * (variance + (mean - center.unsqueeze(-2)).square())).sum(-2)
 

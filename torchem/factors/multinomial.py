@@ -27,7 +27,9 @@ class Multinomial(Table):
 
     *Missing.* Where a count is NaN the size of the whole row is not known. The row then has the density of what was
     seen given the sum m of that: a multinomial over the categories seen, their probabilities divided by their sum P.
-    EM takes the others as unseen draws, m π_c / P of each category c on average, which keeps its M-step exact.
+    EM takes the others as unseen draws, m π_c / P of each category c on average, which keeps its M-step exact. They are
+    imputed by the law of which that is the mean, a negative multinomial of m (a row's size has the prior 1 / n); rows
+    of which nothing was seen have the size that `sample` draws.
 
     Args:
         n_components: K, the number of states.
@@ -118,6 +120,45 @@ class Multinomial(Table):
         mean, variance = (size * value for value in (probs, probs * (1 - probs)))
         shape = (*self.replicas, *[1] * (batch.x.dim() - 1), *probs.shape[lead:])
         return mean.reshape(shape), variance.reshape(shape)
+
+    def _unseen(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums m of what was seen of rows, ``[*n, 1, 1]``, and π_c / P of each category, ``[*r, *n, K, C]``."""
+        x = batch.x.to(torch.float64).unsqueeze(-2)
+        probs = self.probs.to(torch.float64).reshape(*self.replicas, *[1] * (batch.x.dim() - 1), *self.shape)
+        seen = torch.where(x.isnan(), 0.0, probs).sum(-1, keepdim=True)
+        return x.nansum(-1, keepdim=True), probs / seen.clamp(min=1e-300)
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of an unseen count m π_c / P and m (π_c / P)(1 + π_c / P); see `Factor.conditional`."""
+        (total, ratio), whole = self._unseen(batch), self.moments(batch)
+        missing = batch.x.isnan().unsqueeze(-2)
+        found = torch.where(total > 0, total * ratio, 0.0), torch.where(total > 0, total * ratio * (1 + ratio), 0.0)
+        none = missing.all(-1, keepdim=True)
+        mean, variance = (torch.where(none, v, own.to(v)) for v, own in zip(whole, found, strict=True))
+        return torch.where(missing, mean, batch.x.to(mean).unsqueeze(-2)), torch.where(missing, variance, 0.0)
+
+    def conditional_covariance(self, batch: Batch) -> Tensor:
+        """m (diag r + r rᵀ) with r = π / P; of rows of which nothing was seen n (diag π − π πᵀ)."""
+        (total, ratio), (size, _) = self._unseen(batch), self.moments(batch)
+        probs = self.probs.to(torch.float64)
+        none = batch.x.isnan().all(-1)[..., None, None, None]
+        some = torch.where(total > 0, ratio, 0.0)
+        own = total.unsqueeze(-1) * (some.diag_embed() + some.unsqueeze(-1) * some.unsqueeze(-2))
+        all_of = size.sum(-1)[..., None, None] * (probs.diag_embed() - probs.unsqueeze(-1) * probs.unsqueeze(-2))
+        holes = batch.x.isnan()
+        both = (holes.unsqueeze(-1) & holes.unsqueeze(-2)).unsqueeze(-3)
+        return torch.where(both, torch.where(none, all_of, own), 0.0).to(self.dtype)
+
+    def complete(self, batch: Batch, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Rows with unseen counts drawn: Poisson given a rate that is Gamma(m)."""
+        total, ratio = self._unseen(batch)
+        total = total[..., 0]
+        rate = torch._standard_gamma(total.clamp(min=1e-3), generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        own = ratio.detach().gather(-2, z[:, None, None].expand(-1, 1, self.n_features)).squeeze(-2)
+        drawn = torch.poisson(torch.where(total > 0, rate * own, 0.0), generator=generator)
+        missing = batch.x.isnan()
+        drawn = torch.where(missing.all(-1, keepdim=True), self.sample(z, batch, generator).to(drawn), drawn)
+        return torch.where(missing, drawn.to(batch.x), batch.x)
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         return self._drawn(self.probs.detach().to(torch.float64)[z], generator)

@@ -105,6 +105,16 @@ class NegativeBinomial(Cells):
         mean = self.means
         return mean, mean + self.dispersions * mean.square()
 
+    def cdf(self, batch: Batch) -> Tensor:
+        # A sum over all outcomes up to the largest: torch has no incomplete beta function.
+        x = batch.x.to(torch.float64).nan_to_num(nan=-1.0).floor()
+        most = int(x.detach().amax().clamp(min=0.0)) if x.numel() else 0
+        counts = torch.arange(most + 1, dtype=torch.float64, device=x.device).unsqueeze(-1)
+        total = self.cells(counts.unsqueeze(-2))[0].exp().cumsum(-3).clamp(max=1.0)  # [*r, most + 1, K, D]
+        place = x.reshape(-1, 1, self._d).clamp(min=0.0).long().expand(*self.replicas, -1, self._k, -1)
+        value = torch.where(x.reshape(-1, 1, self._d) >= 0, total.gather(-3, place), 0.0).to(self.dtype)
+        return value.unflatten(-3, batch.x.shape[:-1])
+
     # ---- EM ---------------------------------------------------------------------------------------------------
 
     def expected_log_prob(self, stats: Stats) -> Tensor:

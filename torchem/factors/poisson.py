@@ -73,6 +73,11 @@ class Poisson(Rates):
     def mean_variance(self) -> tuple[Tensor, Tensor]:
         return self.rates, self.rates
 
+    @staticmethod
+    def distribution(x: Tensor, mean: Tensor) -> Tensor:
+        below = torch.special.gammaincc(x.floor().clamp(min=0.0) + 1, mean)
+        return torch.where(x >= 0, below, 0.0)
+
     def free(self) -> Tensor:
         return self.support
 

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -48,6 +48,8 @@ class Product(Composite):
 
     def __init__(self, factors: Sequence[Factor], columns: Sequence[Sequence[int]] | None = None):
         super().__init__()
+        if isinstance(factors, Factor):
+            raise wrong_type("factors", "a list of torchem factors", factors, "write Product([f, g])")
         given = list(factors)
         for factor in given:
             if not isinstance(factor, Factor):
@@ -163,6 +165,28 @@ class Product(Composite):
         axes = torch.broadcast_shapes(*(mean.shape[:-1] for mean, _ in parts))
         wide = [torch.cat([value.expand(*axes, -1) for value in values], -1) for values in zip(*parts, strict=True)]
         return wide[0][..., order], wide[1][..., order]
+
+    def cdf(self, batch: Batch) -> Tensor:
+        return self._distributed([lambda x, f=f: f.cdf(batch.with_x(x)) for f in self._factors()], batch.x)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        # Of names there is none: their columns are without number.
+        parts = [
+            (lambda x: x.unsqueeze(-2).expand(*x.shape[:-1], self._k, -1) * torch.nan)
+            if all(factor.nominal)
+            else factor.conditional_cdf(batch.with_x(_take(batch.x, columns)))
+            for factor, columns in zip(self._factors(), self.columns, strict=True)
+        ]
+        return lambda x: self._distributed(parts, x)
+
+    def _distributed(self, parts: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """Distribution functions of the factors' own columns, in the order of the data."""
+        found = []
+        for part, factor, columns in zip(parts, self._factors(), self.columns, strict=True):
+            copies = self._k ** (self.memory - factor.memory)
+            value = part(_take(x, columns)).to(self.dtype)
+            found.append(value if copies == 1 else value.repeat_interleave(copies, -2))
+        return torch.cat(found, -1)[..., self._order()]
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         parts = []

@@ -37,6 +37,8 @@ class Stacked(Composite):
 
     def __init__(self, factors: Sequence[Factor]):
         super().__init__()
+        if isinstance(factors, Factor):
+            raise wrong_type("factors", "a list of torchem factors", factors, "write Stacked([f, g])")
         given = list(factors)
         for factor in given:
             if not isinstance(factor, Factor):
@@ -142,6 +144,13 @@ class Stacked(Composite):
             for values in zip(*found, strict=True)
         )
         return mean, variance
+
+    def cdf(self, batch: Batch) -> Tensor:
+        return torch.cat([factor.cdf(batch).to(self.dtype) for factor in self.parts().values()], -2)
+
+    def conditional_cdf(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        parts = [factor.conditional_cdf(batch) for factor in self.parts().values()]
+        return lambda x: torch.cat([part(x).to(self.dtype) for part in parts], -2)
 
     def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
         found = [factor.conditional(batch) for factor in self.parts().values()]

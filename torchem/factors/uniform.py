@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid
+from torchem.errors import invalid, wrong_type
 from torchem.factor import Factor, Moments
 from torchem.stats import Stats
 
@@ -16,6 +16,10 @@ class Uniform(Factor):
 
     log p(x | k) = −Σ_d log(high_d − low_d) inside the box, −∞ outside; a missing entry (NaN) is left out.
 
+    With ``beyond=True`` the constant stands outside of the box as well, as in mclust: what is far from everything is
+    noise, also in rows that come after the fit. It is then no density, and ``log_prob`` of rows outside none of a law;
+    what is drawn, and the distribution function, are of the box.
+
     Nothing is learnt: a box that shrank to the data would be the likeliest, and no noise. Sides that are left out are
     those of the data when a fit begins; a column that is constant counts as of width one.
 
@@ -24,6 +28,7 @@ class Uniform(Factor):
         n_features: D, the number of columns.
         low: Lower sides, one number or ``[D]``.
         high: Upper sides.
+        beyond: Whether the constant stands outside of the box as well.
 
     Raises:
         InvalidArgument: For sizes below one, or sides that are not below each other.
@@ -44,12 +49,14 @@ class Uniform(Factor):
 
     sides: Tensor
 
-    def __init__(self, n_components: int, n_features: int, low: Any = None, high: Any = None):
+    def __init__(self, n_components: int, n_features: int, low: Any = None, high: Any = None, beyond: bool = False):
         super().__init__()
         for name, size in (("n_components", n_components), ("n_features", n_features)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise invalid(name, "a positive whole number", repr(size), "give at least 1")
-        self._k, self._d = n_components, n_features
+        if not isinstance(beyond, bool):
+            raise wrong_type("beyond", "True or False", beyond, "say whether the constant stands outside as well")
+        self._k, self._d, self.beyond = n_components, n_features, beyond
         given = [None if side is None else as_tensor(side, name) for name, side in (("low", low), ("high", high))]
         for name, side in zip(("low", "high"), given, strict=True):
             if side is not None and (side.numel() not in (1, n_features) or not bool(side.isfinite().all())):
@@ -87,7 +94,8 @@ class Uniform(Factor):
         low, high = self.sides.reshape(*lead, *ones, 2, self._d).unbind(-2)
         x = batch.x if batch.observed is None else torch.where(batch.observed, batch.x, torch.nan)
         width = torch.where(high > low, high - low, 1.0)
-        each = torch.where((x >= low) & (x <= high), -width.log(), -torch.inf)
+        inside = (x >= low) & (x <= high)
+        each = torch.where(inside | self.beyond, -width.log(), -torch.inf)
         value = torch.where(x.isnan(), 0.0, each).sum(-1, keepdim=True)
         return value.expand(*value.shape[:-1], self._k)
 
@@ -95,6 +103,12 @@ class Uniform(Factor):
         low, high = self.sides.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), 1, 2, self._d).unbind(-2)
         shape = (*low.shape[:-2], self._k, self._d)
         return ((low + high) / 2).expand(shape), ((high - low).square() / 12).expand(shape)
+
+    def cdf(self, batch: Batch) -> Tensor:
+        low, high = self.sides.reshape(*self.replicas, *[1] * (batch.x.dim() - 1), 1, 2, self._d).unbind(-2)
+        width = torch.where(high > low, high - low, 1.0)
+        value = ((batch.x.unsqueeze(-2) - low) / width).clamp(0.0, 1.0)
+        return value.expand(*value.shape[:-2], self._k, self._d)
 
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         low, high = self.sides.unbind(-2)
@@ -125,7 +139,7 @@ class Uniform(Factor):
 
     def select(self, keep: Tensor) -> "Uniform":
         count = int(keep.sum()) if keep.dtype == torch.bool else len(keep)
-        small = Uniform(count, self._d, self.low, self.high).to(self.device, self.dtype)
+        small = Uniform(count, self._d, self.low, self.high, self.beyond).to(self.device, self.dtype)
         small.sides = self.sides
         return small
 

@@ -122,6 +122,10 @@ class ZeroInflated(Around):
         kept = 1 - self.inflation.moments(batch)[0]
         return kept * mean, kept * (variance + (1 - kept) * mean.square())
 
+    def cdf(self, batch: Batch) -> Tensor:
+        zero = self.inflation.moments(batch)[0]
+        return zero * (batch.x.unsqueeze(-2) >= 0) + (1 - zero) * self.factor.cdf(batch)
+
     def sample(self, z: Tensor, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         x = self.factor.sample(z, batch, generator)
         return torch.where(self.inflation.sample(z, batch, generator) > 0, 0.0, x)

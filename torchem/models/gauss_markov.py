@@ -313,7 +313,8 @@ class GaussMarkovModel(Completing):
         lead = len(self.replicas)
         bad = torch.stack([~value.detach().isfinite().transpose(0, lead).flatten(1).all(-1) for value in values]).any(0)
         if bool(bad.any()):
-            radius = float(torch.linalg.eigvals(self.dynamics.detach().to("cpu", torch.float64)).abs().amax())
+            dynamics: Any = self.dynamics  # of every model of this kind
+            radius = float(torch.linalg.eigvals(dynamics.detach().to("cpu", torch.float64)).abs().amax())
             raise invalid(
                 "dynamics", f"states of finite variance in {str(self.dtype).removeprefix('torch.')}",
                 f"an overflow at frame {int(bad.nonzero()[0])}, at a spectral radius of {radius:.4g}",

@@ -1,20 +1,23 @@
 """Missing entries filled in: by their conditional means, by what is most probable, or by draws."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid, one_of, whole_number
+from torchem.errors import check_generator, invalid, one_of, whole_number
 from torchem.factor import Factor
 from torchem.model import LatentModel
 from torchem.models.unseen import Unseen, most_probable
 from torchem.ops.dispatch import rows_per_piece
 
+#: Halvings of a bracket: more than float64 can tell apart.
+_HALVINGS = 80
 #: Rows that are drawn together.
 _AT_ONCE = 1 << 15
 #: What a missing entry becomes.
@@ -237,6 +240,7 @@ class Completing(LatentModel):
             tensor([1.0000, 2.0000, 3.0000])
         """
         checked_draws(draws, self, variance)
+        check_generator(generator)
         one_of("how", how, ("auto", "mean", "mode"))
         gaps = Gaps.of(data, self._read(data, fields), self.sequential)
         kinds = self.column_kinds()
@@ -285,9 +289,17 @@ class Completing(LatentModel):
 def conditioned(model: Completing, batch: Batch) -> tuple[Unseen, Tensor, Tensor]:
     """The law of every row or frame, and its mean and variance ``[*r, F, D]``."""
     law = model.unseen(batch, torch.arange(int(batch.frames().sum()) if batch.x.dim() > 2 else len(batch)))
-    parts = [piece.moments() for piece in pieces(model, law)]
+    several = pieces(model, law)
+    parts = [_recomputed(piece.moments) for piece in several] if len(several) > 1 else [law.moments()]
     mean, variance = (torch.cat(part, -2) for part in zip(*parts, strict=True))
     return law, mean, variance
+
+
+def _recomputed(function: Callable[[], Any]) -> Any:
+    """What a function gives; where derivatives are followed it is computed again for them, and nothing is kept."""
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return function()
+    return checkpoint(function, use_reentrant=False, preserve_rng_state=False)
 
 
 def places(batch: Batch, index: Tensor, device: torch.device) -> Tensor:
@@ -296,6 +308,31 @@ def places(batch: Batch, index: Tensor, device: torch.device) -> Tensor:
     if mask is None:
         return index.to(device)
     return mask.flatten().nonzero()[:, 0].to(device)[index.to(device)]
+
+
+def bisected(
+    counted: Sequence[bool], cdf: Callable[[Tensor], Tensor], means: Tensor, variances: Tensor, q: float
+) -> Tensor:
+    """Where the law of each column of a mixture has a share q below, ``[n, D]``; for counts the least such number.
+
+    Args:
+        counted: For each column whether its values are whole numbers.
+        cdf: Distribution function of the mixture at ``[n, D]``.
+        means: ``[n, K, D]`` of its parts.
+        variances: Likewise: a quantile of a part is no farther from its mean than Cantelli's inequality says, and one
+            of the mixture lies between those of its parts.
+        q: Strictly between 0 and 1.
+    """
+    spread = variances.sqrt()
+    low = (means - spread * ((1 - q) / q) ** 0.5).amin(-2)
+    high = (means + spread * (q / (1 - q)) ** 0.5).amax(-2)
+    whole = torch.tensor(counted, device=low.device)
+    low, high = torch.where(whole, -1.0, low), torch.where(whole, high.ceil() + 1, high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        enough = cdf(middle) >= q
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return torch.where(whole, high.round(), high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,8 +344,10 @@ class Conditional:
         known: The rows ``[N, D]``, or sequences ``[N, T, D]``, NaN where nothing is known.
         columns: Which columns this is about.
         weights: Probabilities of the states given what is known, ``[N, K]``; of frames ``[N, T, K]``.
-        mean: ``[N, U]`` means of those columns, of frames ``[N, T, U]``; what is known is its own mean.
-        variance: Their variances, within states and between them; zero where known. In the padding all is zero.
+        mean: ``[N, U]`` means of those columns, of frames ``[N, T, U]``; what is known is its own mean. Names have
+            none: NaN, see `probs`.
+        variance: Their variances, within states and between them; zero where known, NaN of names. In the padding all is
+            zero.
         law: Of the rows, or of the frames one after the other.
     """
 
@@ -324,10 +363,44 @@ class Conditional:
     def of(cls, model: Completing, batch: Batch, columns: list[int] | None) -> "Conditional":
         """The law of some columns, or of all."""
         law, mean, variance = conditioned(model, batch)
+        unnamed = ~torch.tensor(law.nominal, device=mean.device) | ~law.rows.x.isnan()
+        mean, variance = (torch.where(unnamed, value, torch.nan) for value in (mean, variance))
         columns = list(range(mean.shape[-1])) if columns is None else columns
         found = (law.share, mean[..., columns], variance[..., columns])
         weights, mean, variance = (_laid(batch, value, 1) for value in found)
         return cls(model, batch, columns, weights, mean, variance, law)
+
+    def probs(self, column: int) -> Tensor:
+        """Probability of each category of a column of names, ``[N, C]`` or ``[N, T, C]``: one where it is known.
+
+        p(x_c = j | x_o) = Σ_k γ_k p(x_c = j | x_o, k).
+
+        Args:
+            column: Its number in the data.
+
+        Raises:
+            InvalidArgument: If it is none of `columns`, or a column of numbers.
+
+        Example:
+            >>> import torchem
+            >>> from torchem.factors import Categorical, Categoricals
+            >>> m = torchem.Mixture(Categorical(2), Categoricals(2, [2, 2]))
+            >>> m.component.probs = [[[0.9, 0.1], [0.8, 0.2]], [[0.1, 0.9], [0.2, 0.8]]]
+            >>> m.condition([[0]], columns=[0]).probs(1).tolist()
+            [[0.74..., 0.26...]]
+        """
+        names = [place for place in self.columns if self.law.nominal[place]]
+        if column not in names:
+            raise invalid("column", f"one of the columns of names {names}", column, "see mean and variance of others")
+        outcomes = self.law.outcomes[column]
+        assert outcomes is not None
+
+        def each(piece: Unseen) -> Tensor:
+            own = piece.rows.x[:, column].unsqueeze(-1)
+            found = torch.stack([piece.log_chance(column, outcome) for outcome in outcomes], -1).exp()
+            return torch.where(own.isnan(), found, (own == outcomes).to(found))
+
+        return _laid(self.known, torch.cat([each(piece) for piece in pieces(self.model, self.law)], -2), 1)
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -347,7 +420,11 @@ class Conditional:
         width = self.known.x.shape[-1]
         numbers = 4 * self.law.share.shape[-1] * width * (width + 1)
         parts = [piece.covariance() for piece in pieces(self.model, self.law, numbers)]
-        return _laid(self.known, torch.cat(parts, -3)[..., self.columns, :][..., self.columns], 2)
+        found, holes = torch.cat(parts, -3), self.law.rows.x.isnan()
+        named = torch.tensor(self.law.nominal, device=found.device)
+        unknown = holes.unsqueeze(-1) & holes.unsqueeze(-2) & (named.unsqueeze(-1) | named)
+        found = torch.where(unknown, torch.nan, found)
+        return _laid(self.known, found[..., self.columns, :][..., self.columns], 2)
 
     def log_prob(self, x: Any) -> Tensor:
         """log p(unknown | known) of each row, ``[*s, N]``, or of each frame by itself, ``[*s, N, T]``.
@@ -381,20 +458,57 @@ class Conditional:
     def sample(self, n: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of the columns, ``[n, N, U]`` or ``[n, N, T, U]``; a sequence is drawn as a whole."""
         whole_number("n", n, 1, "give the number of draws")
+        check_generator(generator)
         return self.model.impute(self.known, draws=n, generator=generator)[..., self.columns]
 
     def quantile(self, q: Any, draws: int = 1000, *, generator: torch.Generator | None = None) -> Tensor:
-        """Quantiles of each column, ``[*q, N, U]`` or ``[*q, N, T, U]``, from draws.
+        """Quantiles of each column, ``[*q, N, U]`` or ``[*q, N, T, U]``: what is known is its own, of names NaN.
+
+        Exact, by halving a bracket of Σ_k γ_k P(x_u ≤ x | x_o, k), where the family knows these: normal columns, and
+        those that are independent given the component and have a distribution function. Of other families they are
+        those of ``draws``, and a ``generator`` is asked for. Nothing is drawn from torch's own generator.
 
         Args:
-            q: Probabilities, a number or several.
-            draws: How many draws to take them from.
+            q: Probabilities, a number or several; 0 and 1 of draws alone.
+            draws: How many draws to take them from, where that has to be.
             generator: Source of the draws.
+
+        Raises:
+            InvalidArgument: For other numbers, or where draws have to be taken and there is no generator.
+
+        Example:
+            >>> import torchem
+            >>> m = torchem.GaussianMixture(1, 2).double()
+            >>> m.condition([[0.0]], columns=[0]).quantile([0.025, 0.5, 0.975]).flatten().tolist()
+            [-1.9599..., 0.0..., 1.9599...]
         """
         levels = as_tensor(q, "q").to(self.mean)
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise invalid("q", "probabilities from 0 to 1", "another number", "give for example [0.05, 0.95]")
-        return self.sample(draws, generator=generator).quantile(levels, dim=0)
+        try:
+            found = torch.stack([self._quantile(float(level)) for level in levels.reshape(-1)])
+        except NotImplementedError as error:
+            if generator is None:
+                raise invalid(
+                    "generator", "a torch.Generator to draw with, where quantiles have no closed form",
+                    str(error).partition(";")[0], "pass generator=torch.Generator().manual_seed(0)",
+                ) from error  # fmt: skip
+            found = self.sample(draws, generator=generator).quantile(levels.reshape(-1), dim=0)
+            found = torch.where(self.mean.isnan(), torch.nan, found)
+        return found.reshape(*levels.shape, *found.shape[1:])
+
+    @torch.no_grad()
+    def _quantile(self, q: float) -> Tensor:
+        if not 0 < q < 1:
+            raise NotImplementedError(f"the quantile at {q:g} is that of no finite number")
+        counted, named = [values is not None for values in self.law.outcomes], torch.tensor(self.law.nominal)
+        found = []
+        for piece in pieces(self.model, self.law):
+            mean, variance = (value.unsqueeze(-2) for value in piece.moments())
+            value = bisected(counted, piece.conditional_cdf(), mean, variance, q)
+            x = piece.rows.x
+            found.append(torch.where(x.isnan(), torch.where(named.to(x.device), torch.nan, value), x.to(value)))
+        return _laid(self.known, torch.cat(found, -2)[..., self.columns], 1)
 
 
 def _laid(batch: Batch, value: Tensor, events: int) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torchem.batch import Batch, as_batch, as_tensor
-from torchem.errors import invalid, whole_number, wrong_type
+from torchem.errors import check_generator, invalid, whole_number, wrong_type
 from torchem.factor import Factor, Kernel
 from torchem.factors import Categorical, Gaussian, LowRankGaussian
 from torchem.factors.gaussian import CovarianceType, FloorType
@@ -71,8 +71,22 @@ class Mixture(Completing, DiscreteModel):
             raise wrong_type("mixing", "a torchem factor", mixing, "pass for example factors.Categorical(K)")
         if not isinstance(component, Factor):
             raise wrong_type("component", "a torchem factor or model", component, "pass for example Gaussian(K, D)")
-        classes = getattr(mixing, "shape", (component.n_components,))[-1]
-        if component.n_components is not None and classes != component.n_components:
+        if type(mixing.unwrapped).log_table is Factor.log_table:
+            raise invalid(
+                "mixing", "a law of the classes", f"{type(mixing.unwrapped).__name__}, a family of observations",
+                "give the two in this order: Mixture(Categorical(K), Gaussian(K, D))",
+            )  # fmt: skip
+        shape = tuple(getattr(mixing, "shape", (component.n_components,)))
+        if len(shape) != 1:
+            raise invalid("mixing", "one law of K classes", f"a table {list(shape)}", "pass Categorical(K)")
+        classes = shape[0]
+        if type(component.unwrapped).log_prob is Factor.log_prob or component.n_components is None:
+            raise invalid(
+                "component", f"a family of observations with {classes} components",
+                f"{type(component.unwrapped).__name__}, which has none as it is built",
+                "give their number first: Gaussian(K, D), Categorical(K, M)",
+            )  # fmt: skip
+        if classes != component.n_components:
             raise invalid(
                 "component", f"{classes} components, as many as mixing has classes", component.n_components,
                 "build both with the same K",
@@ -245,6 +259,13 @@ class Mixture(Completing, DiscreteModel):
             [[1.0], [7.0]]
         """
         u = as_tensor(inputs, "inputs")
+        if not u.dim():
+            raise invalid("inputs", "covariates [N, M]", "a single number", "give a row of them for each prediction")
+        if self.reads is not None and "u" not in self.reads:
+            raise invalid(
+                "inputs", "a model of x given covariates", f"{type(self).__name__}, which reads none",
+                "for the component of each row ask most_likely(X), for their probabilities posterior(X)",
+            )  # fmt: skip
         models = self.models
         if self.whole:
             blank = torch.full((*u.shape[:-1], len(self.column_kinds())), torch.nan, dtype=self.dtype)
@@ -255,8 +276,10 @@ class Mixture(Completing, DiscreteModel):
             law = self.unseen(batch, torch.arange(len(batch)))
             assert isinstance(law, Blend)
             return Prediction(Components(law), batch, law.share)
-        blank = torch.zeros(len(u), self.component.n_features or 1, dtype=self.dtype)
-        batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_empty=True).to(self.device)
+        # Nothing is known of x: no value would be one that every family can read.
+        blank = torch.full((len(u), self.component.n_features or 1), torch.nan, dtype=self.dtype)
+        batch = as_batch(blank, u=u, offset=offset, trials=trials, allow_missing=True, allow_empty=True).to(self.device)
+        self.refuse_unread(batch)
         self.check(batch)
         weights = self.mixing.log_table(batch).exp()
         return Prediction(self.component, batch, weights.expand(len(u), -1))
@@ -333,6 +356,7 @@ class Mixture(Completing, DiscreteModel):
             generator: Source of the draws.
         """
         whole_number("n", n, 0, "give the number of draws")
+        check_generator(generator)
         u, offset, trials = (
             None if value is None else as_tensor(value, name).to(self.device, self.dtype)
             for name, value in (("inputs", inputs), ("offset", offset), ("trials", trials))

@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from torchem.batch import Batch, as_tensor
-from torchem.errors import invalid
+from torchem.errors import InvalidArgument, invalid
 from torchem.factor import Factor
-from torchem.models.unseen import Components, total_covariance
+from torchem.models.imputation import bisected
+from torchem.models.unseen import Components, total, total_covariance
 from torchem.ops import reduce
-
-#: Halvings of a bracket: more than float64 can tell apart.
-_HALVINGS = 80
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Prediction:
 
     Attributes:
         component: Whose densities are mixed.
-        batch: The covariates, offsets and trials; its x stands for nothing.
+        batch: The covariates, offsets and trials; its x is NaN.
         weights: ``[N, K]`` probability of each component: what the gate says.
 
     Source: for the moments of mixtures S. Frühwirth-Schnatter (2006), section 1.2.4.
@@ -52,21 +50,27 @@ class Prediction:
         return self._moments()[1]
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        mean, variance = self.component.moments(self.batch)
+        # Angles have directions for means: what is said of them is said where they are missing.
+        component = self.component
+        mean, variance = component.conditional(self.batch) if any(component.circular) else component.moments(self.batch)
         shape = (*self.weights.shape, mean.shape[-1])
         return mean.expand(shape), variance.expand(shape)
 
     @property
     def mean(self) -> Tensor:
-        """E[x | u], ``[N, D]``."""
-        return (self.weights.unsqueeze(-1) * self.component_means).sum(-2)
+        """E[x | u], ``[N, D]``; of angles the mean direction."""
+        return self._total()[0]
 
     @property
     def variance(self) -> Tensor:
-        """Variance of each column given u, ``[N, D]``: that within components and that between their means."""
-        means, variances = self._moments()
-        gap = means - self.mean.unsqueeze(-2)
-        return (self.weights.unsqueeze(-1) * (variances + gap.square())).sum(-2)
+        """Variance of each column given u, ``[N, D]``: that within components and that between their means.
+
+        Of angles 1 − R, with R the length of the mean of their directions.
+        """
+        return self._total()[1]
+
+    def _total(self) -> tuple[Tensor, Tensor]:
+        return total(self.weights, *self._moments(), self.component.circular)
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -75,8 +79,7 @@ class Prediction:
         Raises:
             NotImplementedError: If the family has none.
         """
-        blank = self.batch.with_x(torch.full_like(self.batch.x, torch.nan))
-        within = self.component.conditional_covariance(blank)
+        within = self.component.conditional_covariance(self.batch)
         return total_covariance(self.weights, self.component_means, within)
 
     def log_density(self, x: Any) -> Tensor:
@@ -102,8 +105,30 @@ class Prediction:
         return self.log_density(x).exp()
 
     def _log_prob(self, point: Tensor) -> Tensor:
-        x = self.component.cast(point.expand(len(self.weights), -1))
-        return self.component.log_prob(self.batch.with_x(x))
+        many = self.batch.with_x(self.component.cast(point.expand(len(self.weights), -1)))
+        possible = self._possible(many)
+        value = self.component.log_prob(many if possible.all() else self.batch.with_x(self._anywhere(many, possible)))
+        return torch.where(possible.unsqueeze(-1), value, -torch.inf)
+
+    def _possible(self, many: Batch) -> Tensor:
+        """Which rows the family can read at a point, ``[N]``: others have no density there (half a count)."""
+        whole = self._readable(many)
+        rows = range(len(many)) if not whole and many.trials is not None else ()
+        each = [self._readable(many[i : i + 1]) for i in rows] or [whole] * len(many)
+        return torch.tensor(each, dtype=torch.bool, device=many.x.device)
+
+    def _readable(self, many: Batch) -> bool:
+        try:
+            self.component.check(many)
+        except InvalidArgument:
+            return False
+        return True
+
+    @staticmethod
+    def _anywhere(many: Batch, possible: Tensor) -> Tensor:
+        """What stands for points that cannot be read: nothing observed."""
+        x = many.x if many.x.is_floating_point() else many.x.to(torch.float64)
+        return torch.where(possible.unsqueeze(-1), x, torch.nan)
 
     def cdf(self, x: Tensor) -> Tensor:
         """P(each column of a row is at most x), ``[N, D]``, for one point ``x [N, D]`` of each row."""
@@ -121,23 +146,21 @@ class Prediction:
             q: A number between 0 and 1, or several.
 
         Raises:
-            InvalidArgument: If one is not between them.
+            InvalidArgument: If one is not between them, or a family has no distribution function in closed form
+                (angles, names, Student's t).
         """
         shares = as_tensor(q, "q").to(torch.float64)
         if shares.dim() > 1 or not bool(((shares > 0) & (shares < 1)).all()):
             raise invalid("q", "numbers between 0 and 1", q, "give for example [0.05, 0.95]")
-        found = [self._quantile(float(share)) for share in shares.reshape(-1)]
+        try:
+            found = [self._quantile(float(share)) for share in shares.reshape(-1)]
+        except NotImplementedError as error:
+            raise invalid(
+                "quantile", "families with a distribution function", str(error).partition(";")[0],
+                "read .density, or take quantiles of model.sample(n, inputs=…)",
+            ) from error  # fmt: skip
         return torch.stack(found) if shares.dim() else found[0]
 
     def _quantile(self, q: float) -> Tensor:
-        means, variances = self._moments()
-        spread = variances.sqrt()
-        low = (means - spread * ((1 - q) / q) ** 0.5).amin(-2)
-        high = (means + spread * (q / (1 - q)) ** 0.5).amax(-2)
-        if self.component.discrete:
-            low, high = torch.full_like(low, -1.0), high.ceil() + 1
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            enough = self.cdf(middle) >= q
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return high.round() if self.component.discrete else high
+        counted = [values is not None or self.component.discrete for values in self.component.outcomes()]
+        return bisected(counted, self.cdf, *self._moments(), q)

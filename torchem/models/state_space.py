@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_tensor
 from torchem.errors import invalid, one_of

@@ -63,6 +63,10 @@ class Unseen(ABC):
         """Probability ``[*r, G, D]`` that each column is at most what it is in ``x``; for wholly missing rows."""
         raise NotImplementedError(f"{type(self).__name__} has no distribution function")
 
+    def conditional_cdf(self) -> Callable[[Tensor], Tensor]:
+        """A function of x ``[G, D]`` that gives the probability that each missing entry is at most that."""
+        raise NotImplementedError(f"{type(self).__name__} has no distribution functions given what was seen")
+
     def log_chance(self, column: int, outcome: Tensor) -> Tensor:
         """log p(a column has some value | what was seen), ``[*r, G]``."""
         x = self.rows.x.clone()
@@ -196,6 +200,10 @@ class Among(Unseen):
     def cdf(self, x: Tensor) -> Tensor:
         return (self.share.unsqueeze(-1) * self.factor.cdf(self.rows.with_x(self.factor.cast(x)))).sum(-2)
 
+    def conditional_cdf(self) -> Callable[[Tensor], Tensor]:
+        share, cdf = self.share.unsqueeze(-1), self.factor.conditional_cdf(self.rows)
+        return lambda x: torch.where(share > 0, share * cdf(x), 0.0).sum(-2)
+
 
 @dataclass(frozen=True)
 class Moments(Unseen):
@@ -269,6 +277,9 @@ class Normal(Moments):
     @property
     def numbers(self) -> int:
         return 4 * self.mean.shape[-1] * (self.mean.shape[-1] + 1) * math.prod(self.mean.shape[:-2])
+
+    def conditional_cdf(self) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.special.ndtr((x - self.mean) / self.variance.sqrt())
 
     def covariance(self) -> Tensor:
         assert self.spread is not None
@@ -491,9 +502,25 @@ class Components:
         """Whether all columns are."""
         return all(values is not None for values in self.blend.outcomes)
 
+    @property
+    def circular(self) -> list[bool]:
+        """For each column whether its values are angles."""
+        return self.blend.circular
+
+    def outcomes(self) -> list[Tensor | None]:
+        """For each column the values among which the most probable one is; None where it is continuous."""
+        return self.blend.outcomes
+
+    def check(self, batch: Batch) -> None:
+        """What the models read is read."""
+
     def cast(self, x: Tensor) -> Tensor:
         """As it is."""
         return x
+
+    def conditional(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `moments`: nothing is observed."""
+        return self.moments(batch)
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and variance of each column given the component."""
