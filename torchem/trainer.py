@@ -42,8 +42,8 @@ class Trainer:
         max_iter: Most EM maps (passes over the data) per restart.
         budget: Stop once so many observations (weight; frames, for sequences) were seen: `Stochastic` at that batch,
             all else at the end of that pass. The pass that measures the end comes on top.
-        tol: A restart has converged when the objective rises by less than this per observation (weight). 0 runs all
-            of ``max_iter``.
+        tol: A restart has converged when the objective rises by less than this per observation (weight) and, by
+            Aitken's estimate, less than that is left in all. 0 runs all of ``max_iter``.
         batch_size: Rows per batch; invisible to full-batch EM except in memory.
         seed: Seeds the fit's own generators; the global one is never touched. None draws a fresh seed.
         device: Where to compute; the model moves there. Data move too, or are streamed if they live on the host.
@@ -387,7 +387,7 @@ def fit(
         race: Drop the worse half of the restarts after every so many passes.
         max_iter: Most passes over the data.
         budget: Stop once so many observations were seen.
-        tol: Rise per observation below which to stop.
+        tol: Rise per observation below which to stop: that of an iteration, and that of all which are left.
         batch_size: Rows per batch.
         seed: Makes the fit repeatable, bit for bit on CPU.
         device: Where to compute.
