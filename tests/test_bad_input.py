@@ -16,6 +16,7 @@ import torchem
 from tests.regressions.common import COVARIANCE_TYPES, as_users_run_it, blobs, mixture, same, started
 from torchem import factors
 from torchem.errors import (
+    CollinearWarning,
     DegenerateComponent,
     InvalidArgument,
     InvalidFile,
@@ -574,7 +575,14 @@ def test_a_category_never_seen_and_collinear_regressors_have_a_policy() -> None:
     line = torchem.Mixture(Categorical(1), factors.LinearGaussian(1, 3, 1)).double()
     u = torch.randn(30, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = 1 + 2 * u
-    torchem.fit(line, y, inputs=torch.cat([torch.ones_like(u), u, 3 * u], -1), seed=0, max_iter=3, progress=False)
+    with pytest.warns(CollinearWarning, match=r"^inputs: columns \[2\] are .* in component \(LinearGaussian\)"):
+        torchem.fit(line, y, inputs=torch.cat([torch.ones_like(u), u, 3 * u], -1), seed=0, max_iter=3, progress=False)
+    gated = torchem.Mixture(
+        factors.SoftmaxRegression(2, 2, columns=[0, 2]), factors.LinearGaussian(2, 2, 1, columns=[0, 1])
+    )
+    covariates = torch.cat([torch.ones_like(u), u, torch.full_like(u, 2.0)], -1)
+    with pytest.warns(CollinearWarning, match=r"columns \[2\] .* in mixing"):
+        torchem.fit(gated.double(), y, inputs=covariates, seed=0, max_iter=1, tol=0, progress=False)
     weight = line.component.weight[0, 0].detach()  # pyright: ignore
     assert weight[[0, 2]].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     assert float(weight[1]) == pytest.approx(2.0)

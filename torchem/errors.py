@@ -56,6 +56,10 @@ class ConvergenceWarning(UserWarning):
     """A fit stopped while its objective was still climbing, or for a reason that is not convergence."""
 
 
+class CollinearWarning(UserWarning):
+    """Covariates are linear combinations of others, whose coefficients then tell all that can be told."""
+
+
 class SymmetryWarning(UserWarning):
     """Components that start identical stay identical: EM cannot tell them apart."""
 

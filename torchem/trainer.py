@@ -18,7 +18,7 @@ from torchem.anneal import Annealing
 from torchem.batch import Batch
 from torchem.data import Source, Survey
 from torchem.direct import Direct
-from torchem.errors import invalid, one_of, whole_number, wrong_type
+from torchem.errors import CollinearWarning, invalid, one_of, warn, whole_number, wrong_type
 from torchem.loop import Loop, due, n_states
 from torchem.model import DiscreteModel, EStep, LatentModel
 from torchem.ops.dispatch import declared_precision, fitting_threads, keep_freed_memory
@@ -279,6 +279,7 @@ class Trainer:
         with torch.no_grad(), declared_precision(model.device):
             survey = source.survey(initialize.sample_size(k, len(groups[0])), _generator(entropy, 1 << 20))
             _refuse_absent(survey, model.absentable)
+            _name_redundant(model, survey.sample.u)
             runs: list[Run] = []
             with fitting_threads(survey.rows * model.row_size() * len(groups[0]), model.device):
                 for group in groups:
@@ -337,6 +338,31 @@ def _refuse_absent(survey: Survey, absentable: int) -> None:
     if bool(absent.any()):
         column = absentable + int(absent.nonzero()[0])
         raise invalid("data", "an observed entry in each column", f"none in column {column}", "drop that column")
+
+
+#: Share of a covariate's length that must stand out of those before it: less is rounding.
+_APART = 1e-9
+
+
+def _name_redundant(model: LatentModel, u: torch.Tensor | None) -> None:
+    """Warn of covariates that are linear combinations of those before them, judged by a sample ``[n, M]``."""
+    if u is None:
+        return
+    for slot, factor in model.slots():
+        factor = factor.unwrapped
+        own = u if (columns := getattr(factor, "columns", None)) is None else u[..., columns]
+        if "u" not in factor.reads or not len(own) >= own.shape[-1] == getattr(factor, "n_inputs", None):
+            continue
+        own = own.detach().to("cpu", torch.float64)
+        length = own.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+        apart = torch.linalg.qr(own / length)[1].diagonal().abs() > _APART
+        if not bool(apart.all()):
+            dropped = [j if columns is None else columns[j] for j in (~apart).nonzero()[:, 0].tolist()]
+            warn(
+                f"inputs: columns {dropped} are linear combinations of those before them, so that their coefficients "
+                f"in {slot} ({type(factor).__name__}) are not determined; drop them.",
+                CollinearWarning,
+            )
 
 
 def _generator(entropy: Any, key: int) -> torch.Generator:

@@ -247,9 +247,9 @@ def test_jumps_keep_freedom_within_its_bounds() -> None:
     # Normal tails, and a component on one point: both bounds are where EM leads.
     result = torchem.fit(model, x, seed=0, accelerate="anderson", max_iter=150, tol=1e-12, progress=False)
     assert result.status == "converged"
-    freedom = model.component.freedom.detach()  # pyright: ignore
+    freedom = model.component.dof.detach()  # pyright: ignore
     assert float(freedom.amin()) == pytest.approx(0.1)
-    assert float(freedom.amax()) == pytest.approx(1e4)
+    assert float(freedom.amax()) == pytest.approx(1e6)
 
 
 def test_outliers_do_not_move_it() -> None:
@@ -356,7 +356,7 @@ def test_scales_are_integrated_out_of_expected_densities(kind: str) -> None:
         square = natural["second"].expand(2, 2, 2)
         constant, slope = natural["dof"].expand(20, 2), natural["count"] + z @ natural["first"].mT
         slope = slope + torch.einsum("ni,kij,nj->nk", z, square, z)
-    log_u = torch.linspace(-40, 12, 5201, dtype=torch.float64)
+    log_u = torch.linspace(-140, 12, 15201, dtype=torch.float64)
     half = (t.dof / 2).unsqueeze(-1)
     law = half * half.log() - half.lgamma() + half * log_u - half * log_u.exp()  # of log u
     size = seen.sum(-1)[:, None, None] / 2

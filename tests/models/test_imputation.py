@@ -25,7 +25,6 @@ from torchem.batch import Batch
 from torchem.errors import InvalidArgument
 from torchem.factor import Factor
 from torchem.factors._around import Around
-from torchem.models import imputation
 
 nan = math.nan
 
@@ -581,11 +580,10 @@ def test_names_have_probabilities_and_no_mean() -> None:
         law.probs(1)
 
 
-def test_pieces_of_a_law_are_invisible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_law_are_invisible() -> None:
     model, _, x = table(300)
     found = []
-    for budget in (imputation._PIECE, 1):
-        monkeypatch.setattr(imputation, "_PIECE", budget)
+    for model.memory_budget in (None, 1):
         law = model.condition(x)
         value = (law.mean + law.variance).nansum() + law.weights.square().sum()
         slopes = torch.autograd.grad(value, list(model.parameters()))

@@ -232,10 +232,7 @@ class LinearGaussianStateSpace(GaussMarkovModel):
         def checked(piece: Batch) -> Any:
             plan = self._plan(piece, certain)
             found = function(plan)
-            if check and lookable() and any(bool(leaf.detach().isnan().any()) for leaf in pytree.tree_leaves(found)):
-                laws = kalman.filtered(plan.chain(), self._roots())
-                self._refuse_overflow(laws.predicted_root, laws.covariance)
-            return found
+            return self._sound(plan, found) if check else found
 
         return self._each(data, fields, checked)
 
@@ -313,7 +310,16 @@ class LinearGaussianStateSpace(GaussMarkovModel):
 
     def _smoothed(self, piece: Batch) -> tuple[Plan, kalman.Smoothed]:
         plan = self._plan(piece)
-        return plan, kalman.smoothed(plan.chain(), self._roots())
+        found = kalman.smoothed(plan.chain(), self._roots())
+        self._sound(plan, (found.mean, found.covariance))
+        return plan, found
+
+    def _sound(self, plan: Plan, found: Any) -> Any:
+        """Tensors that were found of a chain, unless the variances of its states overflow."""
+        if lookable() and any(bool(leaf.detach().isnan().any()) for leaf in pytree.tree_leaves(found)):
+            laws = kalman.filtered(plan.chain(), self._roots())
+            self._refuse_overflow(laws.predicted_root, laws.covariance)
+        return found
 
     def drawn(self, gaps: Gaps, draws: int, generator: torch.Generator | None) -> Tensor:
         """See `Completing.drawn`: as `sample_posterior` draws states."""
