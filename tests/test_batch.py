@@ -331,7 +331,7 @@ def test_any_shape_gives_a_table_or_a_documented_refusal(shape: list[int], dtype
 
 def test_a_path_where_numbers_are_expected_is_called_a_path() -> None:
     for act in (torchem.GaussianMixture(2, 2).impute, torchem.GaussianMixture(2, 2).log_prob):
-        with pytest.raises(TypeError, match=r"data: expected numbers, got the path 'file.csv'.*read_table"):
+        with pytest.raises(TypeError, match=r"data: expected real numbers, got the text 'file.csv'.*read_table"):
             act("file.csv")
 
 

@@ -80,7 +80,7 @@ def test_regressions_on_the_command_line(capsys, tmp_path, monkeypatch):
     """The two lines of Old Faithful: fitted, predicted from covariates alone, drawn from."""
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
-    ok(capsys, "fit", "configs/regressions.yaml", "--fit.restarts", "2", "--fit.max_iter", "60", "--fit.tol", "1e-4",
+    ok(capsys, "fit", "configs/regressions.yaml", "--fit.restarts", "2", "--fit.max_iter", "300", "--fit.tol", "1e-4",
        "--output", out)  # fmt: skip
     told = report(out)
     assert told["data"]["inputs"] == ["eruptions"]
@@ -673,7 +673,7 @@ model:
   init_args: {{initial: stationary, transition: torchem.factors.Categorical, emission: {}}}
 data: {{path: d.csv, columns: {}}}
 states: 2
-fit: {{seed: 0, restarts: 3, init: random}}
+fit: {{seed: 0, restarts: 3, init: random, max_iter: 1000}}
 output: out
 """
     table = "{class_path: torchem.factors.Categorical.rebuild, init_args: {shape: [2, 3]}}"

@@ -40,7 +40,7 @@ def data(device: Any = "cpu") -> torch.Tensor:
 def test_each_restart_is_the_single_run_from_its_start(covariance_type: str, init: str, device: torch.device) -> None:
     starts = Starts()
     # Shares drawn at random lie near a saddle, where a coarse tolerance would stop all of them at once.
-    options = {"tol": 1e-9 if init == "random" else 1e-4, "max_iter": 40}
+    options = {"tol": 1e-9 if init == "random" else 1e-3, "max_iter": 40}
     many = fit(
         mixture(4, 2, covariance_type, device=device),
         data(device),

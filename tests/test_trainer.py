@@ -101,8 +101,10 @@ def test_converged_means_a_gain_below_tol_per_observation(device: torch.device) 
         assert result.converged
         assert gains[-1] < tol * 90
         assert gains[-1] <= gains[-2]
-        # No earlier step was a plateau: it rose by more, or by more than the step before it.
-        assert all(gain >= tol * 90 or gain > before for before, gain in itertools.pairwise(gains[:-1]))
+        # No earlier step was a plateau: it rose by more, by as much as the step before it, or more was left in all.
+        for end, (before, gain) in enumerate(itertools.pairwise(gains[:-1]), 3):
+            left = aitken(result.history[:end])
+            assert gain >= tol * 90 or gain >= before or left is None or left >= tol * 90
 
 
 def test_a_slow_beginning_is_no_plateau(device: torch.device) -> None:
@@ -224,7 +226,8 @@ def test_no_warning_where_the_callback_stopped(device: torch.device) -> None:
         ([-5.0], 1.0, None),
         ([-5.0, -4.5], 1.0, None),
         ([-6.0, -5.0, -4.5], 1.0, "converged"),
-        ([-5.5, -5.0, -4.5], 1.0, "converged"),
+        ([-5.5, -5.0, -4.5], 1.0, None),
+        ([-5.7, -5.0, -4.5], 1.0, None),  # more than one is left
         ([-5.2, -5.0, -4.5], 1.0, None),
         ([-8.0, -5.0, -4.0], 1.0, None),
         ([-5.0, -3.0], 1.0, None),

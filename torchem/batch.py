@@ -279,8 +279,10 @@ def as_tensor(value: Any, argument: str) -> Tensor:
     if isinstance(value, Tensor):
         tensor = value
     elif isinstance(value, (str, os.PathLike)):
-        remedy = "fit and partial_fit take paths; read it with torchem.tables.read_table(path).values"
-        raise InvalidType(describe(argument, "numbers", f"the path {os.fspath(value)!r}", remedy))
+        got, remedy = repr(os.fspath(value)), "pass numbers"
+        if argument == "data":
+            remedy = "fit and partial_fit take paths; read it with torchem.tables.read_table(path).values"
+        raise InvalidType(describe(argument, "real numbers", f"the text {got}", remedy))
     else:
         try:
             array = np.asarray(value)

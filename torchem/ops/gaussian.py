@@ -24,6 +24,8 @@ from torchem.ops.dispatch import compiled_mixture
 from torchem.ops.reduce import watched
 
 LOG_2PI = math.log(2 * math.pi)
+#: Variances beyond so many times those of the data are of no fit.
+_WILD = 100.0
 #: Components from which on, and coefficients up to which, compiled passes are faster than products: components fill
 #: a vector, coefficients a core's own cache. (They are in float64; products in float32 are as fast.)
 _FEW, _TABLE = 8, 1 << 15
@@ -200,9 +202,12 @@ class Structure(ABC):
         """Where `clip` has something to do, ``[*r, K]``: more than what the rounding of ``raw`` explains.
 
         What counts is the smallest eigenvalue against the floor, not against the largest: the likelihood sees ratios.
+        Where any matrix is far larger than the data a step went too far; to refuse it is left to the likelihood, which
+        clipping would raise.
         """
-        variances = self.variances(raw, k, unit.shape[-1]).to(unit)
-        rounding = 4 * torch.finfo(raw.dtype).eps * (variances / unit).amax(-1)
+        size = (self.variances(raw, k, unit.shape[-1]).to(unit) / unit).amax(-1)
+        most = size.amax(-1, keepdim=True)
+        rounding = torch.where(most > _WILD, 1e-9 * most, 4 * torch.finfo(raw.dtype).eps * size)
         return self.smallest(covariances, unit, k) < floor * (1 - 1e-9) - rounding
 
     @abstractmethod
