@@ -346,7 +346,7 @@ _APART = 1e-9
 
 def _name_redundant(model: LatentModel, u: torch.Tensor | None) -> None:
     """Warn of covariates that are linear combinations of those before them, judged by a sample ``[n, M]``."""
-    if u is None:
+    if u is None or model.whole:
         return
     for slot, factor in model.slots():
         factor = factor.unwrapped
