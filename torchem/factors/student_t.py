@@ -610,9 +610,14 @@ class _StudentKernel(Kernel):
         weight, beyond = weight.to(torch.float64), self.beyond.to(torch.float64)
         r = self.distance.to(torch.float64)
         r = r / (self.freedom + r)
-        square = weight * r * r
-        terms = [weight * beyond, weight * r, square, square * r]
-        rows = torch.stack([term.sum(-1) for term in terms], -1)
+        once = weight * r
+        if self.seen is None:
+            twice = once * r
+            pairs = ((weight, beyond), (weight, r), (once, r), (twice, r))
+            rows, terms = torch.stack([torch.linalg.vecdot(*pair) for pair in pairs], -1), []
+        else:
+            terms = [weight * beyond, once, once * r, once * r * r]
+            rows = torch.stack([term.sum(-1) for term in terms], -1)
         if self.seen is None:
             entries = rows * self.d
             sizes = torch.nn.functional.pad(total.unsqueeze(-1), (self.d, 0))
