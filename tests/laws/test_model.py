@@ -17,7 +17,7 @@ from tests.laws import cases
 from tests.laws.cases import ModelCase, close, close_dict, close_stats, every_model
 from tests.laws.paths import all_paths
 from torchem.batch import Batch, concatenate
-from torchem.factors import Bernoulli, Categoricals, Exponential, Gaussian, Poisson
+from torchem.factors import Bernoulli, Categoricals, Exponential, Gaussian, Poisson, StudentT
 from torchem.model import DiscreteModel, LatentModel
 from torchem.models import HMM, GaussianMixture
 from torchem.models.frames import FramesPass
@@ -53,6 +53,7 @@ def test_whole_passes_equal_those_in_pieces(build, monkeypatch: pytest.MonkeyPat
     case = build().to(device)
     found = []
     monkeypatch.setattr(gaussian, "_FEW", 1)
+    monkeypatch.setattr(gaussian, "_FEW_HEAVY", 1)
     with torch.no_grad():
         for least in (0, 1 << 60):
             monkeypatch.setattr(dispatch, "_MANY", least)
@@ -62,14 +63,14 @@ def test_whole_passes_equal_those_in_pieces(build, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("component", [
     Poisson(8, 2), Bernoulli(8, 2), Exponential(8, 2), Categoricals(8, [2, 2]),
-    *(Gaussian(8, 2, kind) for kind in ("full", "diag", "spherical")),
+    *(family(8, 2, kind) for family in (Gaussian, StudentT) for kind in ("full", "diag", "spherical")),
 ], ids=lambda component: type(component).__name__)  # fmt: skip
 def test_whole_passes_are_taken(component: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     monkeypatch.setattr(dispatch, "_MANY", 0)
     component, x = component.double(), torch.ones(4, 2, dtype=torch.float64)
-    if isinstance(component, Gaussian):
-        component.direct = False
+    if isinstance(component, (Gaussian, StudentT)):
+        getattr(component, "normal", component).direct = False
     with torch.no_grad():
         assert component.kernel().mixed(Batch(x), torch.zeros(1, 8, dtype=torch.float64)) is not None
     # What derivatives follow goes by way of what has some.

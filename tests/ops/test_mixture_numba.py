@@ -7,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from torchem.ops import gaussian, threads
-from torchem.ops.numba_ import mixture
+from torchem.ops.numba_ import mixture, vectors
 
 DOUBLE = torch.float64
 
@@ -123,3 +123,67 @@ def test_features(name: str, d: int) -> None:
     # The first feature is a constant one, left to what is added.
     found = mixture.of_numbers(x, None, slope[..., 1:], constant + slope[..., 0], kind, origin[0])
     agree((found[0], found[1], torch.cat([found[1].unsqueeze(-1), found[2]], -1)), wanted)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("name", "n", "k", "r"), [("full", 70, 9, 2), ("diag", 31, 1, 1), ("spherical", 33, 40, 1)])
+def test_distances(name: str, n: int, k: int, r: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(n)
+    structure, d = gaussian.STRUCTURES[name], 3
+    x, mean = (torch.randn(m, d, dtype=DOUBLE, generator=generator) for m in (n, r * k))
+    x[::7] *= 1e4  # far out, where r is nearly one
+    mean, origin = mean.view(r, k, d), torch.zeros(1, d, dtype=DOUBLE)
+    raw = torch.randn(r, *structure.shape(k, d), dtype=DOUBLE, generator=generator) / 3
+    raw = raw.tril() if name == "full" else raw
+    freedom = (10 * torch.rand(r, k, dtype=DOUBLE, generator=generator)).exp()
+    constant = torch.randn(r, k, dtype=DOUBLE, generator=generator)
+    weight = torch.rand(n, dtype=DOUBLE, generator=generator) if weighted else None
+    distance = structure.distance(x - mean.unsqueeze(-2), structure.root(raw)).mT
+    t = structure.features(gaussian.augment(x, origin)).mT
+    freedom_ = freedom.unsqueeze(-2)
+    scale, beyond, ratio = (
+        (freedom_ + d) / (freedom_ + distance), (distance / freedom_).log1p(), distance / (freedom_ + distance)
+    )  # fmt: skip
+    joint = constant.unsqueeze(-2) - (freedom_ + d) / 2 * beyond
+    counted = torch.ones(n, dtype=DOUBLE) if weight is None else weight
+    share = joint.softmax(-1) * counted.unsqueeze(-1)
+    sums = [share * v for v in (torch.ones_like(scale), scale, beyond, ratio, ratio.square(), ratio**3)]
+    wanted = (
+        (joint.logsumexp(-1) * counted).sum(-1), torch.stack([v.sum(1) for v in sums], 1),
+        torch.einsum("rnk,nf->rkf", share * scale, t),
+    )  # fmt: skip
+    slope = -2 * structure.coefficients(mean - origin, raw)
+    offset = -structure.log_det(raw, k, d) - d * gaussian.LOG_2PI
+    assert structure.compiled is not None
+    kind = getattr(mixture, structure.compiled)
+    if name != "full":
+        slope, offset = slope[..., 1:], offset + slope[..., 0]
+    found = mixture.of_distances(x, weight, slope, offset, freedom, constant, kind, origin[0])
+    total = found[2] if name == "full" else torch.cat([found[1][:, 1].unsqueeze(-1), found[2]], -1)
+    for a, b in zip((found[0], found[1], total), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_distances_that_overflow_and_that_are_not_numbers() -> None:
+    slope, zero = torch.full((1, 3, 1), 1e10, dtype=DOUBLE), torch.zeros(1, 3, dtype=DOUBLE)
+    for number, seen in ((1e300, torch.tensor([1.0, 0.0])), (torch.nan, torch.tensor([torch.nan] * 2))):
+        x = torch.tensor([[number]], dtype=DOUBLE)
+        _, sums, _ = mixture.of_distances(x, None, slope, zero, zero + 2, zero, mixture.NUMBERS, zero[0, :1])
+        # All three alike: r of one where the distance is beyond all numbers, and no weight.
+        torch.testing.assert_close(sums[0, [3, 1]].sum(-1), seen.double(), equal_nan=True, atol=1e-12, rtol=0)
+    near = mixture.of_distances(-torch.ones(1, 1, dtype=DOUBLE), None, slope, zero, zero + 2, zero, 0, zero[0, :1])
+    assert not near[1][0, 2:].any()  # rounding below zero is none
+
+
+def test_log1p_to_the_last_digits() -> None:
+    def logs(x, out):
+        for j in range(0, len(x), vectors.WIDE):
+            vectors.store(out, j, vectors.log1p(vectors.load_wide(x, j)))
+
+    x = torch.cat([
+        torch.tensor([0.0, 1e300, 1e-300, 5e-324, 1.0, 2**0.5 - 1, 2.0**53, torch.nan], dtype=DOUBLE),
+        torch.logspace(-20, 20, 4096, dtype=DOUBLE), torch.linspace(0, 4, 4096, dtype=DOUBLE),
+    ])  # fmt: skip
+    out = torch.empty_like(x)
+    vectors.compiled(logs)(x.numpy(), out.numpy())
+    torch.testing.assert_close(out, x.log1p(), rtol=5e-16, atol=0, equal_nan=True)

@@ -605,6 +605,29 @@ class _StudentKernel(Kernel):
         else:
             self.dof = self.dof + self.structure.counts(total, self.d)
 
+    def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        x, sweep = batch.x, self.sweep.complete
+        if not isinstance(sweep, ops.FeaturesPass) or x.dim() != 2 or self.blurs is not None:
+            return None
+        if batch.remember("missing", lambda: missing.any_missing(x)):
+            return None
+        freedom = self.freedom.squeeze(-1).to(torch.float64)
+        found = sweep.mixed_heavy(x, batch.weight, log_weight.squeeze(-2), freedom, self.log_det.squeeze(-1))
+        if found is None:
+            return None
+        total, scaled, beyond, *powers = found[1].unbind(-2)
+        self.count, self.scale = self.count + total, self.scale + scaled
+        center = ((freedom + self.d) / 2).digamma() - (freedom / 2).log()
+        self.log = self.log + center * total - beyond
+        self._add_tails(total, torch.stack([beyond, *powers], -1))
+        self.dof = self.dof + self.structure.counts(total, self.d)
+        return found[0], total.unsqueeze(-2)
+
+    def _add_tails(self, total: Tensor, rows: Tensor) -> None:
+        """Sums over complete rows."""
+        self.sizes = self.sizes + torch.nn.functional.pad(total.unsqueeze(-1), (self.d, 0))
+        self.tails = self.tails + torch.stack([rows, rows * self.d], -2)
+
     def _collect_tails(self, weight: Tensor, total: Tensor) -> None:
         # In float64: of the moments differences are taken.
         weight, beyond = weight.to(torch.float64), self.beyond.to(torch.float64)
@@ -614,18 +637,12 @@ class _StudentKernel(Kernel):
         if self.seen is None:
             twice = once * r
             pairs = ((weight, beyond), (weight, r), (once, r), (twice, r))
-            rows, terms = torch.stack([torch.linalg.vecdot(*pair) for pair in pairs], -1), []
-        else:
-            terms = [weight * beyond, once, once * r, once * r * r]
-            rows = torch.stack([term.sum(-1) for term in terms], -1)
-        if self.seen is None:
-            entries = rows * self.d
-            sizes = torch.nn.functional.pad(total.unsqueeze(-1), (self.d, 0))
-        else:
-            size = self.size.to(torch.float64)
-            entries = torch.stack([term @ size for term in terms], -1)
-            sizes = weight @ torch.nn.functional.one_hot(self.size.long(), self.d + 1).to(torch.float64)
-        self.sizes = self.sizes + sizes
+            self._add_tails(total, torch.stack([torch.linalg.vecdot(*pair) for pair in pairs], -1))
+            return
+        terms, size = [weight * beyond, once, once * r, once * r * r], self.size.to(torch.float64)
+        rows = torch.stack([term.sum(-1) for term in terms], -1)
+        entries = torch.stack([term @ size for term in terms], -1)
+        self.sizes = self.sizes + weight @ torch.nn.functional.one_hot(self.size.long(), self.d + 1).to(torch.float64)
         self.tails = self.tails + torch.stack([rows, entries], -2)
 
     def stats(self) -> Stats:

@@ -14,6 +14,7 @@ tight clusters lie far apart, at more memory traffic.
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,8 @@ _WILD = 100.0
 #: Components from which on, and coefficients up to which, compiled passes are faster than products: components fill
 #: a vector, coefficients a core's own cache. (They are in float64; products in float32 are as fast.)
 _FEW, _TABLE = 8, 1 << 15
+#: The same of passes under Student's t, whose densities and statistics cost as much as its products: in float32 too.
+_FEW_HEAVY, _FLOATS = 4, (torch.float64, torch.float32)
 
 
 def augment(x: Float[Tensor, "n d"], origin: Float[Tensor, "1 d"]) -> Float[Tensor, "d+1 n"]:
@@ -855,25 +858,83 @@ class FeaturesPass:
         Returns:
             Σ w log Z ``[*r]`` and Σ w γ ``[*r, K]``, float64.
         """
+        engine = self._compiled(x, weight, log_weight, least=_FEW)
+        if engine is None:
+            return None
+        each = self.weights.shape[:-1]
+        slope, constant, *features = self._linear(engine)
+        constant = constant + log_weight.expand(each).reshape(constant.shape)
+        value, mass, total = engine.of_numbers(x, weight, slope, constant, *features)
+        self._summed(mass, total)
+        return value.reshape(each[:-1]), mass.reshape(each)
+
+    def mixed_heavy(
+        self,
+        x: Float[Tensor, "n d"],
+        weight: Tensor | None,
+        log_weight: Float[Tensor, "*r k"],
+        freedom: Float[Tensor, "*r k"],
+        log_det: Float[Tensor, "*r #k"],
+    ) -> tuple[Tensor, Tensor] | None:
+        """`mixed` under Student's t of these locations and scales; what is collected is weighted by E u.
+
+        Returns:
+            Σ w log Z ``[*r]`` and six sums ``[*r, 6, K]``: see `torchem.ops.numba_.mixture.of_distances`.
+        """
+        engine = self._compiled(x, weight, log_weight, freedom, least=_FEW_HEAVY, dtypes=_FLOATS)
+        if engine is None:
+            return None
+        d, lead, (slope, constant, *features) = x.shape[1], freedom.shape[:-1], self._linear(engine)
+        # In float64: of many degrees of freedom logarithms of Γ are large, and cancel.
+        freedom, log_det = freedom.to(torch.float64), log_det.to(torch.float64)
+        top = log_weight + student_constant(log_det, torch.full_like(freedom, d), freedom)
+        # δ² = −2 log N(x) − log |Σ| − D log 2π
+        offset = -2 * constant - (log_det + d * LOG_2PI).expand_as(freedom).reshape(constant.shape)
+        given = (value.reshape(constant.shape) for value in (freedom, top))
+        value, sums, total = engine.of_distances(x, weight, -2 * slope, offset, *given, *features)
+        self._summed(sums[:, 1], total)
+        return value.reshape(lead), sums.reshape(*lead, *sums.shape[1:])
+
+    def _compiled(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        *others: Tensor,
+        least: int,
+        dtypes: tuple[torch.dtype, ...] = (torch.float64,),
+    ) -> ModuleType | None:
+        """The compiled passes, where they serve these rows and are the faster way.
+
+        Args:
+            x: The rows.
+            weight: Theirs.
+            others: What else derivatives may follow.
+            least: Components from which on they are.
+            dtypes: Of parameters for which they are.
+        """
         slope = self.weights
-        lead, (k, f) = slope.shape[:-2], slope.shape[-2:]
+        k, f = slope.shape[-2:]
         engine = compiled_mixture(x.device, len(x) * slope[..., 0].numel() * f)
-        if engine is None or self.structure.compiled is None or slope.dtype != torch.float64:
+        if engine is None or self.structure.compiled is None or slope.dtype not in dtypes:
             return None
-        if x.dtype not in engine.TYPES or k < _FEW or k * f > _TABLE:
+        if x.dtype not in engine.TYPES or k < least or k * f > _TABLE:
             return None
-        if any(watched(given) for given in (x, weight, slope, log_weight) if given is not None):
-            return None
-        constant = log_weight.expand(*lead, k)
-        kind = getattr(engine, self.structure.compiled)
-        own = kind == engine.PAIRS  # in which the constant is the first
-        if not own:
-            slope, constant = slope[..., 1:], constant + slope[..., 0]
-        flat = slope.reshape(-1, *slope.shape[-2:]), constant.reshape(-1, k)
-        value, mass, total = engine.of_numbers(x, weight, *flat, kind, self.origin.reshape(-1))
-        mass, total = mass.reshape(*lead, k), total.reshape(slope.shape)
-        self.product = self.product + (total if own else torch.cat([mass.unsqueeze(-1), total], -1))
-        return value.reshape(lead), mass
+        given = (x, slope, *others) if weight is None else (x, slope, weight, *others)
+        return None if any(watched(value) for value in given) else engine
+
+    def _linear(self, engine: ModuleType) -> tuple[Tensor, Tensor, int, Tensor]:
+        """Slope ``[R, K, F]`` and constant ``[R, K]`` in features of compiled passes, their kind and origin."""
+        assert self.structure.compiled is not None
+        slope, kind = self.weights.reshape(-1, *self.weights.shape[-2:]), getattr(engine, self.structure.compiled)
+        if kind == engine.PAIRS:  # in which the constant is the first
+            return slope, torch.zeros_like(slope[..., 0]), kind, self.origin.reshape(-1)
+        return slope[..., 1:], slope[..., 0], kind, self.origin.reshape(-1)
+
+    def _summed(self, mass: Tensor, total: Tensor) -> None:
+        """Collect what a compiled pass summed."""
+        if total.shape[-1] < self.weights.shape[-1]:
+            total = torch.cat([mass.unsqueeze(-1), total], -1)
+        self.product = self.product + total.reshape(self.weights.shape)
 
     def inner(self) -> Tensor:
         """Σ weight · log-density of all that was collected, ``[*r]``: linear, so a product of what is at hand."""

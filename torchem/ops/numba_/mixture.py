@@ -6,6 +6,9 @@ are computed and normalised over the components, and the statistics Σ_n γ_nk a
 as the data is ever written. Rows may be numbers, or codes that stand for indicators of categories: a potential is then
 a sum of rows of the table, one for each column, and so are statistics, with a fraction of the work of the products.
 
+Student's t has a distance δ² that is linear in such features, log p(x, k) = −½ (ν + D) log(1 + δ²/ν) + constant_k, and
+statistics in which observations count by E u = (ν + D) / (ν + δ²), their latent scale.
+
 *Layout.* Components run along vectors, padded to whole ones with components of probability zero. Tables are
 ``[D, width]``. Products are taken by tiles of four rows, or columns, and four vectors: sixteen sums that stay in
 registers.
@@ -31,8 +34,14 @@ NUMBERS, SQUARES, NORM, PAIRS = range(4)
 TYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.uint8)
 #: Cost of an entry of N × K beside its products, in multiply–adds.
 _ENTRY = 16
+#: And of one under Student's t.
+_HEAVY = 48
+#: Sums of a mass: Σ γ alone; and under Student's t with E u, log(1 + δ²/ν), r, r² and r³, where r = δ²/(ν + δ²).
+_ALONE, _TAILS = 1, 6
 _WIDE = vec.WIDE
 _LEAST = -np.finfo(np.float64).max
+#: Distances end here, that shares of them are numbers.
+_FAR = 1e300
 
 
 class _Tables(NamedTuple):
@@ -42,6 +51,9 @@ class _Tables(NamedTuple):
     constant: np.ndarray  # [R, width]
     width: int
     rows: int
+    freedom: np.ndarray  # [R, width], or nothing
+    offset: np.ndarray  # likewise, what is added to distances
+    size: int  # D of the densities of Student's t
 
 
 @vec.inlined
@@ -154,6 +166,40 @@ def _normalized(gamma, place, constant, first, mass, weight, width):
 
 
 @vec.inlined
+def _stretched(gamma, place, t, first, seen):
+    """−½ (ν + D) log(1 + δ²/ν) in place of the distances δ² of a row; E u, the log and r are ``seen``."""
+    width, zero, far, one = t.width, vec.splat_wide(0.0), vec.splat_wide(_FAR), vec.splat_wide(1.0)
+    size, half = vec.splat_wide(float(t.size)), vec.splat_wide(-0.5)
+    for j in range(0, width, _WIDE):
+        nu = vec.load_wide(t.freedom, first + j)
+        given = vec.plus(vec.load_wide(gamma, place + j), vec.load_wide(t.offset, first + j))
+        distance = vec.tainted(vec.smaller(vec.larger(given, zero), far), given)
+        inverse, mass = vec.over(one, vec.plus(nu, distance)), vec.plus(nu, size)
+        beyond = vec.log1p(vec.over(distance, nu))
+        vec.store(gamma, place + j, vec.times(vec.times(half, mass), beyond))
+        vec.store(seen, j, vec.times(mass, inverse))
+        vec.store(seen, width + j, beyond)
+        vec.store(seen, 2 * width + j, vec.times(distance, inverse))
+
+
+@vec.inlined
+def _scaled(gamma, place, width, seen, mass):
+    """γ E u in place of the responsibilities γ of a row; sums of a mass after the first grow."""
+    for j in range(0, width, _WIDE):
+        y, r = vec.load_wide(gamma, place + j), vec.load_wide(seen, 2 * width + j)
+        u = vec.times(y, vec.load_wide(seen, j))
+        vec.store(gamma, place + j, u)
+        q = width + j
+        vec.store(mass, q, vec.plus(vec.load_wide(mass, q), u))
+        q += width
+        vec.store(mass, q, vec.fused(y, vec.load_wide(seen, width + j), vec.load_wide(mass, q)))
+        for _ in range(3):
+            q += width
+            y = vec.times(y, r)
+            vec.store(mass, q, vec.plus(vec.load_wide(mass, q), y))
+
+
+@vec.inlined
 def _logged(value, product, peak, whole, weight, weighted):
     """Σ w log Z and a product of sums of exponentials whose log is still to be added, one row later."""
     if weighted:
@@ -203,6 +249,7 @@ def _numbers(r, first, last, x, doubles, columns, weight, t, origin, kind, mass,
     width = t.width
     slope = t.slope[r * t.rows * width : (r + 1) * t.rows * width]
     rows, gamma, z = np.zeros(_ROWS * t.rows), np.zeros(_ROWS * width), np.zeros(2 * columns + 2)
+    heavy, seen = len(t.freedom) > 0, np.zeros(3 * width)
     value, product = 0.0, 1.0
     for start in range(first, last, _ROWS):
         n = min(_ROWS, last - start)
@@ -218,8 +265,12 @@ def _numbers(r, first, last, x, doubles, columns, weight, t, origin, kind, mass,
         _product(source, place, t.rows, n, t.rows, 1, slope, width, gamma, False)
         for i in range(n):
             w = weight[start + i] if len(weight) else 1.0
+            if heavy:
+                _stretched(gamma, i * width, t, r * width, seen)
             peak, whole = _normalized(gamma, i * width, t.constant, r * width, mass, w, width)
             value, product = _logged(value, product, peak, whole, w, len(weight))
+            if heavy:
+                _scaled(gamma, i * width, width, seen, mass)
         # The same product, rows and columns exchanged.
         _product(source, place, 1, t.rows, n, t.rows, gamma, width, total, True)
     return value + math.log(product)
@@ -291,28 +342,38 @@ def _categories(r, first, last, codes, columns, weight, t, starts, mass, total):
     return value + math.log(product)
 
 
-def _tables(slope: Tensor, constant: Tensor, rows: int) -> _Tables:
-    """Tables of slope ``[R, K, D]`` and constant ``[R, K]``, padded to whole vectors and ``rows``."""
+def _tables(slope: Tensor, constant: Tensor, rows: int, tails: tuple[Tensor, Tensor, int] | None = None) -> _Tables:
+    """Tables of slope ``[R, K, D]`` and constant ``[R, K]``, padded to whole vectors and ``rows``.
+
+    ``tails`` are freedom and offset, in the shape of constant, and the size of Student's t.
+    """
     k, d = slope.shape[-2:]
     width = -(-k // _WIDE) * _WIDE
     table = torch.zeros(len(slope), rows, width, dtype=torch.float64)
     table[:, :d, :k] = slope.detach().mT
-    more = torch.full((len(slope), width), -torch.inf, dtype=torch.float64)
-    more[:, :k] = constant.detach()
-    return _Tables(table.view(-1).numpy(), more.view(-1).numpy(), width, rows)
+
+    def padded(value: Tensor, fill: float) -> np.ndarray:
+        more = torch.full((len(slope), width), fill, dtype=torch.float64)
+        more[:, :k] = value.detach()
+        return more.view(-1).numpy()
+
+    common = table.view(-1).numpy(), padded(constant, -math.inf), width, rows
+    if tails is None:
+        return _Tables(*common, np.empty(0), np.empty(0), 0)
+    return _Tables(*common, padded(tails[0], 1.0), padded(tails[1], 0.0), tails[2])
 
 
 def _pass(kernel: Any, data: tuple[Any, ...], extra: tuple[Any, ...], n: int, t: _Tables, k: int, work: int) -> Any:
-    """Σ w log Z ``[R]``, Σ γ ``[R, K]`` and Σ γ x ``[R, K, rows]``, each range of rows summed by itself."""
-    replicas = len(t.constant) // t.width
+    """Σ w log Z ``[R]``, sums of a mass ``[R, sums, K]`` and Σ γ x ``[R, K, rows]``: those of ranges of rows added."""
+    replicas, sums = len(t.constant) // t.width, _TAILS if len(t.freedom) else _ALONE
     parts = [(r, *part) for r in range(replicas) for part in threads.ranges(n, work // replicas)]
-    mass, total = np.zeros((len(parts), t.width)), np.zeros((len(parts), t.rows * t.width))
+    mass, total = np.zeros((len(parts), sums * t.width)), np.zeros((len(parts), t.rows * t.width))
     tasks = [(*part, *data, t, *extra, mass[i], total[i]) for i, part in enumerate(parts)]
     values = torch.tensor(threads.run(kernel, tasks, work), dtype=torch.float64)
     each = (replicas, len(parts) // replicas)
-    mass_ = torch.from_numpy(mass).view(*each, t.width).sum(1)
+    mass_ = torch.from_numpy(mass).view(*each, sums, t.width).sum(1)
     total_ = torch.from_numpy(total).view(*each, t.rows, t.width).sum(1)
-    return values.view(each).sum(1), mass_[:, :k], total_.mT[:, :k]
+    return values.view(each).sum(1), mass_[..., :k], total_.mT[:, :k]
 
 
 def _flat(weight: Tensor | None) -> np.ndarray:
@@ -339,16 +400,58 @@ def of_numbers(
             `torchem.ops.gaussian` describes (`PAIRS`).
         origin: ``[D]``.
     """
+    value, sums, total = _of_features(x, weight, slope, constant, kind, origin)
+    return value, sums[:, 0], total
+
+
+def of_distances(
+    x: Tensor,
+    weight: Tensor | None,
+    slope: Tensor,
+    offset: Tensor,
+    freedom: Tensor,
+    constant: Tensor,
+    kind: int,
+    origin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`of_numbers` under Student's t, where δ² = slope · t(x) + offset.
+
+    Returns:
+        Σ w log Z ``[R]``; Σ of w γ, w γ E u, w γ log(1 + δ²/ν), w γ r, w γ r² and w γ r³, ``[R, 6, K]``; and
+        Σ w γ E u t(x) ``[R, K, F]``.
+
+    Args:
+        x: As for `of_numbers`.
+        weight: As there.
+        slope: ``[R, K, F]``, finite.
+        offset: ``[R, K]``.
+        freedom: ν, ``[R, K]``.
+        constant: ``[R, K]``, log-potentials where δ² is zero.
+        kind: What the features are, as there.
+        origin: ``[D]``.
+    """
+    return _of_features(x, weight, slope, constant, kind, origin, (freedom, offset, x.shape[1]))
+
+
+def _of_features(
+    x: Tensor,
+    weight: Tensor | None,
+    slope: Tensor,
+    constant: Tensor,
+    kind: int,
+    origin: Tensor | None,
+    tails: tuple[Tensor, Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     (n, d), (k, f) = x.shape, slope.shape[-2:]
-    t = _tables(slope, constant, -(-f // 4) * 4)
-    work = len(slope) * n * t.width * (2 * f + _ENTRY)
+    t = _tables(slope, constant, -(-f // 4) * 4, tails)
+    work = len(slope) * n * t.width * (2 * f + (_ENTRY if tails is None else _HEAVY))
     flat = x.detach().contiguous().view(-1).numpy()
     # Blocks of doubles need no copy, if they end where tiles do.
     as_they_are = kind == NUMBERS and x.dtype == torch.float64 and d == t.rows
     data = (flat, flat if as_they_are else np.empty(0), d, _flat(weight))
     about = np.zeros(d) if origin is None else origin.detach().to(torch.float64).contiguous().numpy()
-    value, mass, total = _pass(_numbers, data, (about, kind), n, t, k, work)
-    return value, mass, total[..., :f]
+    value, sums, total = _pass(_numbers, data, (about, kind), n, t, k, work)
+    return value, sums, total[..., :f]
 
 
 def of_categories(
@@ -367,4 +470,5 @@ def of_categories(
     t = _tables(table, constant, cells)
     work = len(table) * n * t.width * (2 * d + _ENTRY)
     data = (codes.view(-1).numpy(), d, _flat(weight))
-    return _pass(_categories, data, (starts.to(torch.int64).numpy(),), n, t, k, work)
+    value, sums, total = _pass(_categories, data, (starts.to(torch.int64).numpy(),), n, t, k, work)
+    return value, sums[:, 0], total
