@@ -742,12 +742,11 @@ class _GaussianKernel(Kernel):
         self.sweep.collect(expected.mT)
 
     def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        x, sweep = batch.x, self.sweep.complete
-        if not isinstance(sweep, ops.FeaturesPass) or x.dim() != 2:
+        x = batch.x
+        if x.dim() != 2:
             return None
-        if batch.remember("missing", lambda: missing.any_missing(x)):
-            return None
-        found = sweep.mixed(x, batch.weight, log_weight.squeeze(-2))
+        gaps = batch.remember("missing", lambda: missing.any_missing(x))
+        found = self.sweep.mixed(x, batch.weight, log_weight.squeeze(-2), gaps)
         return None if found is None else (found[0], found[1].unsqueeze(-2))
 
     def stats(self) -> Stats:

@@ -219,3 +219,13 @@ def _numba_mixture() -> ModuleType | None:
 def compiled_mixture(device: torch.device, work: int) -> ModuleType | None:
     """The compiled passes of mixtures on a device, where there are any and the work is worth it."""
     return _numba_mixture() if device.type == "cpu" and work >= _MANY else None
+
+
+@cache
+def _numba_completed() -> ModuleType | None:
+    return import_module("torchem.ops.numba_.completed") if _numba_mixture() else None
+
+
+def compiled_completed(device: torch.device, work: int) -> ModuleType | None:
+    """The compiled passes over rows with missing entries on a device, where there are any and the work is worth it."""
+    return _numba_completed() if device.type == "cpu" and work >= _MANY else None

@@ -90,14 +90,15 @@ def _tile(x, place, step, count, jump, table, column, width, out, target, leap, 
         c0, c1, c2, c3 = vec.fused(u, y0, c0), vec.fused(u, y1, c1), vec.fused(u, y2, c2), vec.fused(u, y3, c3)
         u = vec.spread_wide(x, p + 3 * step)
         d0, d1, d2, d3 = vec.fused(u, y0, d0), vec.fused(u, y1, d1), vec.fused(u, y2, d2), vec.fused(u, y3, d3)
-    _keep(out, target, a0, a1, a2, a3)
-    _keep(out, t1, b0, b1, b2, b3)
-    _keep(out, t2, c0, c1, c2, c3)
-    _keep(out, t3, d0, d1, d2, d3)
+    keep(out, target, a0, a1, a2, a3)
+    keep(out, t1, b0, b1, b2, b3)
+    keep(out, t2, c0, c1, c2, c3)
+    keep(out, t3, d0, d1, d2, d3)
 
 
 @vec.inlined
-def _keep(out, place, y0, y1, y2, y3):
+def keep(out, place, y0, y1, y2, y3):
+    """Four vectors to places that follow one another."""
     vec.store(out, place, y0)
     vec.store(out, place + _WIDE, y1)
     vec.store(out, place + 2 * _WIDE, y2)
@@ -138,7 +139,7 @@ def _product(x, place, step, rows, count, jump, table, width, out, held):
 
 
 @vec.inlined
-def _normalized(gamma, place, constant, first, mass, weight, width):
+def normalized(gamma, place, constant, first, mass, weight, width):
     """Responsibilities times the weight in place of the potentials of a row, added to ``mass``.
 
     Returns the maximum, and the sum of exponentials below it, whose log is the rest of log Z.
@@ -200,7 +201,7 @@ def _scaled(gamma, place, width, seen, mass):
 
 
 @vec.inlined
-def _logged(value, product, peak, whole, weight, weighted):
+def logged(value, product, peak, whole, weight, weighted):
     """Σ w log Z and a product of sums of exponentials whose log is still to be added, one row later."""
     if weighted:
         value += weight * (peak + math.log(whole)) if weight > 0.0 else 0.0
@@ -267,8 +268,8 @@ def _numbers(r, first, last, x, doubles, columns, weight, t, origin, kind, mass,
             w = weight[start + i] if len(weight) else 1.0
             if heavy:
                 _stretched(gamma, i * width, t, r * width, seen)
-            peak, whole = _normalized(gamma, i * width, t.constant, r * width, mass, w, width)
-            value, product = _logged(value, product, peak, whole, w, len(weight))
+            peak, whole = normalized(gamma, i * width, t.constant, r * width, mass, w, width)
+            value, product = logged(value, product, peak, whole, w, len(weight))
             if heavy:
                 _scaled(gamma, i * width, width, seen, mass)
         # The same product, rows and columns exchanged.
@@ -288,7 +289,7 @@ def _gathered(codes, place, columns, starts, table, width, out):
                 q = (starts[d] + code) * width + j
                 a, b = vec.plus(a, vec.load_wide(table, q)), vec.plus(b, vec.load_wide(table, q + w))
                 c, e = vec.plus(c, vec.load_wide(table, q + 2 * w)), vec.plus(e, vec.load_wide(table, q + 3 * w))
-        _keep(out, j, a, b, c, e)
+        keep(out, j, a, b, c, e)
         j += 4 * w
     while j < width:
         a = zero
@@ -311,7 +312,7 @@ def _scattered(codes, place, columns, starts, gamma, width, out):
             code = codes[place + d]
             if code != NONE:
                 q = (starts[d] + code) * width + j
-                _keep(
+                keep(
                     out, q,
                     vec.plus(a, vec.load_wide(out, q)), vec.plus(b, vec.load_wide(out, q + w)),
                     vec.plus(c, vec.load_wide(out, q + 2 * w)), vec.plus(e, vec.load_wide(out, q + 3 * w)),
@@ -336,8 +337,8 @@ def _categories(r, first, last, codes, columns, weight, t, starts, mass, total):
     for i in range(first, last):
         w, place = weight[i] if len(weight) else 1.0, i * columns
         _gathered(codes, place, columns, starts, table, width, gamma)
-        peak, whole = _normalized(gamma, 0, t.constant, r * width, mass, w, width)
-        value, product = _logged(value, product, peak, whole, w, len(weight))
+        peak, whole = normalized(gamma, 0, t.constant, r * width, mass, w, width)
+        value, product = logged(value, product, peak, whole, w, len(weight))
         _scattered(codes, place, columns, starts, gamma, width, total)
     return value + math.log(product)
 

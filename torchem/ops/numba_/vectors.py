@@ -109,6 +109,10 @@ def _emit_fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
 
 
+def _emit_reduced(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fsub(c, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
+
+
 def _emit_sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     ab = builder.fadd(_shuffled(builder, a, b, 0, 4, 2, 6), _shuffled(builder, a, b, 1, 5, 3, 7))
     cd = builder.fadd(_shuffled(builder, c, d, 0, 4, 2, 6), _shuffled(builder, c, d, 1, 5, 3, 7))
@@ -152,21 +156,21 @@ def _emit_exponential(builder: Any, x: Any) -> Any:
 _HALF_ROOT, _ROUND_BITS, _ONE_BITS = 0x3FE6A09E667F3BCD, 0x4338000000000000, 1023
 
 
-def _emit_log1p(builder: Any, x: Any) -> Any:
-    # 1 + x = 2^n m with m from √½ to √2, and log m = 2 artanh s = 2 Σ s^(2j+1) / (2j + 1) at s = (m − 1) / (m + 1), of
-    # which eleven terms are enough to 1e-17. What was lost when 1 was added joins m − 1.
+def _emit_logarithm(builder: Any, x: Any, lost: Any = None) -> Any:
+    # x = 2^n m with m from √½ to √2, and log m = 2 artanh s = 2 Σ s^(2j+1) / (2j + 1) at s = (m − 1) / (m + 1), of
+    # which eleven terms are enough to 1e-17. What was lost when x was rounded joins m − 1.
     number, integers = partial(_constant, x), _integers(x)
 
     def whole(value: int) -> Any:
         return ir.Constant(integers, [value] * integers.count)
 
-    above = builder.fadd(x, number(1.0))
-    lost = builder.fsub(x, builder.fsub(above, number(1.0)))
-    bits = builder.bitcast(above, integers)
+    bits = builder.bitcast(x, integers)
     n = builder.ashr(builder.sub(bits, whole(_HALF_ROOT)), whole(52))
     m = builder.bitcast(builder.sub(bits, builder.shl(n, whole(52))), x.type)
-    scale = builder.bitcast(builder.shl(builder.sub(whole(_ONE_BITS), n), whole(52)), x.type)
-    rest = _emit_fused(builder, lost, scale, builder.fsub(m, number(1.0)))
+    rest = builder.fsub(m, number(1.0))
+    if lost is not None:
+        scale = builder.bitcast(builder.shl(builder.sub(whole(_ONE_BITS), n), whole(52)), x.type)
+        rest = _emit_fused(builder, lost, scale, rest)
     s = builder.fdiv(rest, builder.fadd(rest, number(2.0)))
     square = builder.fmul(s, s)
     value = number(2 / 21)
@@ -179,11 +183,18 @@ def _emit_log1p(builder: Any, x: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
 
+def _emit_log1p(builder: Any, x: Any) -> Any:
+    one = _constant(x, 1.0)
+    above = builder.fadd(x, one)
+    return _emit_logarithm(builder, above, builder.fsub(x, builder.fsub(above, one)))
+
+
 plus = _pointwise(lambda builder, a, b: builder.fadd(a, b), 2)
 minus = _pointwise(lambda builder, a, b: builder.fsub(a, b), 2)
 times = _pointwise(lambda builder, a, b: builder.fmul(a, b), 2)
 over = _pointwise(lambda builder, a, b: builder.fdiv(a, b), 2)
 fused = _pointwise(_emit_fused, 3)  # a b + c
+reduced = _pointwise(_emit_reduced, 3)  # c − a b
 where_less = _pointwise(  # c where a < b, else d
     lambda builder, a, b, c, d: builder.select(builder.fcmp_ordered("<", a, b), c, d), 4
 )
@@ -196,6 +207,7 @@ tainted = _pointwise(  # b where it is NaN, else a
     lambda builder, a, b: builder.select(builder.fcmp_unordered("uno", b, b), b, a), 2
 )
 exponential = _pointwise(_emit_exponential, 1)  # of what is not positive
+logarithm = _pointwise(_emit_logarithm, 1)  # of what is normal and positive
 log1p = _pointwise(_emit_log1p, 1)  # of what is neither negative nor infinite
 lane0, lane1, lane2, lane3 = (_pointwise(_emit_lane(lane), 4) for lane in range(4))  # rows of four columns
 sums = _pointwise(_emit_sums, 4)  # the total of each of four vectors
