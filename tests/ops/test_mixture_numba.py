@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from torchem.ops import gaussian, threads
+from torchem.ops import dispatch, gaussian, missing, threads
 from torchem.ops.numba_ import mixture, vectors
 
 DOUBLE = torch.float64
@@ -187,3 +187,27 @@ def test_log1p_to_the_last_digits() -> None:
     out = torch.empty_like(x)
     vectors.compiled(logs)(x.numpy(), out.numpy())
     torch.testing.assert_close(out, x.log1p(), rtol=5e-16, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("name", "k", "lead"), [("diag", 9, ()), ("spherical", 3, (2,))])
+def test_entries_that_are_missing(name: str, k: int, lead: tuple[int, ...], weighted: bool) -> None:
+    generator, d, n = torch.Generator().manual_seed(k), 5, 70
+    structure = gaussian.STRUCTURES[name]
+    mean = torch.randn(*lead, k, d, dtype=DOUBLE, generator=generator)
+    raw = torch.randn(*lead, *structure.shape(k, d), dtype=DOUBLE, generator=generator) / 3
+    x, origin = (torch.randn(m, d, dtype=DOUBLE, generator=generator) for m in (n, 1))
+    x[torch.rand(n, d, generator=generator) < 0.4], x[3] = torch.nan, torch.nan
+    weight = torch.rand(n, dtype=DOUBLE, generator=generator) if weighted else None
+    log_weight = torch.randn(*lead, k, dtype=DOUBLE, generator=generator)
+    plain, whole = (missing.EntryFeaturesPass(structure, mean, raw, origin) for _ in range(2))  # pyright: ignore[reportArgumentType]
+    joint = plain.log_prob(x) + log_weight.unsqueeze(-1)
+    counts = torch.ones(n, dtype=DOUBLE) if weight is None else weight
+    share = joint.softmax(-2) * counts
+    plain.collect(share)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaussian, "_FEW", 1)
+        patch.setattr(dispatch, "_MANY", 0)
+        found = whole.mixed(x, weight, log_weight)
+    assert found is not None
+    agree((*found, *whole.moments()), (joint.logsumexp(-2) @ counts, share.sum(-1), *plain.moments()))

@@ -830,6 +830,11 @@ class FeaturesPass:
         self.product: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
 
+    @property
+    def compiled(self) -> str | None:
+        """What compiled passes call these features; None where there are none of them."""
+        return self.structure.compiled
+
     def log_prob(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "*r k n"]:
         """``[*r, K, n]`` log-densities of ``x [n, D]``."""
         self.see(x)
@@ -915,7 +920,7 @@ class FeaturesPass:
         slope = self.weights
         k, f = slope.shape[-2:]
         engine = compiled_mixture(x.device, len(x) * slope[..., 0].numel() * f)
-        if engine is None or self.structure.compiled is None or slope.dtype not in dtypes:
+        if engine is None or self.compiled is None or slope.dtype not in dtypes:
             return None
         if x.dtype not in engine.TYPES or k < least or k * f > _TABLE:
             return None
@@ -924,9 +929,9 @@ class FeaturesPass:
 
     def _linear(self, engine: ModuleType) -> tuple[Tensor, Tensor, int, Tensor]:
         """Slope ``[R, K, F]`` and constant ``[R, K]`` in features of compiled passes, their kind and origin."""
-        assert self.structure.compiled is not None
-        slope, kind = self.weights.reshape(-1, *self.weights.shape[-2:]), getattr(engine, self.structure.compiled)
-        if kind == engine.PAIRS:  # in which the constant is the first
+        assert self.compiled is not None
+        slope, kind = self.weights.reshape(-1, *self.weights.shape[-2:]), getattr(engine, self.compiled)
+        if kind in (engine.PAIRS, engine.ENTRIES):  # in which the constant is the first, or in all entries
             return slope, torch.zeros_like(slope[..., 0]), kind, self.origin.reshape(-1)
         return slope[..., 1:], slope[..., 0], kind, self.origin.reshape(-1)
 

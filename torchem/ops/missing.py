@@ -6,6 +6,8 @@ as its observed part is, and log |Σ_oo| = log |Σ| + log |Λ_mm|. So the formul
 ones, and all that a pattern of missing entries costs is a matrix of the size of what is missing. Patterns with equally
 many missing entries are factorised together.
 
+Where no derivatives are asked for, compiled loops do the same row by row, components along vectors.
+
 *Diagonal, spherical.* Columns are independent given the component: a missing entry is left out and not counted.
 
 Source: R. J. A. Little, D. B. Rubin (2002), section 11.2; Z. Ghahramani, M. I. Jordan (1994).
@@ -492,6 +494,7 @@ class EntryFeaturesPass(FeaturesPass):
     """Observed entries alone, under diagonal and spherical covariances: one product over features."""
 
     structure: Entrywise
+    compiled = "ENTRIES"  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, structure: Entrywise, mean: Tensor, raw: Tensor, origin: Tensor):
         delta = mean - origin
@@ -592,6 +595,7 @@ class Pass:
     """Potentials and moments of rows of which entries may be missing.
 
     Rows without a missing entry take the route that complete data take, and pieces of such rows take it bit for bit.
+    Compiled passes of mixtures (`mixed`) take all rows alike as soon as any entry is missing.
 
     Args:
         structure: The kind of covariance.
@@ -647,13 +651,14 @@ class Pass:
         if not gaps and self.arguments[0].shape[-2] < _FEW:
             return None
         # What completes rows takes differences, and serves complete ones.
-        if self.incomplete is None:
-            route = self._route(x)
-            if not isinstance(route, CompiledPass) or any(watched(v) for v in (log_weight, weight) if v is not None):
-                return None
+        route = self.incomplete or self._route(x)
+        followed = any(watched(value) for value in (log_weight, weight) if value is not None)
+        if followed or not isinstance(route, (CompiledPass, EntryFeaturesPass)):
+            return None
+        found = route.mixed(x, weight, log_weight)
+        if found is not None:
             self.incomplete, self.alone = route, True
-        assert isinstance(self.incomplete, CompiledPass)
-        return self.incomplete.mixed(x, weight, log_weight)
+        return found
 
     def read(self, x: Float[Tensor, "n d"]) -> None:
         """Take rows in for `collect` alone: without densities where moments do not need them."""

@@ -29,7 +29,7 @@ _ROWS = 32
 #: The code of what is missing.
 NONE = 255
 #: What the features of numbers are.
-NUMBERS, SQUARES, NORM, PAIRS = range(4)
+NUMBERS, SQUARES, NORM, PAIRS, ENTRIES = range(5)
 #: What numbers may be.
 TYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.uint8)
 #: Cost of an entry of N × K beside its products, in multiply–adds.
@@ -231,6 +231,13 @@ def _features(x, place, columns, origin, kind, z, out, target):
             out[target + d] = y
             norm += y * y
         out[target + columns] = norm
+    elif kind == ENTRIES:
+        for d in range(columns):
+            y = x[place + d] - origin[d]
+            seen = y == y
+            out[target + d] = 1.0 if seen else 0.0
+            out[target + columns + d] = y if seen else 0.0
+            out[target + 2 * columns + d] = y * y if seen else 0.0
     else:
         p = columns + 1
         half = p // 2 + 1
@@ -392,13 +399,13 @@ def of_numbers(
     """Σ w log Z ``[R]``, Σ w γ ``[R, K]`` and Σ w γ t(x) ``[R, K, F]``, float64.
 
     Args:
-        x: ``[N, D]``, one of `TYPES`, nothing missing.
+        x: ``[N, D]``, one of `TYPES`, nothing missing but for `ENTRIES`.
         weight: ``[N]`` or None.
         slope: ``[R, K, F]``, finite.
         constant: ``[R, K]``, what is added, −inf where a component is impossible.
         kind: What the features are of z = x − origin: z itself, without origin (`NUMBERS`); z and the squares of its
             entries (`SQUARES`); z and its squared norm (`NORM`); the cyclic products of (1, z) with itself that
-            `torchem.ops.gaussian` describes (`PAIRS`).
+            `torchem.ops.gaussian` describes (`PAIRS`); ones, z and its squares, zero where missing (`ENTRIES`).
         origin: ``[D]``.
     """
     value, sums, total = _of_features(x, weight, slope, constant, kind, origin)
