@@ -159,7 +159,6 @@ ASPECTS: dict[str, Callable[[str], None]] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("factor analysis", "labels"): "labels",
     ("variational factor analysis", "labels"): "labels",
-    ("neural HMM", "missing entries"): "whole",
     ("neural HMM", "`em_map`"): "function of statistics",
     ("Laplace mixture", "`em_map`"): "function of statistics",
     ("state space", "labels"): "labels",

@@ -443,6 +443,21 @@ def test_a_family_takes_numbers_under_the_names_that_it_has(build: Any, name: st
     assert not hasattr(thing, name)
 
 
+def test_views_of_a_part_are_not_the_models_own() -> None:
+    model: Any = torchem.Mixture(Categorical(2), Gaussian(2, 1))
+    with pytest.raises(InvalidArgument, match=r"^means: .* one of its component; assign component\.means"):
+        model.means = torch.zeros(2, 1)
+    assert not hasattr(model, "means")
+
+
+def test_a_view_takes_the_values_of_a_parameter() -> None:
+    values = torch.nn.Parameter(torch.tensor([[1.0], [2.0]]))
+    for thing in (Gaussian(2, 1), torchem.GaussianMixture(2, 1), wrapped()):
+        thing.means = values
+        assert torch.equal(thing.means, values)
+        assert "means" not in dict(thing.named_parameters())
+
+
 def test_misspelt_slots_and_priors_are_refused() -> None:
     hmm: Any = torchem.GaussianHMM(2, 1)
     with pytest.raises(InvalidArgument, match="did you mean emission"):

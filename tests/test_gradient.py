@@ -710,7 +710,7 @@ class Strict(Normal):
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         if bool(x.isnan().any()):
             raise ValueError("NaN")
-        return super().forward(x)
+        return super().forward(x, u)
 
 
 @pytest.mark.parametrize("inputs", [False, True])
@@ -718,9 +718,47 @@ def test_networks_are_never_asked_about_missing_frames(inputs: bool) -> None:
     """Not by the check of their sizes either, which the first frame that is there answers."""
     x, u = randn(2, 12, 2), randn(2, 12, 2, seed=1) if inputs else None
     x[0, :3], x[1, 5] = torch.nan, torch.nan
-    emission = Gradient(Neural(Strict(2, 2), 2, inputs), torch.optim.Adam, 2, lr=0.01)
+    emission = Gradient(Neural(Strict(2, 2, 2 * inputs), 2, inputs), torch.optim.Adam, 2, lr=0.01)
     model = torchem.HMM(Categorical(2), Categorical(2, 2), emission).double()
     result = torchem.fit(model, x, inputs=u, init=None, tol=100.0, progress=False)
     assert math.isfinite(result.bound)
     x[0] = torch.nan
     assert abs(float(model.log_prob(x, inputs=u)[0].detach())) < 1e-9
+
+
+class Marginal(Normal):
+    """A network that integrates missing entries out: columns are independent."""
+
+    def marginal(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        mean = self.mean if self.slope is None else self.mean + torch.einsum("kdm,nm->nkd", self.slope, u)
+        z = (torch.where(x.isnan(), 0.0, x).unsqueeze(-2) - mean) * (-self.log_scale).exp()
+        each = -(0.5 * z.square() + self.log_scale + 0.5 * math.log(2 * math.pi))
+        return torch.where(x.isnan().unsqueeze(-2), 0.0, each).sum(-1)
+
+
+@pytest.mark.parametrize("inputs", [0, 2])
+def test_rows_and_entries_that_networks_miss(inputs: int) -> None:
+    """As a family does that knows how; the network is never asked about rows of which nothing is there."""
+    x, u = randn(60, 2), randn(60, 2, seed=1) if inputs else None
+    x[::7], x[1::5, 0] = torch.nan, torch.nan
+    seen = ~x.isnan().all(-1)
+    models = [
+        torchem.Mixture(Categorical(3), Gradient(Neural(net(3, 2, inputs), 3, bool(inputs)), steps=2)).double()
+        for net in (Marginal, Strict)
+    ]
+    whole = torch.where(seen[:, None], randn(60, 2), torch.nan)
+    for model, rows in zip(models, (x, whole), strict=True):
+        result = torchem.fit(model, rows, inputs=u, init=None, max_iter=3, tol=0.0, progress=False)
+        assert math.isfinite(result.bound)
+        score = model.log_prob(rows, inputs=u).detach()
+        assert not score[~seen].abs().gt(1e-12).any()
+        alone = model.log_prob(rows[seen], inputs=None if u is None else u[seen]).detach()
+        torch.testing.assert_close(score[seen], alone)
+    if not inputs:
+        net = models[0].component.unwrapped.module
+        twin = torchem.Mixture(Categorical(3), Gaussian(3, 2, "diag")).double()
+        twin.weights = models[0].weights
+        twin.component.means, twin.component.covariances = net.mean, (2 * net.log_scale).exp()
+        torch.testing.assert_close(models[0].log_prob(x), twin.log_prob(x))
+    with pytest.raises(InvalidArgument, match=r"row 1, column 0.*marginal\(x\)"):
+        models[1].log_prob(x, inputs=u)

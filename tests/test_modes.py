@@ -207,6 +207,11 @@ class Normal(torch.nn.Module):
         z = (x.unsqueeze(-2) - self.mean) * (-self.log_scale).exp()
         return -(0.5 * z.square() + self.log_scale + 0.9189385332046727).sum(-1)
 
+    def marginal(self, x: torch.Tensor) -> torch.Tensor:
+        z = (torch.where(x.isnan(), 0.0, x).unsqueeze(-2) - self.mean) * (-self.log_scale).exp()
+        each = -(0.5 * z.square() + self.log_scale + 0.9189385332046727)
+        return torch.where(x.isnan().unsqueeze(-2), 0.0, each).sum(-1)
+
 
 def network(k: int) -> torchem.Gradient:
     torch.manual_seed(0)

@@ -278,7 +278,7 @@ class Factor(nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_misspelt(self, name, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, for_view(self, name, value))
 
     # ---- parameters -------------------------------------------------------------------------------------------
 
@@ -790,6 +790,11 @@ def refuse_misspelt(module: nn.Module, name: str, value: Any) -> None:
     assignable = {key for kind in type(module).__mro__ for key, got in vars(kind).items() if getattr(got, "fset", None)}
     known = assignable | {*groups[-1]} | {*getattr(module, "views", ())}
     close = difflib.get_close_matches(name, sorted(known), 1, _ALIKE)
+    inside = [slot for slot, child in groups[-1].items() if isinstance(child, Factor) and name in child.views]
+    if inside:
+        raise invalid(
+            name, f"an attribute of {type(module).__name__}", f"one of its {inside[0]}", f"assign {inside[0]}.{name}"
+        )
     if close:
         raise invalid(
             name, f"an attribute of {type(module).__name__}", "a name that it has not",
@@ -802,6 +807,12 @@ def refuse_misspelt(module: nn.Module, name: str, value: Any) -> None:
             name, f"a view of {type(module).__name__}" + (f" ({', '.join(views)})" if views else ", which has none"),
             "a name that it has not", "correct it, or start the name of one of your own with an underscore",
         )  # fmt: skip
+
+
+def for_view(module: nn.Module, name: str, value: Any) -> Any:
+    """What to assign: the values of a parameter for a view, which torch would register as one of that name."""
+    is_view = isinstance(getattr(type(module), name, None), property)
+    return value.detach() if is_view and isinstance(value, nn.Parameter) else value
 
 
 def _within(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from torchem.batch import Batch, as_batch
 from torchem.errors import invalid
-from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments, refuse_misspelt
+from torchem.factor import Adjustment, Factor, Kernel, Moments, constructor_arguments, for_view, refuse_misspelt
 from torchem.ops import reduce
 from torchem.ops.dispatch import declared_precision, rows_per_piece
 from torchem.sequences import as_sequences
@@ -59,7 +59,7 @@ class LatentModel(nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_misspelt(self, name, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, for_view(self, name, value))
 
     @abstractmethod
     def slots(self) -> tuple[tuple[str, Factor], ...]:

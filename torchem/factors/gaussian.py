@@ -745,7 +745,7 @@ class _GaussianKernel(Kernel):
         x = batch.x
         if x.dim() != 2:
             return None
-        gaps = batch.remember("missing", lambda: missing.any_missing(x))
+        gaps = x.is_floating_point() and batch.remember("missing", lambda: missing.any_missing(x))
         found = self.sweep.mixed(x, batch.weight, log_weight.squeeze(-2), gaps)
         return None if found is None else (found[0], found[1].unsqueeze(-2))
 

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchem.batch import Batch
+from torchem.batch import Batch, refuse_entries
 from torchem.errors import invalid
 from torchem.factor import Factor
 from torchem.factors._network import Network, checked_size
+from torchem.ops import reduce
+from torchem.ops.missing import any_missing
 
 
 class Neural(Network):
@@ -30,6 +32,11 @@ class Neural(Network):
     What densities alone do not tell is the module's to say, if it has methods of these names: ``sample(z)`` draws a row
     for each state, ``moments()`` gives means and variances ``[1, K, D]``, ``cdf(x)`` the probability ``[n, K, D]`` of
     no more than x. Where it reads covariates each is called with u as well, last, and means are ``[n, K, D]``.
+
+    Rows that are missing as a whole say nothing, and the network is not asked about them. Single missing entries (NaN)
+    must be integrated out: that is its method ``marginal(x)``, log-densities of the entries that are there. Without it
+    rows with some are refused. To fill entries in from `moments` and `sample` it must say that columns do not depend on
+    each other given the state, by attributes ``independent = True`` and ``n_features``, the number of columns.
 
     Args:
         module: Network from x ``[n, D]`` (and u ``[n, M]``) to log-densities ``[n, n_components]``.
@@ -55,6 +62,7 @@ class Neural(Network):
     """
 
     no_conjugate: ClassVar[str] = "parameters of a network have no sufficient statistics"
+    handles_missing: ClassVar[bool] = True
 
     def __init__(self, module: nn.Module, n_components: int, inputs: bool = False, states: Sequence[int] | None = None):
         super().__init__(module, "write a Factor of your own for a fixed law")
@@ -74,6 +82,16 @@ class Neural(Network):
         return self._outputs if self.states is None else len(self.states)
 
     @property
+    def n_features(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Number of columns, if the network says it by an attribute of that name."""
+        return getattr(self.module, "n_features", None)
+
+    @property
+    def independent(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the network says that columns are independent given the state."""
+        return bool(getattr(self.module, "independent", False))
+
+    @property
     def shared_parameters(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All of them: a network has no part that is one state's alone."""
         return frozenset(name for name, _ in self.named_parameters())
@@ -87,7 +105,13 @@ class Neural(Network):
         """Refuse data that the network cannot read, and a network that does not give a number for each state."""
         if self.inputs and batch.u is None:
             raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
-        # A row or frame of which nothing is missing, if there is one: what is missing no network is asked about.
+        if batch.x.is_floating_point() and not self._integrates:
+            missing = batch.x.isnan()
+            refuse_entries(
+                batch, missing & ~missing.all(-1, keepdim=True), "rows that are whole, or missing in all columns",
+                "give the network a method marginal(x) that integrates missing entries out, or leave that row out",
+            )  # fmt: skip
+        # A row or frame of which nothing is missing, if there is one.
         flat = Batch(batch.x.flatten(0, -2), u=None if batch.u is None else batch.u.flatten(0, -2))
         complete = (~flat.x.isnan()).all(-1) if flat.x.is_floating_point() else torch.ones(len(flat), dtype=torch.bool)
         if not bool(complete.any()):
@@ -100,15 +124,32 @@ class Neural(Network):
         except RuntimeError as error:
             raise invalid("data", "rows that the network reads", error, "fit its sizes to the columns") from error
 
+    @property
+    def _integrates(self) -> bool:
+        """Whether the network knows what to do with missing entries."""
+        return hasattr(self.module, "marginal")
+
     def log_prob(self, batch: Batch) -> Tensor:
         x = batch.x.reshape(-1, batch.x.shape[-1]).to(self.dtype)
+        if not any_missing(x):
+            return self._scored(self.module, x, batch)
+        missing = x.isnan()
+        gone = missing.all(-1, keepdim=True)
+        # Networks need not bear NaN, nor need zero be a value that they know: a row that is there stands in.
+        stand_in = x[reduce.first_max((~missing).to(x.dtype).sum(-1), 0)].nan_to_num(nan=0.0)
+        score: Any = self.module.marginal if self._integrates else self.module
+        value = self._scored(score, torch.where(gone, stand_in, x), batch)
+        return torch.where(gone.unflatten(0, batch.x.shape[:-1]), 0.0, value)
+
+    def _scored(self, score: Any, x: Tensor, batch: Batch) -> Tensor:
+        """What the network says of rows ``x [n, D]``, checked and in the batch's own axes."""
         if not self.inputs:
-            value = self.module(x)
+            value = score(x)
         else:
             u = batch.u
             if u is None:
                 raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
-            value = self.module(x, u.reshape(-1, u.shape[-1]).to(self.dtype))
+            value = score(x, u.reshape(-1, u.shape[-1]).to(self.dtype))
         shape = (len(x), self._outputs)
         if not isinstance(value, Tensor) or tuple(value.shape) != shape:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -173,13 +214,25 @@ class Neural(Network):
 class _Normal(nn.Module):
     """Independent normal columns, for the example."""
 
+    independent = True
+
     def __init__(self, k: int, d: int):
         super().__init__()
+        self.n_features = d
         self.mean, self.log_scale = nn.Parameter(torch.zeros(k, d)), nn.Parameter(torch.zeros(k, d))
 
     def forward(self, x: Tensor) -> Tensor:
         law = torch.distributions.Normal(self.mean, self.log_scale.exp(), validate_args=False)
         return law.log_prob(x.unsqueeze(-2)).sum(-1)
+
+    def marginal(self, x: Tensor) -> Tensor:
+        law = torch.distributions.Normal(self.mean, self.log_scale.exp(), validate_args=False)
+        seen = ~x.isnan()
+        value = law.log_prob(torch.where(seen, x, 0.0).unsqueeze(-2))
+        return torch.where(seen.unsqueeze(-2), value, 0.0).sum(-1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self.mean.unsqueeze(0), (2 * self.log_scale).exp().unsqueeze(0)
 
     def sample(self, z: Tensor) -> Tensor:
         noise = torch.randn(len(z), self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device)

@@ -609,7 +609,7 @@ class _StudentKernel(Kernel):
         x, sweep = batch.x, self.sweep.complete
         if not isinstance(sweep, ops.FeaturesPass) or x.dim() != 2 or self.blurs is not None:
             return None
-        if batch.remember("missing", lambda: missing.any_missing(x)):
+        if x.is_floating_point() and batch.remember("missing", lambda: missing.any_missing(x)):
             return None
         freedom = self.freedom.squeeze(-1).to(torch.float64)
         found = sweep.mixed_heavy(x, batch.weight, log_weight.squeeze(-2), freedom, self.log_det.squeeze(-1))

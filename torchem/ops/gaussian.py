@@ -17,7 +17,7 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from torchem.ops import linalg
@@ -856,7 +856,7 @@ class FeaturesPass:
             self.second = self.second + ((centred * weight.sum(-2, keepdim=True)) @ centred.mT).to(torch.float64)
 
     def mixed(
-        self, x: Float[Tensor, "n d"], weight: Tensor | None, log_weight: Float[Tensor, "*r k"]
+        self, x: Shaped[Tensor, "n d"], weight: Tensor | None, log_weight: Float[Tensor, "*r k"]
     ) -> tuple[Tensor, Tensor] | None:
         """The whole E-step of a mixture of these under log weights of its components, collected, where it is compiled.
 
@@ -875,7 +875,7 @@ class FeaturesPass:
 
     def mixed_heavy(
         self,
-        x: Float[Tensor, "n d"],
+        x: Shaped[Tensor, "n d"],
         weight: Tensor | None,
         log_weight: Float[Tensor, "*r k"],
         freedom: Float[Tensor, "*r k"],

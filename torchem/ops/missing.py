@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from torchem.ops import linalg
@@ -44,6 +44,8 @@ _BITS = 40
 _FEW = 3
 #: Mean of the cube of the number of missing entries from which on compiled loops take rows in order of their patterns.
 _WORTH_SORTING = 1000.0
+#: Rows that are sorted at a time.
+_SORTED = 1 << 12
 
 
 # ---- what is missing ----------------------------------------------------------------------------------------------
@@ -393,11 +395,10 @@ class CompletedPass(DirectPass):
         return torch.where(x.isnan(), mean, x.to(mean)), variance
 
 
-def _order_of_loops(missing: Bool[Tensor, "n d"]) -> Int[Tensor, " n"]:
-    """An order of rows in which equal patterns follow one another, if that is worth it, or as they are."""
+def _worth_sorting(x: Float[Tensor, "n d"]) -> bool:
+    """Whether compiled loops should take rows in order of their patterns, by the first of them."""
     # Factorising takes m³ / 6 products, finding rows that may share one a sort.
-    many = len(missing) and float((missing.sum(-1).to(torch.float64) ** 3).mean()) > _WORTH_SORTING
-    return _order(missing) if many else torch.arange(len(missing))
+    return bool((x[:_SORTED].isnan().sum(-1).to(torch.float64) ** 3).mean() > _WORTH_SORTING)
 
 
 class CompiledPass(CompletedPass):
@@ -429,7 +430,7 @@ class CompiledPass(CompletedPass):
         assert center is None
         missing = x.isnan()
         self.seen = ~missing.all(-1)
-        value, inner = self.loops.densities(x, _order_of_loops(missing))
+        value, inner = self.loops.densities(x, _order(missing) if _worth_sorting(x) else None)
         self.value = inner.reshape(*self.lead, -1)
         return value.reshape(*self.lead, -1).to(self.mean.dtype)
 
@@ -448,13 +449,20 @@ class CompiledPass(CompletedPass):
         Returns:
             Σ w log Z ``[*r]`` and Σ w γ ``[*r, K]``, float64.
         """
-        order, tables = _order_of_loops(x.isnan()), (*self.tables, log_weight.expand(self.lead))
-        each = [value.reshape(-1, *value.shape[self.axes - 1 :]) for value in tables]
-        found = []
-        for *tables, own in zip(*each, strict=True):
-            loops = self.engine.Rows(*tables)
-            found.append((*loops.mixed(x, order, weight, own), *loops.moments()))
-        value, mass, inner, *moments = (torch.stack(values) for values in zip(*found, strict=True))
+        replicas = [value.reshape(-1, *value.shape[self.axes - 1 :]) for value in self.tables]
+        loops = [self.engine.Rows(*tables) for tables in zip(*replicas, strict=True)]
+        own = log_weight.expand(self.lead).reshape(len(loops), -1)
+        # Sorted by as many as are fast to sort, and take little memory beside the data.
+        ordered = _worth_sorting(x)
+        pieces = x.split(_SORTED) if ordered else (x,)
+        weights = [None] * len(pieces) if weight is None else weight.split(len(pieces[0]))
+        found: list[tuple[Tensor, ...]] = []
+        for piece, each in zip(pieces, weights, strict=True):
+            order = _order(piece.isnan()) if ordered else None
+            passes = [rows.mixed(piece, order, each, logs) for rows, logs in zip(loops, own, strict=True)]
+            found.append(tuple(torch.stack(values) for values in zip(*passes, strict=True)))
+        value, mass, inner = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+        moments = [torch.stack(values) for values in zip(*(rows.moments() for rows in loops), strict=True)]
         self.total = self.total + inner.reshape(self.lead[:-1])
         self.found.append([moment.flatten(0, 1) for moment in moments])
         return value.reshape(self.lead[:-1]), mass.reshape(self.lead)
@@ -633,7 +641,7 @@ class Pass:
         return torch.cat(value, -1).index_select(-1, _inverse_order(torch.cat(self.rows)))
 
     def mixed(
-        self, x: Float[Tensor, "n d"], weight: Tensor | None, log_weight: Float[Tensor, "*r k"], gaps: bool
+        self, x: Shaped[Tensor, "n d"], weight: Tensor | None, log_weight: Float[Tensor, "*r k"], gaps: bool
     ) -> tuple[Tensor, Tensor] | None:
         """The whole E-step of a mixture of these under log weights of its components, collected, where it is compiled.
 
@@ -648,7 +656,7 @@ class Pass:
         """
         if not gaps and isinstance(self.complete, FeaturesPass):
             return self.complete.mixed(x, weight, log_weight)
-        if not gaps and self.arguments[0].shape[-2] < _FEW:
+        if (not gaps and self.arguments[0].shape[-2] < _FEW) or x.dtype not in (torch.float64, torch.float32):
             return None
         # What completes rows takes differences, and serves complete ones.
         route = self.incomplete or self._route(x)

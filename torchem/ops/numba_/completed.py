@@ -120,10 +120,15 @@ def _room(t, blocks):
 
 
 @vec.inlined
+def _row(order, place):
+    return order[place] if len(order) else place
+
+
+@vec.inlined
 def _patterns(x, order, start, n, d, room):
     """Which columns of rows are missing, and which rows share a pattern with the one before."""
     for i in range(n):
-        place, at, m = order[start + i] * d, i * (d + 1), 0
+        place, at, m = _row(order, start + i) * d, i * (d + 1), 0
         for j in range(d):
             room.holes[at + m] = j
             m += 1 if x[place + j] != x[place + j] else 0
@@ -191,7 +196,7 @@ def _opened(x, order, start, n, t, b, block, room):
     """
     w, d, padded, zero, less = _WIDE, t.columns, t.padded, vec.splat_wide(0.0), vec.splat_wide(0.0)
     for i in range(n):
-        m, at, place = room.counts[i], i * (d + 1), order[start + i] * d
+        m, at, place = room.counts[i], i * (d + 1), _row(order, start + i) * d
         to, target = (block * _ROWS + room.slots[i]) * d * d * w, (block * _ROWS + i) * padded * w
         if room.slots[i] == i and m < d:
             less = _factorised(t.precision, b * d * d * w, d, room.holes, at, m, room.lower, to)
@@ -309,7 +314,7 @@ def _densities(b, first, last, x, order, t, width, value, inner):
         _opened(x, order, start, n, t, b, 0, room)
         _distances(t, b, 0, n, room)
         for i in range(n):
-            place = order[start + i] * width + b * _WIDE
+            place = _row(order, start + i) * width + b * _WIDE
             _scored(t, b, 0, i, room, value, place, inner, place)
 
 
@@ -322,7 +327,7 @@ def _moments(b, first, last, x, order, t, width, weight, left, sums):
         _patterns(x, order, start, n, t.columns, room)
         _opened(x, order, start, n, t, b, 0, room)
         for i in range(n):
-            places[i] = order[start + i] * width + b * _WIDE
+            places[i] = _row(order, start + i) * width + b * _WIDE
         _collected(order, start, n, t, b, 0, room, weight, places, left, sums, 0)
 
 
@@ -342,7 +347,7 @@ def _mixed(first, last, x, order, t, blocks, weight, log_weight, mass, sums):
                 place = i * width + b * _WIDE
                 _scored(t, b, b, i, room, gamma, place, inner, place)
         for i in range(n):
-            w = weight[order[start + i]] if len(weight) else 1.0
+            w = weight[_row(order, start + i)] if len(weight) else 1.0
             peak, whole = normalized(gamma, i * width, log_weight, 0, mass, w, width)
             value, product = logged(value, product, peak, whole, w, len(weight))
         for b in range(blocks):
@@ -360,6 +365,16 @@ def _blocked(value: Tensor) -> Tensor:
     value = value.detach().to(torch.float64)
     lanes = torch.arange(-(-len(value) // _WIDE) * _WIDE, device=value.device).clamp(max=len(value) - 1)
     return value[lanes].unflatten(0, (-1, _WIDE)).movedim(1, -1).contiguous()
+
+
+def _numbers(x: Tensor) -> np.ndarray:
+    """Rows ``[n, D]`` as flat numbers, of a type that loops are compiled for."""
+    known = x.dtype in (torch.float64, torch.float32)
+    return (x if known else x.to(torch.float64)).detach().contiguous().view(-1).numpy()
+
+
+def _places(order: Tensor | None) -> np.ndarray:
+    return np.empty(0, np.int64) if order is None else order.numpy()
 
 
 def _flat(value: Tensor) -> np.ndarray:
@@ -391,14 +406,14 @@ class Rows:
         self.blocks = -(-self.count // _WIDE)
         self.sums = [value.squeeze(0) for value in self._zeros(1, self.blocks)]
 
-    def densities(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def densities(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-densities of what was observed of ``x [n, D]``, and what is summed to Q, ``[J, n]``; 0 where nothing was.
 
         Args:
             x: NaN where missing.
-            order: In which rows are taken, ``[n]``: those with equal patterns one after the other, or as they are.
+            order: In which rows are taken, ``[n]``: those with equal patterns one after the other; None as they are.
         """
-        self.rows = x.detach().contiguous().view(-1).numpy(), order.numpy()
+        self.rows = _numbers(x), _places(order)
         width = self.blocks * _WIDE
         value, inner = (torch.empty(len(x), width, dtype=torch.float64) for _ in range(2))
         tasks = [(*part, *self.rows, self.tables, width, _flat(value), _flat(inner)) for part in self._parts(len(x))]
@@ -426,7 +441,7 @@ class Rows:
         self._add(value.unflatten(0, (self.blocks, -1)).sum(1).squeeze(1) for value in sums)
 
     def mixed(
-        self, x: Tensor, order: Tensor, weight: Tensor | None, log_weight: Tensor
+        self, x: Tensor, order: Tensor | None, weight: Tensor | None, log_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Σ w log Z, Σ w γ ``[J]`` and Q of a mixture of the components, collected.
 
@@ -436,7 +451,7 @@ class Rows:
             weight: ``[n]`` or None.
             log_weight: Of the components, ``[J]``.
         """
-        data = x.detach().contiguous().view(-1).numpy(), order.numpy(), self.tables, self.blocks
+        data = _numbers(x), _places(order), self.tables, self.blocks
         weights = np.empty(0) if weight is None else _flat(weight.detach().to(torch.float64).contiguous())
         parts, width = threads.ranges(len(x), self._work(len(x))), self.blocks * _WIDE
         constant = torch.full((width,), -torch.inf, dtype=torch.float64)
