@@ -21,6 +21,7 @@ from torchem.batch import Batch
 from torchem.factor import Prior
 from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson, Product
 from torchem.model import LatentModel
+from torchem.ops import dispatch
 
 #: Untyped: what its stubs say of laws is not so.
 laws: Any = scipy.stats
@@ -377,6 +378,20 @@ def test_a_missing_entry_is_integrated_out(kind: str) -> None:
     nothing = torch.full((1, 2), torch.nan, dtype=torch.float64)
     close(q.log_prob(Batch(nothing)), torch.zeros(1, 3))
     close(q.log_potential(Batch(nothing)), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_rows_missing_throughout_under_compiled_passes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They say nothing, of whatever component: neither of the bound nor of the classes more than the prior does."""
+    pytest.importorskip("numba")
+    model = torchem.variational(torchem.GaussianMixture(3, 2, kind).double())
+    x = holes(cases.randn(60, 2, seed=78))
+    x[::5] = torch.nan
+    torchem.fit(model, x, max_iter=2, tol=0, seed=0, progress=False)
+    with torch.no_grad():
+        plain = model.e_step(Batch(x))
+        monkeypatch.setattr(dispatch, "_MANY", 0)
+        close(model.e_step(Batch(x)).flatten(), plain.flatten())
 
 
 def test_counts_are_negative_binomial() -> None:

@@ -635,6 +635,14 @@ class Factor(nn.Module, ABC):
         """
         return None
 
+    def occupancy(self, stats: Stats) -> Tensor | None:
+        """Expected number of observations of each class of a latent child without parents ``[*r, K]``, if it is told.
+
+        Args:
+            stats: Its statistics.
+        """
+        return stats.get("counts")
+
     def forbid(self, states: Tensor) -> None:
         """Take states ``[*r, K]`` out of a latent child's support, in place; never the last one."""
         raise NotImplementedError(f"{type(self).__name__} cannot lose a state; define forbid")

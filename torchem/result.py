@@ -1,7 +1,7 @@
 """What a fit returns, and how the records of its restarts become that."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -135,13 +135,16 @@ def report(model: LatentModel, runs: list[Run], survey: Survey, n_states: int) -
     dead, floored = _health(chosen)
     pruned = sorted(chosen.forbidden)
     model.load_from(chosen.model)
+    glance = survey.sample[:_GLANCE]
     if pruned:
         keep = [k for k in range(n_states) if k not in chosen.forbidden]
         model.prune(torch.tensor(keep, device=model.device))  # pyright: ignore[reportCallIssue]
         dead = [keep.index(k) for k in dead if k in keep]
         floored[:] = [keep.index(k) for k in floored if isinstance(k, int) and k in keep]
+        if glance.evidence is not None:
+            glance = replace(glance, evidence=glance.evidence[..., keep])
     # What has no mass is unused, and named as dead: it takes nothing from another.
-    redundant = [pair for pair in model.twins(survey.sample[:_GLANCE], _ALIKE) if not {*pair} & {*dead}]
+    redundant = [pair for pair in model.twins(glance, _ALIKE) if not {*pair} & {*dead}]
     return Result(
         model=model, status=chosen.status, history=list(chosen.history), bound=chosen.bound, n_iter=chosen.n_iter,
         restarts=[run.bound for run in runs], histories=[run.history for run in runs],

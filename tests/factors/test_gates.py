@@ -1,6 +1,7 @@
 """Trees of gates, gates that are networks, and gates that read columns of their own."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -149,3 +150,36 @@ def test_a_tree_of_experts_finds_its_forks() -> None:
     assert all(b >= a - 1e-9 * abs(a) for a, b in zip(result.history, result.history[1:], strict=False))
     found = model.predict(u).mean[:, 0].detach()
     assert float((found - odds.sigmoid()).abs().mean()) < 0.15
+
+
+GATES: dict[str, Callable[[], Any]] = {
+    "softmax": lambda: SoftmaxRegression(3, 2),
+    "tree": lambda: TreeGate(SoftmaxRegression(2, 2), [None, SoftmaxRegression(2, 2)]),
+    "tree of tables": lambda: TreeGate(Categorical(2), [Categorical(2), None]),
+}
+
+
+@pytest.mark.parametrize("build", GATES.values(), ids=GATES)
+def test_experts_that_nobody_calls_are_named_and_taken_out(build: Callable[[], Any]) -> None:
+    u = torch.stack([torch.ones(60), torch.linspace(-2, 2, 60)], -1).double()
+    x = u[:, 1:].abs() + 0.1 * cases.randn(60, 1)
+    labels = torch.where(u[:, 1] < 0, 0, 2)
+    given: Any = {"inputs": u, "labels": labels, "max_iter": 8, "tol": 0.0, "seed": 0, "progress": False}
+
+    def model() -> Any:
+        return torchem.Mixture(build(), LinearGaussian(3, 2, 1)).double()
+
+    for restarts in (1, 2):
+        assert torchem.fit(model(), x, restarts=restarts, **given).dead == [1]
+    fitted = model()
+    assert torchem.fit(fitted, x, dead="prune", **given).pruned == [1]
+    assert fitted.posterior(x, inputs=u).shape == (60, 2)
+    with pytest.raises(torchem.errors.DegenerateComponent, match="component 1"):
+        torchem.fit(model(), x, dead="raise", **given)
+
+
+def test_gates_tell_what_is_expected_of_each_class() -> None:
+    expected = cases.soft(20, 5, seed=7).unsqueeze(-2)
+    batch = Batch(torch.zeros(20, 1), u=design(20))
+    tree = deep()
+    close(tree.occupancy(tree.table_stats(batch, expected)), expected.sum((0, 1)))  # pyright: ignore

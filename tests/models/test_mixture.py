@@ -471,3 +471,15 @@ def test_one_factor_in_two_slots_is_one_parameter() -> None:
         stats = pair.e_step(batch)
         values.append(float(pair.bound(stats).detach()))
     assert all(b >= a - 1e-9 for a, b in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_pruned_components_take_their_labels_along(soft: bool) -> None:
+    """Labels speak of the components that the model began with: here no row may be of the second."""
+    x = torch.cat([randn(20, 2), 6 + randn(20, 2, seed=1)])
+    labels: Tensor = torch.arange(3).expand(40, 3) != 1
+    model = GaussianMixture(3, 2).double()
+    result = torchem.fit(model, x, labels=labels.double() if soft else labels, dead="prune", seed=0, progress=False)
+    assert result.pruned == [1]
+    assert model.n_components == 2
+    assert model.log_prob(x, labels=labels[:, :2]).isfinite().all()

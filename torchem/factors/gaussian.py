@@ -788,7 +788,10 @@ class _BlurredKernel(_GaussianKernel):
         return value + (seen.amax(-1).flatten().unsqueeze(-1) * blur.unsqueeze(-2)).unflatten(-2, x.shape[:-1])
 
     def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        self.found = None
+        self.found, x = None, batch.x
+        # A row without an entry says nothing, and weights of components cannot tell it from others.
+        if x.dim() == 2 and batch.remember("blank", lambda: missing.any_missing(x) and missing.any_blank(x)):
+            return None
         blur = self.blur.sum(-1) if self.entrywise else self.blur
         return super().mixed(batch, log_weight + blur.unsqueeze(-2).to(log_weight))
 

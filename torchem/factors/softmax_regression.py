@@ -150,7 +150,10 @@ class SoftmaxRegression(Factor):
         return self.table_stats(batch, expected)
 
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
-        """The minoriser ``constant [*r, (P)]``, ``linear`` [*r, (P,) K − 1, M] and ``curvature`` U [*r, (P,) M, M]."""
+        """The minoriser ``constant [*r, (P)]``, ``linear`` [*r, (P,) K − 1, M] and ``curvature`` U [*r, (P,) M, M].
+
+        Without parents ``mass [*r, K]`` is expected of the classes.
+        """
         lead, tail = len(self.replicas), -1 - len(self.shape)
         u = self._inputs(batch).reshape(-1, self.n_inputs).to(torch.float64)
         expected = expected.reshape(*self.replicas, -1, *self.shape).to(torch.float64)
@@ -166,8 +169,16 @@ class SoftmaxRegression(Factor):
         theta = self.coefficient.to(torch.float64)
         bent = self._bent(theta) @ curvature
         constant = value - (theta * (gradient + bent / 2)).sum((-2, -1))
-        shared = ("constant", "linear", "curvature") if self.n_parents is None else ()
-        return Stats(constant=constant, linear=gradient + bent, curvature=curvature, shared=shared)
+        return self._quadratic(constant, gradient + bent, curvature, expected.sum(lead))
+
+    def _quadratic(self, constant: Tensor, linear: Tensor, curvature: Tensor, mass: Tensor) -> Stats:
+        if self.n_parents is not None:
+            return Stats(constant=constant, linear=linear, curvature=curvature)
+        shared = ("constant", "linear", "curvature")
+        return Stats(constant=constant, linear=linear, curvature=curvature, mass=mass, shared=shared)
+
+    def occupancy(self, stats: Stats) -> Tensor | None:
+        return stats.get("mass")
 
     def _free(self) -> tuple[Tensor, Tensor, Tensor]:
         """Classes with free coefficients ``[*r, (P,) K − 1, 1]``, number of possible ones, whether class 0 is one."""
@@ -219,8 +230,7 @@ class SoftmaxRegression(Factor):
         constant = ((size - 1) * norm + known.sum() * log_det) / 2
         curvature = torch.diag_embed(precision).expand(*constant.shape, -1, -1)
         linear = torch.zeros_like(self.coefficient, dtype=torch.float64)
-        shared = ("constant", "linear", "curvature") if self.n_parents is None else ()
-        return Stats(constant=constant, linear=linear, curvature=curvature, shared=shared)
+        return self._quadratic(constant, linear, curvature, torch.zeros_like(self.allowed, dtype=torch.float64))
 
     def forbid(self, states: Tensor) -> None:
         left = self.allowed & ~states

@@ -121,6 +121,16 @@ class TreeGate(Composite):
         below = zip(self._place, parts, strict=True)
         return shares | {f"below.{place}": part for place, part in below if place is not None}
 
+    def occupancy(self, stats: Stats) -> Tensor | None:
+        found = {path: part.occupancy(stats[path]) for path, part in self.parts().items() if path in stats}
+        fork, leaves = found.get("gate"), []
+        for i, place in enumerate(self._place):
+            own = found.get(f"below.{place}") if place is not None else None if fork is None else fork[..., i : i + 1]
+            if own is None:
+                return None
+            leaves.append(own)
+        return torch.cat(leaves, -1)
+
     def forbid(self, states: Tensor) -> None:
         for i, (branch, part) in enumerate(zip(self.branches, states.split(self._sizes, -1), strict=True)):
             if branch is not None:

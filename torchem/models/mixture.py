@@ -429,7 +429,7 @@ class Mixture(Completing, DiscreteModel):
         self._assign(mixing, self.component.replace_components(which, component))
 
     def occupancy(self, stats: Stats) -> Tensor | None:
-        return stats["mixing"].get("counts")
+        return self.mixing.unwrapped.occupancy(stats["mixing"])
 
     def degenerate(self) -> Tensor | None:
         return self.component.degenerate()

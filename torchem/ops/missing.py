@@ -84,6 +84,17 @@ def _patterns(x: Float[Tensor, "n d"]) -> Bool[Tensor, "n d"] | None:
         return values.isnan() if values.shape == x.shape else None
 
 
+def any_blank(x: Float[Tensor, "n d"]) -> bool:
+    """Whether a row may have no entry; True where vmap hides what is missing.
+
+    Example:
+        >>> any_blank(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]]))
+        True
+    """
+    patterns = _patterns(x)
+    return patterns is None or bool(patterns.all(-1).any())
+
+
 # ---- groups of rows -----------------------------------------------------------------------------------------------
 
 
