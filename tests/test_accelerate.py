@@ -91,12 +91,12 @@ def test_never_falls_and_ends_no_lower(name: str, method: str, device: torch.dev
 
 @pytest.mark.parametrize("method", METHODS)
 def test_restarts_side_by_side(method: str) -> None:
-    x = blobs(300, 2, 3, gap=1.5)
-    plain = fit(mixture(3, 2), x, restarts=4, tol=1e-5, max_iter=300)
-    fast = fit(mixture(3, 2), x, restarts=4, tol=1e-5, max_iter=300, accelerate=method)
-    # A jump may lead one of them to another optimum.
-    pairs = zip(fast.restarts, plain.restarts, strict=True)
-    assert sorted(quick - slow for quick, slow in pairs)[1] >= -1.0
+    # Apart enough that a jump leads none of them to another optimum.
+    x = blobs(300, 2, 3, gap=1.8)
+    plain = fit(mixture(3, 2), x, restarts=4, tol=1e-6, max_iter=300)
+    fast = fit(mixture(3, 2), x, restarts=4, tol=1e-6, max_iter=300, accelerate=method)
+    for quick, slow in zip(fast.restarts, plain.restarts, strict=True):
+        assert quick >= slow - 1.0
     assert fast.bound >= plain.bound - 1e-2
     for history in fast.histories:
         assert all(after >= before - 1e-9 * abs(before) for before, after in itertools.pairwise(history))

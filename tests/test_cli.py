@@ -673,7 +673,7 @@ model:
   init_args: {{initial: stationary, transition: torchem.factors.Categorical, emission: {}}}
 data: {{path: d.csv, columns: {}}}
 states: 2
-fit: {{seed: 0, restarts: 3, init: random, max_iter: 1000, tol: 0.01}}
+fit: {{seed: 0, init: random, max_iter: 1000, tol: 0.1}}
 output: out
 """
     table = "{class_path: torchem.factors.Categorical.rebuild, init_args: {shape: [2, 3]}}"

@@ -335,7 +335,7 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "incremental": ({"accumulate": torchem.Incremental, "max_iter": 8}, False),
     "hard": ({"e_step": "hard"}, False),
     "sampled": ({"e_step": "sample", "max_iter": 12}, True),
-    "annealed": ({"anneal": [0.5, 0.8], "max_iter": 45}, True),
+    "annealed": ({"anneal": [0.5, 0.8], "max_iter": 24}, True),
     "squarem": ({"accelerate": "squarem"}, False),
     "anderson": ({"accelerate": "anderson"}, False),
     "direct": ({"direct": True, "max_iter": 10}, False),
@@ -381,7 +381,7 @@ REFUSED = {
 def run(model: str, mode: str, **more: Any) -> tuple[torchem.Result, dict[str, Any]]:
     build, data = MODELS[model]
     given = data()
-    options = {"max_iter": 25, "tol": 0.0, "seed": 0, "progress": False} | MODES[mode][0] | more
+    options = {"max_iter": 15, "tol": 0.0, "seed": 0, "progress": False} | MODES[mode][0] | more
     # Walks of optimisers take long.
     if model in ("gradient mixture", "neural HMM", "Laplace mixture"):
         options["max_iter"] = min(options["max_iter"], 24 if mode == "annealed" else 8)

@@ -144,8 +144,9 @@ def test_truncated_laws_reach_what_an_optimiser_finds() -> None:
     found = alone(Truncated(Gaussian(1, 1, "diag"), low=-0.8, high=1.7), y, accelerate="squarem").bound
 
     def loss(p: np.ndarray) -> float:
-        scale = math.exp(p[1])
-        return -scipy_stats.truncnorm.logpdf(y, (-0.8 - p[0]) / scale, (1.7 - p[0]) / scale, p[0], scale).sum()
+        # By scipy's own truncnorm the same takes some hundred times as long.
+        law = scipy_stats.norm(p[0], math.exp(p[1]))
+        return len(y) * math.log(law.cdf(1.7) - law.cdf(-0.8)) - law.logpdf(y).sum()
 
     assert found == pytest.approx(best(loss, [0.0, 0.0]), abs=1e-5)
 

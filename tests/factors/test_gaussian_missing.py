@@ -791,7 +791,9 @@ def test_samples_with_entries_removed_agree_with_the_density() -> None:
     close(found.log(), g.log_prob(Batch(torch.tensor([[0.4, torch.nan]], dtype=torch.float64)))[0], rtol=1e-8)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind", ["full", "diag", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tied", "spherical"))]
+)
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
     "ignore:The .grad attribute:UserWarning",

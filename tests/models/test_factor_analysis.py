@@ -145,14 +145,14 @@ def test_number_of_factors_by_bic() -> None:
 
 def test_acceleration_takes_fewer_maps_to_the_same_optimum() -> None:
     """Heavy noise beside many scores is what EM is slow for."""
-    x = randn(300, 3) @ randn(3, 8, seed=1) + 4 * randn(300, 8, seed=2)
+    x = randn(300, 3) @ randn(3, 8, seed=1) + 1.5 * randn(300, 8, seed=2)
     runs = [
-        torchem.fit(FactorAnalysis(8, 3).double(), x, accelerate=way, tol=1e-4, max_iter=3000, seed=0, progress=False)
+        torchem.fit(FactorAnalysis(8, 3).double(), x, accelerate=way, tol=1e-8, max_iter=3000, seed=0, progress=False)
         for way in (None, "squarem")
     ]
     assert all(run.converged for run in runs)
     assert runs[1].n_iter < 0.5 * runs[0].n_iter
-    assert runs[1].bound >= runs[0].bound - 0.03  # what the tolerance leaves
+    assert runs[1].bound >= runs[0].bound - 1e-3
 
 
 def test_a_heywood_case_is_floored_and_named() -> None:

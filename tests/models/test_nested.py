@@ -552,7 +552,7 @@ def test_bounds_of_continuous_latents_under_posteriors_never_fall() -> None:
     components = [torchem.LinearGaussianStateSpace(1, 2), torchem.LinearGaussianStateSpace(2, 2)]
     model = torchem.variational(Mixture(Categorical(2), components).double())
     x = randn(6, 8, 2, seed=4)
-    result = torchem.fit(model, x, seed=0, max_iter=12, tol=0, progress=False)
+    result = torchem.fit(model, x, seed=0, max_iter=5, tol=0, progress=False)
     assert result.status == "max_iter"
     # The posterior of components is that of the objective: what it says is what their own bounds say.
     batch = model.batch(x)
