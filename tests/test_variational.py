@@ -21,7 +21,7 @@ from torchem.batch import Batch
 from torchem.factor import Prior
 from torchem.factors import Bernoulli, Categorical, Exponential, Gaussian, LinearGaussian, Poisson, Product
 from torchem.model import LatentModel
-from torchem.ops import dispatch
+from torchem.ops import dispatch, gaussian
 
 #: Untyped: what its stubs say of laws is not so.
 laws: Any = scipy.stats
@@ -380,17 +380,26 @@ def test_a_missing_entry_is_integrated_out(kind: str) -> None:
     close(q.log_potential(Batch(nothing)), torch.zeros(1, 3))
 
 
-@pytest.mark.parametrize("kind", ["full", "tied"])
-def test_rows_missing_throughout_under_compiled_passes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They say nothing, of whatever component: neither of the bound nor of the classes more than the prior does."""
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_is_missing_is_not_blurred_by_compiled_passes(
+    kind: str, direct: bool, rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows missing throughout say nothing, of whatever component, and single entries that are missing neither."""
     pytest.importorskip("numba")
     model = torchem.variational(torchem.GaussianMixture(3, 2, kind).double())
     x = holes(cases.randn(60, 2, seed=78))
-    x[::5] = torch.nan
+    x = x[~x.isnan().all(-1)]
+    if rows:
+        x[::5] = torch.nan
     torchem.fit(model, x, max_iter=2, tol=0, seed=0, progress=False)
+    component: Any = model.component
+    component.factor.direct = direct
     with torch.no_grad():
         plain = model.e_step(Batch(x))
         monkeypatch.setattr(dispatch, "_MANY", 0)
+        monkeypatch.setattr(gaussian, "_FEW", 1)
         close(model.e_step(Batch(x)).flatten(), plain.flatten())
 
 

@@ -789,8 +789,9 @@ class _BlurredKernel(_GaussianKernel):
 
     def mixed(self, batch: Batch, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
         self.found, x = None, batch.x
-        # A row without an entry says nothing, and weights of components cannot tell it from others.
-        if x.dim() == 2 and batch.remember("blank", lambda: missing.any_missing(x) and missing.any_blank(x)):
+        # What is missing is not blurred, a whole row or single entries: weights of components cannot tell rows apart.
+        lacking = missing.any_missing if self.entrywise else missing.any_blank
+        if x.dim() == 2 and x.is_floating_point() and batch.remember("unblurred", lambda: lacking(x)):
             return None
         blur = self.blur.sum(-1) if self.entrywise else self.blur
         return super().mixed(batch, log_weight + blur.unsqueeze(-2).to(log_weight))

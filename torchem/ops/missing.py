@@ -91,6 +91,8 @@ def any_blank(x: Float[Tensor, "n d"]) -> bool:
         >>> any_blank(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]]))
         True
     """
+    if not any_missing(x):
+        return False
     patterns = _patterns(x)
     return patterns is None or bool(patterns.all(-1).any())
 
