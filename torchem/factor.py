@@ -636,12 +636,14 @@ class Factor(nn.Module, ABC):
         return None
 
     def occupancy(self, stats: Stats) -> Tensor | None:
-        """Expected number of observations of each class of a latent child without parents ``[*r, K]``, if it is told.
+        """Expected number of observations of each class of a latent child ``[*r, K]``, if it is told.
 
         Args:
-            stats: Its statistics.
+            stats: Its statistics: ``counts``, or ``mass`` where these are others, by parents and classes.
         """
-        return stats.get("counts")
+        found = stats.get("counts", stats.get("mass"))
+        lead = len(self.replicas)
+        return None if found is None else found.flatten(lead, -2).sum(lead) if found.dim() > lead + 1 else found
 
     def forbid(self, states: Tensor) -> None:
         """Take states ``[*r, K]`` out of a latent child's support, in place; never the last one."""

@@ -156,6 +156,7 @@ GATES: dict[str, Callable[[], Any]] = {
     "softmax": lambda: SoftmaxRegression(3, 2),
     "tree": lambda: TreeGate(SoftmaxRegression(2, 2), [None, SoftmaxRegression(2, 2)]),
     "tree of tables": lambda: TreeGate(Categorical(2), [Categorical(2), None]),
+    "network": lambda: torchem.Gradient(NeuralGate(torch.nn.Linear(2, 3), 3), torch.optim.Adam, steps=2, lr=0.05),
 }
 
 
@@ -183,3 +184,43 @@ def test_gates_tell_what_is_expected_of_each_class() -> None:
     batch = Batch(torch.zeros(20, 1), u=design(20))
     tree = deep()
     close(tree.occupancy(tree.table_stats(batch, expected)), expected.sum((0, 1)))  # pyright: ignore
+
+
+TRANSITIONS: dict[str, Callable[[], Any]] = {
+    "softmax": lambda: SoftmaxRegression(3, 2, 3),
+    "network": lambda: torchem.Gradient(NeuralGate(torch.nn.Linear(2, 9), 3, 3), torch.optim.Adam, steps=2, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("build", TRANSITIONS.values(), ids=TRANSITIONS)
+def test_states_that_no_frame_is_in_under_transitions_that_read_covariates(build: Callable[[], Any]) -> None:
+    u = torch.stack([torch.ones(60), torch.linspace(-2, 2, 60)], -1).double()
+    labels = torch.arange(60) // 7 % 2 * 2
+    x = labels.unsqueeze(-1) + 0.1 * cases.randn(60, 1)
+    given: Any = {"inputs": u, "labels": labels, "max_iter": 6, "tol": 0.0, "seed": 0, "progress": False}
+
+    def model() -> Any:
+        return torchem.HMM(Categorical(3), build(), torchem.factors.Gaussian(3, 1, "diag")).double()
+
+    assert torchem.fit(model(), x, **given).dead == [1]
+    fitted = model()
+    assert torchem.fit(fitted, x, dead="prune", **given).pruned == [1]
+    assert fitted.posterior(x, inputs=u).shape[-1] == 2
+    assert fitted.transition.log_table(Batch(x[None], u=u[None])).exp().sum(-1).allclose(torch.ones(1).double())
+    with pytest.raises(torchem.errors.DegenerateComponent, match="component 1"):
+        torchem.fit(model(), x, dead="raise", **given)
+
+
+def test_networks_keep_the_classes_that_are_left() -> None:
+    batch = Batch(torch.zeros(20, 1), u=design(20))
+    gate = NeuralGate(torch.nn.Linear(2, 9), 3, 3).double()
+    small: Any = gate.select(torch.tensor([2, 0]))
+    whole = gate.log_table(batch)[:, [2, 0]][..., [2, 0]]
+    close(small.log_table(batch), whole.log_softmax(-1))
+    close(small.select(torch.tensor([False, True])).log_table(batch), torch.zeros(20, 1, 1))
+    again = NeuralGate(**small.config())
+    assert again.shape == (2, 2)
+    gate.forbid(torch.tensor([[True, False, False]]))
+    assert not gate.log_table(batch).exp()[..., 0].any()
+    with pytest.raises(torchem.errors.InvalidArgument, match="states: expected classes from 0 to 2"):
+        NeuralGate(torch.nn.Linear(2, 3), 3, states=[3])

@@ -28,6 +28,8 @@ class NeuralGate(Network):
         n_components: K, the number of classes.
         n_parents: P, the number of states of the parent, or None for a gate.
         columns: Which columns of u the network is given; all of them when None.
+        states: Which of its classes there are, in their order; all by default. Pruning leaves some. Where there are as
+            many parents they are the same states.
 
     Raises:
         InvalidType: If it is no torch module.
@@ -44,22 +46,31 @@ class NeuralGate(Network):
     no_conjugate: ClassVar[str] = "parameters of a network have no sufficient statistics"
     reads: ClassVar = frozenset({"u"})
 
+    allowed: Tensor
+
     def __init__(
         self,
         module: nn.Module,
         n_components: int,
         n_parents: int | None = None,
         columns: Sequence[int] | None = None,
+        states: Sequence[int] | None = None,
     ):
         super().__init__(module, "use Categorical for weights free of inputs")
         checked_size("n_components", n_components)
         checked_size("n_parents", 1 if n_parents is None else n_parents)
-        self.n_classes, self.n_parents = n_components, n_parents
+        chosen = None if states is None else [int(state) for state in states]
+        if chosen is not None and not (chosen and set(chosen) <= set(range(n_components))):
+            raise invalid("states", f"classes from 0 to {n_components - 1}", chosen, "leave it out for all of them")
+        self._outputs, self.n_parents, self.states = n_components, n_parents, chosen
         self.columns = None if columns is None else checked_columns(columns, len(columns))
-        self.shape = (n_components,) if n_parents is None else (n_parents, n_components)
+        self.n_classes = n_components if chosen is None else len(chosen)
+        parents = self.n_classes if n_parents == n_components else n_parents
+        self.shape = (self.n_classes,) if parents is None else (parents, self.n_classes)
+        self.register_buffer("allowed", torch.ones(self.shape, dtype=torch.bool), persistent=False)
 
     def row_size(self) -> int:
-        return 4 * self.n_classes * (self.n_parents or 1) + super().row_size()
+        return 4 * self._outputs * (self.n_parents or 1) + super().row_size()
 
     # ---- as a latent child ------------------------------------------------------------------------------------
 
@@ -70,24 +81,43 @@ class NeuralGate(Network):
             raise invalid("inputs", "covariates [N, M]", "none", "pass inputs=u to fit, or Batch(x, u=u)")
         rows = (u if self.columns is None else u[..., list(self.columns)]).flatten(0, -2).to(self.dtype)
         value = self.module(rows)
-        size = (len(rows), self.n_classes * (self.n_parents or 1))
+        size = (len(rows), self._outputs * (self.n_parents or 1))
         if not isinstance(value, Tensor) or tuple(value.shape) != size:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise invalid("module", f"scores of shape {list(size)}", got, "give one number for each class")
-        return value.to(self.dtype).reshape(*u.shape[:-1], *self.shape).log_softmax(-1)
+        parents = () if self.n_parents is None else (self.n_parents,)
+        value = value.to(self.dtype).reshape(*u.shape[:-1], *parents, self._outputs)
+        if self.states is not None:
+            value = value[..., self.states]
+            value = value[..., self.states, :] if self.n_parents == self._outputs else value
+        return value.masked_fill(~self.allowed, -torch.inf).log_softmax(-1)
 
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
-        """``value []``: Q at the current parameters, which is no function of statistics."""
-        return valued(self.log_table(batch), expected)
+        """``value []``: Q at the current parameters, which is no function of statistics; ``mass [(P,) K]`` expected."""
+        mass = expected.to(torch.float64).reshape(-1, *self.shape).sum(0)
+        return Stats(value=valued(self.log_table(batch), expected)["value"], mass=mass, shared=("value",))
 
     def stats(self, batch: Batch, expected: Tensor) -> Stats:
         return self.table_stats(batch, expected)
 
+    def forbid(self, states: Tensor) -> None:
+        left = self.allowed & ~states
+        self.allowed = torch.where(left.any(-1, keepdim=True), left, self.allowed)
+
     # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def select(self, keep: Tensor) -> "NeuralGate":
+        """Keep some classes; as a transition, the same states as parents."""
+        index = (keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep).tolist()
+        chosen = [(self.states or range(self._outputs))[i] for i in index]
+        small = NeuralGate(self.module, self._outputs, self.n_parents, self.columns, chosen)
+        small.fixed = self.fixed
+        return small.to(self.device)
 
     def config(self) -> dict[str, Any]:
         return {
-            "module": self.module, "n_components": self.n_classes, "n_parents": self.n_parents, "columns": self.columns,
+            "module": self.module, "n_components": self._outputs, "n_parents": self.n_parents, "columns": self.columns,
+            "states": self.states,
         }  # fmt: skip
 
     @classmethod

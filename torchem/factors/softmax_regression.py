@@ -152,7 +152,7 @@ class SoftmaxRegression(Factor):
     def table_stats(self, batch: Batch, expected: Tensor) -> Stats:
         """The minoriser ``constant [*r, (P)]``, ``linear`` [*r, (P,) K − 1, M] and ``curvature`` U [*r, (P,) M, M].
 
-        Without parents ``mass [*r, K]`` is expected of the classes.
+        ``mass [*r, (P,) K]`` is expected of the classes.
         """
         lead, tail = len(self.replicas), -1 - len(self.shape)
         u = self._inputs(batch).reshape(-1, self.n_inputs).to(torch.float64)
@@ -172,13 +172,8 @@ class SoftmaxRegression(Factor):
         return self._quadratic(constant, gradient + bent, curvature, expected.sum(lead))
 
     def _quadratic(self, constant: Tensor, linear: Tensor, curvature: Tensor, mass: Tensor) -> Stats:
-        if self.n_parents is not None:
-            return Stats(constant=constant, linear=linear, curvature=curvature)
-        shared = ("constant", "linear", "curvature")
+        shared = ("constant", "linear", "curvature") if self.n_parents is None else ()
         return Stats(constant=constant, linear=linear, curvature=curvature, mass=mass, shared=shared)
-
-    def occupancy(self, stats: Stats) -> Tensor | None:
-        return stats.get("mass")
 
     def _free(self) -> tuple[Tensor, Tensor, Tensor]:
         """Classes with free coefficients ``[*r, (P,) K − 1, 1]``, number of possible ones, whether class 0 is one."""

@@ -708,8 +708,9 @@ class HMM(Completing, DiscreteModel):
         return values
 
     def occupancy(self, stats: Stats) -> Tensor | None:
-        first, steps = stats["initial"].get("counts"), stats["transition"].get("counts")
-        return None if first is None or steps is None else first + steps.sum(-2)
+        first = self.initial.unwrapped.occupancy(stats["initial"])
+        steps = self.transition.unwrapped.occupancy(stats["transition"])
+        return None if first is None or steps is None else first + steps
 
     def degenerate(self) -> Tensor | None:
         return self.emission.degenerate()
@@ -783,11 +784,14 @@ class HMM(Completing, DiscreteModel):
         index = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         if not isinstance(self.initial, Stationary):
             self.initial = self.initial.pruned(index)
-        table = self._table("transition")
-        small = table.unwrapped.among(index)
-        self.transition, self.emission = table.rewrap(small, index), self.emission.pruned(index)
-        if isinstance(self.initial, Stationary):
-            self.initial = Stationary(small)
+        self.emission = self.emission.pruned(index)
+        if isinstance(self.transition.unwrapped, Categorical):
+            small = self.transition.unwrapped.among(index)
+            self.transition = self.transition.rewrap(small, index)
+            if isinstance(self.initial, Stationary):
+                self.initial = Stationary(small)
+        else:  # classes of a gate are its parents, too
+            self.transition = self.transition.pruned(index)
         if self.end is not None:
             self.end = self.end.pruned(index)
 
