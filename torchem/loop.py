@@ -419,10 +419,12 @@ class Loop:
                 run.seen.pop()
             run.history.append(value)
             run.seen.append(seen)
-            # When components were reseeded or taken out the objective may fall: that step is not judged.
-            own = run.history[self.since :]
-            recent = own[-1:] if run.rested else own[-3:]
+            # When components were reseeded or taken out the objective may fall: that step is not judged, nor is the
+            # same pass when it is made again.
+            run.unjudged = run.rested or (run.unjudged and self.retake)
             run.rested = False
+            own = run.history[self.since :]
+            recent = own[-1:] if run.unjudged else own[-3:]
             if scores is not None:
                 # An objective that is sound says no more; the first place of the scores is that of the history.
                 known = [*run.scores[: len(run.history) - 1], scores[place]]
@@ -682,10 +684,15 @@ class Loop:
             self.runs[r].rested = self.runs[r].rested or count > 0
         sample = self.survey.sample
         surprise = self.twin.surprise(sample).reshape(len(self.going), -1)
-        pool = surprise.topk(max(rows.shape[-1], len(sample) // 20), -1).indices
-        picks = torch.stack(
-            [torch.randperm(pool.shape[-1], generator=self.generators[r])[: rows.shape[-1]] for r in self.going]
-        ).to(pool.device)
+        # Where nobody counts the data there are none to explain.
+        heard = torch.ones_like(surprise[0], dtype=torch.bool)
+        if sample.weight is not None and sample.weight.shape == heard.shape:
+            heard = sample.weight > 0
+        size = min(max(rows.shape[-1], len(sample) // 20), max(1, int(heard.sum())))
+        pool = torch.where(heard.to(surprise.device), surprise, -torch.inf).topk(size, -1).indices
+        each = torch.arange(rows.shape[-1]) % size
+        picks = torch.stack([torch.randperm(size, generator=self.generators[r])[each] for r in self.going])
+        picks = picks.to(pool.device)
         index = pool.gather(-1, picks).reshape(shape)
         self.twin.respawn(self.twin.cast(sample), rows.reshape(shape), index)  # pyright: ignore[reportCallIssue]
 

@@ -114,6 +114,8 @@ class Run:
     bound: float = -math.inf
     respawns: int = 0
     rested: bool = False
+    #: Whether the last objective is that of such parameters.
+    unjudged: bool = False
     #: Mass of each state at the end, in average observations.
     mass: torch.Tensor | None = None
     forbidden: set[int] = field(default_factory=set)

@@ -271,6 +271,17 @@ def test_any_finite_table_gives_a_finite_model(
     assert result.status in ("max_iter", "converged")
 
 
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_components_are_not_put_where_no_weight_is(kind: str) -> None:
+    """A row of weight zero is the most surprising one, and nothing that a component should explain."""
+    x, weights = np.full((25, 1), 471087.0), np.ones(25)
+    x[0], weights[0] = 0.0, 0.0
+    model = mixture(4, 1, kind)
+    result = fit(model, x, weights=weights, max_iter=8, dead="respawn", tol=0.0)
+    assert result.status == "max_iter"
+    assert float((model.means.detach() - 471087.0).abs().max()) < 1e-3
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("where", ["data", "weights", "model", "both"])

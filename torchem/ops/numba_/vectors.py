@@ -25,10 +25,14 @@ WIDE = 8 if get_host_cpu_features().get("avx512f") else LANES
 FLUSH = 1e-160
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """A function for kernels to call."""
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     # What checks annotations at run time wraps functions; numba reads the bytecode of the one inside.
     return numba.njit(nogil=True, error_model="numpy", **options)(unwrap(function))
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """A function for kernels alone to call: without the wrappers that Python needs it takes a third less to compile."""
+    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -39,9 +43,9 @@ def inlined(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile at the first call, once per machine where there is a place to keep the result."""
     try:
-        return compiled(function, cache=True)
+        return _compiled(function, cache=True)
     except RuntimeError:  # no directory for it can be written to
-        return compiled(function)
+        return _compiled(function)
 
 
 def operation(function: Callable[..., Any]) -> Any:
