@@ -1,6 +1,7 @@
 """What every test runs under: run-time checked annotations, warnings as errors, fixed seeds, each device present."""
 
 import os
+from collections.abc import Iterator
 
 import tests.typecheck  # the hook looks it up as an attribute of its package
 
@@ -8,6 +9,7 @@ import tests.typecheck  # the hook looks it up as an attribute of its package
 tests.typecheck.install()
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
@@ -50,6 +52,23 @@ def _routes_by_rounding(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
     for structure in STRUCTURES.values():
         monkeypatch.setattr(type(structure), "prefers_differences", lambda self, k, d: False)
+
+
+#: Files whose tests are of whole fits, by the hundred: they run as users run them, without the checks of annotations
+#: that tests of single functions hold those to.
+_AS_USERS = {"test_modes.py", "test_aspects.py", "test_accumulate.py", "test_readme.py", "test_plot.py"}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.name not in _AS_USERS:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -205,7 +205,7 @@ def test_statistics_are_float64_of_the_declared_shapes() -> None:
     stats = factor.table_stats(Batch(torch.zeros(5, 1), u=torch.ones(5, M)), torch.rand(5, 4, K))
     assert all(leaf.dtype == torch.float64 for leaf in stats.leaves())
     shapes = {name: tuple(leaf.shape) for name, leaf in stats.items()}
-    assert shapes == {"constant": (4,), "linear": (4, K - 1, M), "curvature": (4, M, M)}
+    assert shapes == {"constant": (4,), "linear": (4, K - 1, M), "curvature": (4, M, M), "mass": (4, K)}
     assert factor.maximize(stats)["coefficient"].dtype == torch.float32
 
 
