@@ -40,8 +40,8 @@ _MANY = 64
 _SMALL = 12
 #: Columns of a pattern that are packed into one number.
 _BITS = 40
-#: Components from which on compiled loops take differences of complete rows faster.
-_FEW = 3
+#: Components from which on, and columns up to which, compiled loops take differences of complete rows faster.
+_FEW, _WIDEST = 3, 128
 #: Mean of the cube of the number of missing entries from which on compiled loops take rows in order of their patterns.
 _WORTH_SORTING = 1000.0
 #: Rows that are sorted at a time.
@@ -669,7 +669,8 @@ class Pass:
         """
         if not gaps and isinstance(self.complete, FeaturesPass):
             return self.complete.mixed(x, weight, log_weight)
-        if (not gaps and self.arguments[0].shape[-2] < _FEW) or x.dtype not in (torch.float64, torch.float32):
+        k, d = self.arguments[0].shape[-2:]
+        if (not gaps and (k < _FEW or d > _WIDEST)) or x.dtype not in (torch.float64, torch.float32):
             return None
         # What completes rows takes differences, and serves complete ones.
         route = self.incomplete or self._route(x)
