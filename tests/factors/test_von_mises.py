@@ -323,3 +323,12 @@ def test_entries_that_are_too_long_are_named() -> None:
     x[4] = torch.tensor([0.9, 0.9, torch.nan])
     with pytest.raises(InvalidArgument, match=r"data: .*at most of length one.*got length 1.27279 at row 4; normalise"):
         model.log_prob(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_angles_that_are_all_equal_end_at_the_cap(dtype: torch.dtype) -> None:
+    """At κ = 1e6 the rounding of a cosine in float32 weighs a tenth of a nat."""
+    model = torchem.Mixture(Categorical(1), VonMises(1, 1)).to(torch.device("cpu"), dtype)
+    result = torchem.fit(model, torch.ones(60, 1, dtype=dtype), progress=False, seed=0)
+    assert result.status == "converged"
+    assert result.bound == pytest.approx(359.33, abs=0.02)

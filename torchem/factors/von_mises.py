@@ -105,14 +105,14 @@ class VonMises(ExponentialFamily):
     # ---- the family -------------------------------------------------------------------------------------------
 
     def features(self, batch: Batch) -> Tensor:
-        """Cosines, sines, and what was seen, ``[*n, 3 D]``."""
-        x = batch.x.to(self.dtype)
+        """Cosines, sines, and what was seen, ``[*n, 3 D]`` in float64: κ times what a cosine is rounded by is a lot."""
+        x = batch.x.to(torch.float64)
         missing = x.isnan()
         x, seen = torch.where(missing, 0.0, x), (~missing).to(x)
         return torch.cat([x.cos() * seen, x.sin() * seen, seen], -1)
 
     def natural(self) -> tuple[Tensor, Tensor]:
-        eta = self._natural().to(self.dtype)
+        eta = self._natural()
         return eta, torch.zeros_like(eta[..., 0])
 
     def _natural(self) -> Tensor:
